@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named points at which a test can hold, fail or kill a process.
+
+Without GODWIT_HOOKS_DIR every point is a no-op. With it, reaching point P
+writes `P.reached` there, and then
+  `P.hold` exists: waits until it is removed;
+  `P.fail` exists: removes it and raises HookFailure;
+  `P.skip` exists: returns True: the caller leaves out the act that follows;
+  `P.exit` exists: removes it and ends the process at once, as kill -9 would.
+Tests park a process at a point and so prove a race without sleeping. Points are listed in docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+POLL_S = 0.002
+
+
+class HookFailure(Exception):
+    """Raised at a point whose `.fail` file a test has placed."""
+
+
+async def reach(point: str) -> bool:
+    """Pass `point`; True tells the caller to leave out what follows (tests only)."""
+    directory = os.environ.get("GODWIT_HOOKS_DIR")
+    if not directory:
+        return False
+    base = Path(directory)
+    (base / f"{point}.reached").touch()
+    exit_file = base / f"{point}.exit"
+    if exit_file.exists():
+        exit_file.unlink()
+        os._exit(137)
+    while (base / f"{point}.hold").exists():
+        await asyncio.sleep(POLL_S)
+    fail_file = base / f"{point}.fail"
+    if fail_file.exists():
+        fail_file.unlink()
+        raise HookFailure(point)
+    return (base / f"{point}.skip").exists()

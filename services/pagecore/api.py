@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the services need of the native page path. `native.py` implements it, `fake.py` stands in for unit tests.
+
+No function here blocks longer than a few milliseconds unless it says so, and none needs Python to make
+progress: between a guest's fault and its page there are only C threads.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class ArrivalPhase(enum.IntEnum):
+    """enum gw_arrival_phase."""
+
+    CONNECTING = 1
+    ARMED = 2
+    FETCHING = 3
+    LINK_LOST = 4
+    COMPLETE = 5
+    ENDED = 6
+    REFUSED = 7
+    VIOLATION = 8
+
+
+class InstallMethod(enum.IntEnum):
+    """enum gw_install_method."""
+
+    COPY = 1
+    CONTINUE = 2
+
+
+class ImageState(enum.IntEnum):
+    """enum gw_image_state; equal to godwit.common.v1.ImageState."""
+
+    LIVE = 1
+    FROZEN = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalRegion:
+    """A piece of the guest's memory as its VMM maps it."""
+
+    offset: int
+    """Of its first byte, in the image and in the RAM file. Bytes."""
+    host_addr: int
+    """Of its first byte, in the VMM's process."""
+    len_bytes: int
+    """> 0, page aligned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalConfig:
+    """struct gw_arrival_config; see native/include/godwit/arrival.h."""
+
+    page_size_bytes: int
+    epoch: int
+    page_map_path: str
+    session_id: str
+    image_id: str
+    page_host: str
+    page_port: int
+    uffd: int
+    ram_fd: int
+    regions: Sequence[ArrivalRegion]
+    traceparent: str = ""
+    install_method: InstallMethod = InstallMethod.COPY
+    bulk_connection_count: int = 1
+    adopt: bool = False
+    bulk_bytes_per_s_max: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencySummary:
+    """Nanoseconds."""
+
+    sample_count: int
+    p50_ns: int
+    p99_ns: int
+    p999_ns: int
+    max_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalStatus:
+    """struct gw_arrival_status."""
+
+    phase: ArrivalPhase
+    bulk_done: bool
+    grpc_status: int
+    page_count: int
+    absent_count: int
+    demand_page_count: int
+    bulk_page_count: int
+    zero_page_count: int
+    removed_page_count: int
+    fault_count: int
+    held_fault_count: int
+    received_bytes: int
+    checksum_error_count: int
+    reconnect_count: int
+    violation_count: int
+    link_lost_ns: int
+    fault_latency: LatencySummary
+    reason: str
+
+
+class Arrival(Protocol):
+    """One arriving guest. A call on a closed one raises ValueError."""
+
+    def start(self) -> None: ...
+    def open_gate(self, generation: int) -> None: ...
+    def start_bulk(self) -> None: ...
+    def set_bulk_rate(self, bytes_per_s_max: int) -> None: ...
+    def set_page_server(self, host: str, port: int) -> None: ...
+    def fileno(self) -> int:
+        """The eventfd that is readable after a change of phase; drain it with `drain_events`."""
+        ...
+
+    def drain_events(self) -> None: ...
+    def status(self) -> ArrivalStatus: ...
+    def bitmap(self) -> bytes:
+        """The userfault bitmap: bit i (LSB first) = page i, set = absent."""
+        ...
+
+    def generation(self) -> int: ...
+    def finish(self) -> None: ...
+    def close(self) -> None:
+        """Stop the threads and close our userfaultfd. May block for some milliseconds. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeRegion:
+    """A region of an image and where it lies in the RAM file."""
+
+    gpa: int
+    size_bytes: int
+    file_offset: int
+    page_size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeImage:
+    """struct gw_serve_image."""
+
+    image_id: str
+    vm_id: str
+    boot_id: str
+    epoch: int
+    inode: int
+    generation: int
+    state: ImageState
+    ram_fd: int
+    regions: Sequence[ServeRegion]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeStats:
+    """struct gw_serve_stats."""
+
+    connection_count: int
+    stream_count: int
+    connection_total: int
+    demand_page_total: int
+    bulk_page_total: int
+    zero_page_total: int
+    sent_bytes_total: int
+    want_total: int
+    refused_total: int
+
+
+class PageServer(Protocol):
+    """The native PageService listener."""
+
+    @property
+    def port(self) -> int: ...
+    def put_image(self, image: ServeImage) -> None: ...
+    def remove_image(self, image_id: str) -> None: ...
+    def image_stream_count(self, image_id: str) -> int: ...
+    def stats(self) -> ServeStats: ...
+    def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection:
+    """A userfaultfd that the VMM holds too."""
+
+    uffd: int
+    """Ours; the receiver closes it."""
+    remote_fd: int
+    """The VMM's own number of it: journal it, it is the way back after our death."""
+    features: int
+    stopped_ns: int
+    regions: tuple[ArrivalRegion, ...]
+
+
+class PageCore(Protocol):
+    """The native module. Failures raise OSError with the errno that the header documents."""
+
+    def create_arrival(self, config: ArrivalConfig) -> Arrival: ...
+    def create_page_server(
+        self, *, host: str, port: int, connection_count_max: int = 64
+    ) -> PageServer: ...
+    def inject_uffd(self, *, pid: int, ram_fd: int, minor: bool = False) -> Injection:
+        """Blocks some milliseconds: call it in a thread."""
+        ...
+
+    def take_uffd(self, *, pid: int, remote_fd: int, ram_fd: int) -> Injection: ...
+    def uffd_features(self) -> tuple[str, ...]:
+        """Names of the userfaultfd features of this kernel; empty if userfaultfd cannot be used."""
+        ...
+
+
