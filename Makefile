@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# The front door: every target is a line or two; the work is in tools/ and native/CMakeLists.txt.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PY := .venv/bin/python
+ARGS ?=
+NATIVE_VARIANTS := plain asan tsan
+
+# A native test variant: configured once, then ninja alone decides what is stale.
+cmake_build = { [ -f build/$(1)/build.ninja ] || (cd native && cmake --preset $(1) -DGW_PYTHON=$(CURDIR)/$(PY)) >/dev/null; } && ninja -C build/$(1) --quiet
+
+.PHONY: help
+help: ## list the targets
+	@echo 'godwit: post-copy live migration of virtual machines'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  ARGS="..." is passed on by demo and test: make demo ARGS="--memory 1G --json"'
+
+# --- set-up: what is already there costs well under a second -------------------------------------
+
+.PHONY: setup
+setup: .venv/.project native ## install what is missing, make .venv, build the native part
+
+.PHONY: system system-guest system-lint
+system:
+	@tools/setup_system.sh build
+system-guest:
+	@tools/setup_system.sh guest
+system-lint:
+	@tools/setup_system.sh lint
+
+.venv/.deps: requirements.lock tools/setup_python.sh tools/find_python.sh | system
+	@echo 'setup: .venv from requirements.lock' >&2
+	@tools/setup_python.sh deps
+	@touch $@
+
+.venv/.project: pyproject.toml .venv/.deps
+	@tools/setup_python.sh project
+	@touch $@
+
+.PHONY: native
+native: .venv/.deps ## build the C core and its Python binding
+	@$(call cmake_build,native)
+
+# --- jobs ----------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: system-guest setup ## migrate a real guest to another node and back
+	@.venv/bin/godwit demo $(ARGS)
+
+.PHONY: test
+test: system-guest setup native-test ## all tests, native ones in every variant
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: native-test
+native-test: $(NATIVE_VARIANTS:%=native-test-%) ## the C tests: plain, ASan+UBSan, TSan
+
+.PHONY: $(NATIVE_VARIANTS:%=native-test-%) $(NATIVE_VARIANTS:%=native-build-%)
+$(NATIVE_VARIANTS:%=native-build-%): native-build-%: .venv/.deps
+	@$(call cmake_build,native-$*)
+$(NATIVE_VARIANTS:%=native-test-%): native-test-%: native-build-%
+	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error
+
+.PHONY: lint
+lint: system-lint setup ## every static check, and that generated code is what its sources give
+	@tools/lint.sh
+
+.PHONY: format
+format: system-lint .venv/.deps ## rewrite Python, C and protos in the house format
+	@tools/lint.sh --fix
+
+.PHONY: proto
+proto: .venv/.deps ## regenerate the Python code of protos/
+	@$(PY) tools/gen_protos.py
+
+.PHONY: ffi
+ffi: .venv/.deps ## regenerate native/ffi/_native.c from the headers
+	@$(PY) tools/gen_ffi.py
+
+.PHONY: lock
+lock: system ## resolve pyproject.toml anew into requirements.lock
+	@tools/lock.sh
+
+.PHONY: clean
+clean: ## remove what was built; .venv stays
+	rm -rf build services/pagecore/_native.abi3.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
