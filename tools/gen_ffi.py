@@ -28,11 +28,13 @@ MODULE = "services.pagecore._native"
 BLOCK = re.compile(r"/\*\s*cdef:begin\b.*?\*/(.*?)/\*\s*cdef:end\b.*?\*/", re.DOTALL)
 INCLUDED = re.compile(r'^\s*#\s*include\s*[<"](godwit/[a-z0-9_]+\.h)[>"]', re.MULTILINE)
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
-# cffi knows `#define NAME 1` and `#define NAME ...` only. The second lets the compiler say the value.
+# cffi knows `#define NAME 1` and `#define NAME ...`; by the second the compiler says the value.
 DEFINE = re.compile(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+(.*?)[ \t]*$", re.MULTILINE)
 LITERAL = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)")
-NOT_CDEF = re.compile(r"\bGW_EXPORT\b|__attribute__\s*\(\(.*?\)\)", re.DOTALL)
-OTHER_DIRECTIVE = re.compile(r"^[ \t]*#(?![ \t]*define[ \t]+\w+[ \t]+(\.{3}|-?\w+)[ \t]*$)", re.MULTILINE)
+NOT_CDEF = re.compile(r"\bGW_EXPORT\b|__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)")
+OTHER_DIRECTIVE = re.compile(
+    r"^[ \t]*#(?![ \t]*define[ \t]+\w+[ \t]+(\.{3}|-?\w+)[ \t]*$)", re.MULTILINE
+)
 
 
 class HeaderError(Exception):

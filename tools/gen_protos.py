@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generate the Python code of protos/ into clients/python, or check that it is what is committed.
 
-Messages, their type stubs, and gRPC stubs for grpc.aio only: nothing here uses the threaded API, and
-stubs for both would give every servicer a context type that is neither.
+Messages, their type stubs, and gRPC stubs for grpc.aio only: nothing here uses the threaded API,
+and stubs for both would give every servicer a context type that is neither.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def generated_files(tree: Path) -> set[Path]:
 
 
 def drift(fresh: Path) -> list[Path]:
-    """The files that differ between the committed tree and `fresh`, or exist in one of them only."""
+    """The files that differ between the committed tree and `fresh`, or exist in one only."""
     names = generated_files(fresh) | generated_files(PACKAGE)
     return sorted(
         name

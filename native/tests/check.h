@@ -17,32 +17,32 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHECK(cond)                                                                                \
-	do {                                                                                       \
-		if (!(cond)) {                                                                     \
-			fprintf(stderr, "%s:%d: %s: CHECK(%s)\n", __FILE__, __LINE__, __func__,    \
-				#cond);                                                            \
-			abort();                                                                   \
-		}                                                                                  \
+#define CHECK(cond)                                                                             \
+	do {                                                                                    \
+		if (!(cond)) {                                                                  \
+			fprintf(stderr, "%s:%d: %s: CHECK(%s)\n", __FILE__, __LINE__, __func__, \
+				#cond);                                                         \
+			abort();                                                                \
+		}                                                                               \
 	} while (0)
 
 /* Integers of any width; both sides are evaluated once. */
-#define CHECK_EQ(got, want)                                                                        \
-	do {                                                                                       \
-		long long check_got_ = (long long)(got);                                           \
-		long long check_want_ = (long long)(want);                                         \
-		if (check_got_ != check_want_) {                                                   \
-			fprintf(stderr, "%s:%d: %s: %s is %lld, not %s (%lld)\n", __FILE__,        \
-				__LINE__, __func__, #got, check_got_, #want, check_want_);         \
-			abort();                                                                   \
-		}                                                                                  \
+#define CHECK_EQ(got, want)                                                                 \
+	do {                                                                                \
+		long long check_got_ = (long long)(got);                                    \
+		long long check_want_ = (long long)(want);                                  \
+		if (check_got_ != check_want_) {                                            \
+			fprintf(stderr, "%s:%d: %s: %s is %lld, not %s (%lld)\n", __FILE__, \
+				__LINE__, __func__, #got, check_got_, #want, check_want_);  \
+			abort();                                                            \
+		}                                                                           \
 	} while (0)
 
 /* Runs one test function, saying its name first: the last name printed is the one that failed. */
-#define RUN(function)                                                                              \
-	do {                                                                                       \
-		fprintf(stderr, "- %s\n", #function);                                              \
-		function();                                                                        \
+#define RUN(function)                                 \
+	do {                                          \
+		fprintf(stderr, "- %s\n", #function); \
+		function();                           \
 	} while (0)
 
 #define CHECK_SKIPPED 77

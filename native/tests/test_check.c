@@ -32,10 +32,22 @@ static int status_of(void (*body)(void))
 	return status;
 }
 
-static void fails_check(void) { CHECK(1 + 1 == 3); }
-static void fails_check_eq(void) { CHECK_EQ(1 + 1, 3); }
-static void passes(void) { CHECK_EQ(1 + 1, 2); }
-static void lacks_wings(void) { check_need(false, "wings", "grow some"); }
+static void fails_check(void)
+{
+	CHECK(1 + 1 == 3);
+}
+static void fails_check_eq(void)
+{
+	CHECK_EQ(1 + 1, 3);
+}
+static void passes(void)
+{
+	CHECK_EQ(1 + 1, 2);
+}
+static void lacks_wings(void)
+{
+	check_need(false, "wings", "grow some");
+}
 
 static void wrong_values_abort(void)
 {

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+from tests.harness.require import THINGS, missing, require, required_names
+
+# No test asserts on absolute time, so no example has a deadline; what failed can be replayed.
+hypothesis.settings.register_profile("godwit", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("godwit")
+
+
+def pytest_configure() -> None:
+    """Refuse a GODWIT_REQUIRE that names an unknown thing before any test runs."""
+    required_names(os.environ)
+
+
+def pytest_report_header() -> str:
+    """Say what this machine has: it tells at a glance what the skips will be."""
+    have = ", ".join(name for name in THINGS if missing(name) is None)
+    lack = ", ".join(name for name in THINGS if missing(name) is not None)
+    return f"machine: has {have or 'nothing'}" + (f"; lacks {lack}" if lack else "")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Apply `@pytest.mark.requires(...)` before the fixtures, which may need the thing as well."""
+    for mark in item.iter_markers("requires"):
+        require(*mark.args)
