@@ -11,14 +11,18 @@ PY := .venv/bin/python
 ARGS ?=
 NATIVE_VARIANTS := plain asan tsan
 
-# A native test variant: configured once, then ninja alone decides what is stale.
-cmake_build = { [ -f build/$(1)/build.ninja ] || (cd native && cmake --preset $(1) -DGW_PYTHON=$(CURDIR)/$(PY)) >/dev/null; } && ninja -C build/$(1) --quiet
+# A preset of native/CMakePresets.json: configured once, then ninja alone decides what is stale.
+# One build at a time in a directory: ninja does not lock, and two shells may run make at once.
+cmake_build = mkdir -p build && exec 9>build/$(1).lock && flock 9 && \
+	{ [ -f build/$(1)/build.ninja ] || \
+	(cd native && cmake --preset $(1) -DGW_PYTHON=$(CURDIR)/$(PY)) >/dev/null; } && \
+	ninja -C build/$(1) --quiet >&2
 
 .PHONY: help
 help: ## list the targets
 	@echo 'godwit: post-copy live migration of virtual machines'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  ARGS="..." is passed on by demo and test: make demo ARGS="--memory 1G --json"'
 

@@ -7,6 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/find_python.sh
 
+# Two shells may run make at once; pip does not lock.
+exec 9<"$0"
+flock 9
+
 pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 
 deps() {
