@@ -2,8 +2,8 @@
 """The one error hierarchy of the services.
 
 Each class says which gRPC status and which HTTP status it is, and whether trying again may help. An
-instance carries a stable `reason` (SCREAMING_SNAKE_CASE, the ErrorInfo.reason and the last part of the
-problem+json type), a message with the values that were wrong, and a hint that says what to do.
+instance carries a stable `reason` (SCREAMING_SNAKE_CASE, the ErrorInfo.reason and the last part of
+the problem+json type), a message with the values that were wrong, and a hint that says what to do.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ writes `P.reached` there, and then
   `P.fail` exists: removes it and raises HookFailure;
   `P.skip` exists: returns True: the caller leaves out the act that follows;
   `P.exit` exists: removes it and ends the process at once, as kill -9 would.
-Tests park a process at a point and so prove a race without sleeping. Points are listed in docs/testing.md.
+Tests park a process at a point and so prove a race without sleeping. docs/testing.md lists the
+points.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 POLL_S = 0.002
 
 
-class HookFailure(Exception):
+class HookFailure(Exception):  # noqa: N818 - it is what a test orders, not an error
     """Raised at a point whose `.fail` file a test has placed."""
 
 
@@ -34,7 +35,7 @@ async def reach(point: str) -> bool:
     if exit_file.exists():
         exit_file.unlink()
         os._exit(137)
-    while (base / f"{point}.hold").exists():
+    while (base / f"{point}.hold").exists():  # noqa: ASYNC110 - another process removes it
         await asyncio.sleep(POLL_S)
     fail_file = base / f"{point}.fail"
     if fail_file.exists():
