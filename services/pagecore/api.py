@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the services need of the native page path. `native.py` implements it, `fake.py` stands in for unit tests.
+"""What the services need of the native page path.
 
-No function here blocks longer than a few milliseconds unless it says so, and none needs Python to make
-progress: between a guest's fault and its page there are only C threads.
+`native.py` implements it, `fake.py` stands in for unit tests. No function here blocks longer than a
+few milliseconds unless it says so, and none needs Python to make progress: between a guest's fault
+and its page there are only C threads.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Arrival(Protocol):
     def generation(self) -> int: ...
     def finish(self) -> None: ...
     def close(self) -> None:
-        """Stop the threads and close our userfaultfd. May block for some milliseconds. Idempotent."""
+        """Stop the threads, close our userfaultfd. May block some milliseconds. Idempotent."""
         ...
 
 
@@ -214,5 +215,3 @@ class PageCore(Protocol):
     def uffd_features(self) -> tuple[str, ...]:
         """Names of the userfaultfd features of this kernel; empty if userfaultfd cannot be used."""
         ...
-
-
