@@ -1820,6 +1820,44 @@ _cffi_f_gw_serve_remove_image(PyObject *self, PyObject *args)
 #  define _cffi_f_gw_serve_remove_image _cffi_d_gw_serve_remove_image
 #endif
 
+static int _cffi_d_gw_serve_start(struct gw_serve * x0)
+{
+  return gw_serve_start(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_serve_start(PyObject *self, PyObject *arg0)
+{
+  struct gw_serve * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(46), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_serve_start(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_serve_start _cffi_d_gw_serve_start
+#endif
+
 static int _cffi_d_gw_serve_stats(struct gw_serve const * x0, struct gw_serve_stats * x1)
 {
   return gw_serve_stats(x0, x1);
@@ -2123,6 +2161,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 56), (void *)_cffi_d_gw_serve_port },
   { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_gw_serve_put_image },
   { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_gw_serve_remove_image },
+  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 45), (void *)_cffi_d_gw_serve_start },
   { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_gw_serve_stats },
 };
 
@@ -2428,7 +2467,7 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  40,  /* num_globals */
+  41,  /* num_globals */
   12,  /* num_struct_unions */
   3,  /* num_enums */
   0,  /* num_typenames */

@@ -254,6 +254,7 @@ class FakePageServer(_Closable):
         self.images: dict[str, ServeImage] = {}
         self.streams: Counter[str] = Counter()
         """Fetch streams by image; a test sets them."""
+        self.started = False
         self.draining = False
         self.counters = ServeStats(
             connection_count=0,
@@ -275,6 +276,13 @@ class FakePageServer(_Closable):
         """The port asked for, or 1 for any."""
         self._need_open()
         return self._port
+
+    def start(self) -> None:
+        """Kept in `started`."""
+        self._need_open()
+        if self.started:
+            raise _error(errno.EALREADY, "gw_serve_start")
+        self.started = True
 
     def put_image(self, image: ServeImage) -> None:
         """Check the record and its file as the library does."""

@@ -264,7 +264,7 @@ class NativePageServer:
     """The PageService listener; see native/include/godwit/serve.h."""
 
     def __init__(self, host: str, port: int, connection_count_max: int) -> None:
-        """Bind, listen, start.
+        """Bind and listen.
 
         Raises:
             OSError: EINVAL, EADDRINUSE and others of bind(2).
@@ -283,6 +283,10 @@ class NativePageServer:
     def port(self) -> int:
         """The port bound."""
         return self._handle.call("gw_serve_port")
+
+    def start(self) -> None:
+        """Accept and answer from now on."""
+        self._handle.call("gw_serve_start")
 
     def put_image(self, image: ServeImage) -> None:
         """Serve an image, or replace its record; in force when it returns."""

@@ -51,7 +51,7 @@ struct gw_serve_region {
 
 struct gw_serve_image {
 	uint32_t struct_size; /* sizeof(struct gw_serve_image) */
-	int32_t ram_fd;	      /* tmpfs or hugetlbfs file, memfd, or /proc/PID/fd/N opened read-only */
+	int32_t ram_fd; /* tmpfs or hugetlbfs file, memfd, or /proc/PID/fd/N opened read-only */
 	const char *image_id; /* 1..128 characters */
 	const char *vm_id;
 	const char *boot_id;
@@ -64,19 +64,26 @@ struct gw_serve_image {
 };
 
 struct gw_serve_stats {
-	uint64_t connection_count;	 /* open now */
-	uint64_t stream_count;		 /* Fetch streams open now */
-	uint64_t connection_total;	 /* ever */
+	uint64_t connection_count; /* open now */
+	uint64_t stream_count;	   /* Fetch streams open now */
+	uint64_t connection_total; /* ever */
 	uint64_t demand_page_total, bulk_page_total, zero_page_total;
-	uint64_t sent_bytes_total;	 /* page bytes */
+	uint64_t sent_bytes_total; /* page bytes */
 	uint64_t want_total;
-	uint64_t refused_total;		 /* streams ended with an error status */
+	uint64_t refused_total; /* streams ended with an error status */
 };
 
 /*
- * Bind, listen, start. Returns 0; -EINVAL; -EADDRINUSE and other -errno of bind(2).
+ * Bind and listen: connections queue in the kernel and nobody is answered until
+ * gw_serve_start, so that a server that comes back never says IMAGE_UNKNOWN of
+ * an image that it has not been given yet.
+ *
+ * Returns 0; -EINVAL; -EADDRINUSE and other -errno of bind(2).
  */
 int gw_serve_create(const struct gw_serve_config *config, struct gw_serve **ret_serve);
+
+/* Accept and answer from now on. Returns 0; -EALREADY; -errno of a failing call. */
+int gw_serve_start(struct gw_serve *serve);
 
 /* The port bound. */
 int gw_serve_port(const struct gw_serve *serve);

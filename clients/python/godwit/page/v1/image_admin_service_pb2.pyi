@@ -53,7 +53,9 @@ class ReloadImagesResponse(_message.Message):
 
     @_builtins.property
     def refused_images(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedImage]:
-        """Records that could not be opened, each with why. Their images are not served."""
+        """Records that are malformed or could not be opened, each with why. Their images are not served, also if
+        they were before: what cannot be read may say that the guest runs again.
+        """
 
     def __init__(
         self,

@@ -56,7 +56,8 @@ class ImageAdminServiceServicer:
         """Reads the image records again and serves exactly those.
 
         Returns after the change is in force: no page of an older generation is sent afterwards. Idempotent.
-        Errors: INVALID_ARGUMENT RECORD_MALFORMED names the record; the others are served all the same.
+        A record that is malformed or cannot be opened is refused, by name, in the response; the others are
+        served all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

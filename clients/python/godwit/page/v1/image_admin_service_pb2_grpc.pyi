@@ -24,7 +24,8 @@ class ImageAdminServiceStub:
     """Reads the image records again and serves exactly those.
 
     Returns after the change is in force: no page of an older generation is sent afterwards. Idempotent.
-    Errors: INVALID_ARGUMENT RECORD_MALFORMED names the record; the others are served all the same.
+    A record that is malformed or cannot be opened is refused, by name, in the response; the others are
+    served all the same.
     """
 
 class ImageAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -43,7 +44,8 @@ class ImageAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads the image records again and serves exactly those.
 
         Returns after the change is in force: no page of an older generation is sent afterwards. Idempotent.
-        Errors: INVALID_ARGUMENT RECORD_MALFORMED names the record; the others are served all the same.
+        A record that is malformed or cannot be opened is refused, by name, in the response; the others are
+        served all the same.
         """
 
 def add_ImageAdminServiceServicer_to_server(servicer: ImageAdminServiceServicer, server: _aio.Server) -> None: ...
