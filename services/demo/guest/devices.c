@@ -86,8 +86,11 @@ void disk_run(const char *name)
 	uint32_t *written = calloc(slots, sizeof(*written));
 	uint64_t *block = aligned_alloc(PAGE_BYTES, DISK_BLOCK_BYTES);
 
-	if (!written || !block)
+	if (!written || !block) {
+		free(written);
+		free(block);
 		return;
+	}
 	say("DISK n=0 bad=0 err=0\n");
 	for (uint32_t n = 1;; n++) {
 		int64_t start = now_ns();
@@ -101,15 +104,16 @@ void disk_run(const char *name)
 	}
 }
 
-static uint16_t icmp_checksum(const void *data, size_t length)
+static uint16_t icmp_checksum(const struct icmphdr *message)
 {
-	const uint16_t *words = data;
+	uint16_t words[sizeof(*message) / 2];
 	uint32_t sum = 0;
 
-	for (size_t i = 0; i < length / 2; i++)
+	memcpy(words, message, sizeof(words));
+	for (size_t i = 0; i < sizeof(words) / 2; i++)
 		sum += words[i];
 	sum = (sum >> 16) + (sum & 0xffff);
-	return (uint16_t) ~(sum + (sum >> 16));
+	return (uint16_t)~(sum + (sum >> 16));
 }
 
 static bool net_ping(int fd, const struct sockaddr_in *peer, uint16_t sequence)
@@ -119,7 +123,7 @@ static bool net_ping(int fd, const struct sockaddr_in *peer, uint16_t sequence)
 
 	request.un.echo.id = htons(PING_ID);
 	request.un.echo.sequence = htons(sequence);
-	request.checksum = icmp_checksum(&request, sizeof(request));
+	request.checksum = icmp_checksum(&request);
 	if (sendto(fd, &request, sizeof(request), 0, (const struct sockaddr *)peer,
 		   sizeof(*peer)) != sizeof(request))
 		return false;
@@ -135,7 +139,7 @@ static bool net_ping(int fd, const struct sockaddr_in *peer, uint16_t sequence)
 		length = recv(fd, packet, sizeof(packet), 0);
 		if (length < (ssize_t)(sizeof(struct iphdr) + sizeof(reply)))
 			continue;
-		memcpy(&reply, packet + (packet[0] & 15) * 4, sizeof(reply));
+		memcpy(&reply, packet + (size_t)(packet[0] & 15) * 4, sizeof(reply));
 		if (reply.type == ICMP_ECHOREPLY && reply.un.echo.id == request.un.echo.id &&
 		    reply.un.echo.sequence == request.un.echo.sequence)
 			return true;

@@ -335,7 +335,7 @@ int main(int count, char **arguments)
 	int gate[2];
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
-	page_count = 256 * 256;
+	page_count = UINT64_C(256) * 256;
 	dirty_rate = 2000;
 	for (int i = 1; i < count; i++) {
 		if ((value = option(arguments[i], "mib=")))
