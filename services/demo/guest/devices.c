@@ -113,7 +113,7 @@ static uint16_t icmp_checksum(const struct icmphdr *message)
 	for (size_t i = 0; i < sizeof(words) / 2; i++)
 		sum += words[i];
 	sum = (sum >> 16) + (sum & 0xffff);
-	return (uint16_t)~(sum + (sum >> 16));
+	return (uint16_t) ~(sum + (sum >> 16));
 }
 
 static bool net_ping(int fd, const struct sockaddr_in *peer, uint16_t sequence)
