@@ -14,10 +14,14 @@ points.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import signal
 from pathlib import Path
+from types import FrameType
 
 POLL_S = 0.002
+HOLD_GIL_MS = 2000
 
 
 class HookFailure(Exception):  # noqa: N818 - it is what a test orders, not an error
@@ -42,3 +46,26 @@ async def reach(point: str) -> bool:
         fail_file.unlink()
         raise HookFailure(point)
     return (base / f"{point}.skip").exists()
+
+
+def hold_gil_on_signal() -> None:
+    """With GODWIT_HOOKS_DIR, let SIGUSR2 hold the GIL: no Python runs here meanwhile.
+
+    It lasts as many milliseconds as the file `gil.hold_ms` says, else two seconds, and touches
+    `gil.held.reached` before and `gil.released.reached` after: what a peer saw answered in
+    between was answered without Python. Call it from main(), in the main thread.
+    """
+    if not os.environ.get("GODWIT_HOOKS_DIR"):
+        return
+    # A PyDLL call keeps the GIL; poll(2) on nothing sleeps.
+    poll = ctypes.PyDLL(None).poll
+
+    def hold(_number: int, _frame: FrameType | None) -> None:
+        base = Path(os.environ["GODWIT_HOOKS_DIR"])
+        wanted = base / "gil.hold_ms"
+        hold_ms = int(wanted.read_text()) if wanted.exists() else HOLD_GIL_MS
+        (base / "gil.held.reached").touch()
+        poll(None, ctypes.c_ulong(0), ctypes.c_int(hold_ms))
+        (base / "gil.released.reached").touch()
+
+    signal.signal(signal.SIGUSR2, hold)

@@ -55,7 +55,11 @@ class _Endpoint:
         if path != b"/metrics":
             return "404 Not Found", "text/plain", b"metrics are at /metrics\n"
         encode, content_type = choose_encoder(accept)
-        return "200 OK", content_type, encode(self._registry)
+        try:
+            return "200 OK", content_type, encode(self._registry)
+        except Exception:  # a collector's bug is no reason to hide the next scrape
+            log.exception("metrics cannot be collected")
+            return "500 Internal Server Error", "text/plain", b"see the log\n"
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request, then close: scrapers come seconds apart."""

@@ -33,6 +33,8 @@ TRACEPARENT = "traceparent"
 
 _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_TIMEOUT = "OTEL_EXPORTER_OTLP_TIMEOUT"
+_TIMEOUT_S = 2.0
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 AttributeValue = str | bool | int | float
@@ -52,7 +54,8 @@ def _exporter_from_env() -> SpanExporter | None:
     # Imported late: it costs a tenth of a second that commands without tracing need not pay.
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    return OTLPSpanExporter()
+    # A collector that is away must not hold up the end of a process that a supervisor restarts.
+    return OTLPSpanExporter(timeout=float(os.environ.get(_TIMEOUT, _TIMEOUT_S)))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve the memory of a node's guests to their destinations.
+
+    python -m services.page_server --listen 127.0.0.1:7443 --control 127.0.0.1:7444 --images-dir DIR
+
+One process per node, without state of its own: what it serves is in the image records of the fault
+agent beside it, so that it can be killed and started again at any time. Until a destination has
+every page, the memory behind a frozen image is the only copy of part of a guest, so SIGTERM means
+"take no new migration and finish the ones you have", not "exit".
+
+When it answers it prints one line on stdout: `listening page=ADDRESS control=ADDRESS
+metrics=ADDRESS`. Exit status: 0 drained; 2 bad configuration; 3 the drain deadline passed while
+destinations still read (each image is logged; start it again at once); 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common import grpc_server, health, hooks, lifecycle, metrics
+from services.common.errors import GodwitError, UnavailableError
+from services.common.lifecycle import ExitStatus
+from services.common.listen import INSECURE_FLAG, Address, parse_listen
+from services.page_server.collector import ServeCollector
+from services.page_server.images import ImageTable, this_boot_id
+from services.page_server.servicer import ImageAdminServicer
+from services.pagecore.api import PageCore, PageServer
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "page_server"
+DRAIN_POLL_S = 0.05
+DRAIN_REPORT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything the process is told from outside, already checked."""
+
+    listen: Address
+    """Of the native PageService."""
+    control: Address
+    """Of ImageAdminService and health, for the agent of this node."""
+    metrics: Address
+    images_dir: Path
+    """The agent's image records. Made if it is not there."""
+    drain_s: float
+    """How long SIGTERM waits for migrations in progress. Seconds, > 0."""
+    connection_count_max: int
+    """Of the native listener. 1..1024."""
+
+    @classmethod
+    def from_argv(cls, argv: Sequence[str]) -> Config:
+        """Parse and check the command line; exits with BAD_CONFIG on any error."""
+        parser = argparse.ArgumentParser(
+            prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--listen", required=True, metavar="HOST:PORT")
+        parser.add_argument("--control", required=True, metavar="HOST:PORT")
+        parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT")
+        parser.add_argument("--images-dir", required=True, type=Path, metavar="DIR")
+        parser.add_argument("--drain-s", type=float, default=600.0, metavar="SECONDS")
+        parser.add_argument("--connections-max", type=int, default=64, metavar="N")
+        parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
+        args = parser.parse_args(argv)
+        if not args.drain_s > 0:
+            parser.error(f"--drain-s must be > 0, got {args.drain_s}")
+        if not 1 <= args.connections_max <= 1024:
+            parser.error(f"--connections-max must be 1..1024, got {args.connections_max}")
+        try:
+            listen, control, metrics_address = (
+                parse_listen(text, insecure_plaintext=args.insecure_plaintext)
+                for text in (args.listen, args.control, args.metrics)
+            )
+        except GodwitError as error:
+            parser.error(str(error))
+        return cls(
+            listen=listen,
+            control=control,
+            metrics=metrics_address,
+            images_dir=args.images_dir,
+            drain_s=args.drain_s,
+            connection_count_max=args.connections_max,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """A page server that answers."""
+
+    server: PageServer
+    images: ImageTable
+    health: health.Health
+    page: Address
+    control: Address
+    metrics: Address
+
+
+def _bind(core: PageCore, config: Config) -> PageServer:
+    try:
+        return core.create_page_server(
+            host=config.listen.host,
+            port=config.listen.port,
+            connection_count_max=config.connection_count_max,
+        )
+    except OSError as error:
+        raise UnavailableError(
+            "LISTEN_FAILED",
+            f"cannot bind {config.listen}: {error}",
+            hint="is another process listening there?",
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
+    """Serve for the length of the block.
+
+    Order: the port is bound, the records are read, and only then is anybody answered. A
+    destination that has waited for our return must not be told that its image is unknown.
+
+    Raises:
+        UnavailableError: LISTEN_FAILED, IMAGES_DIR_UNREADABLE.
+    """
+    registry = metrics.new_registry()
+    with contextlib.closing(_bind(core, config)) as server:
+        page = Address(host=config.listen.host, port=server.port)
+        try:
+            config.images_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnavailableError("IMAGES_DIR_UNREADABLE", str(error)) from error
+        images = ImageTable(server, config.images_dir, boot_id=this_boot_id())
+        with contextlib.closing(images):
+            images.reload()
+            registry.register(ServeCollector(server, images))
+            await hooks.reach("page_server.start")
+            server.start()
+            admin = ImageAdminServicer(images, page).service()
+            async with (
+                grpc_server.serving(config.control, [admin]) as control,
+                metrics.serving(registry, config.metrics) as metrics_address,
+            ):
+                yield Serving(
+                    server=server,
+                    images=images,
+                    health=control.health,
+                    page=page,
+                    control=control.address,
+                    metrics=metrics_address,
+                )
+
+
+async def drain(running: Serving, drain_s: float) -> ExitStatus:
+    """Take nothing new and wait until no destination reads a frozen image.
+
+    Streams on LIVE images do not count: their guest runs here and needs nobody's page.
+    """
+    # Readiness goes first, so that nothing new is routed here.
+    await running.health.drain()
+    running.server.drain()
+    deadline = time.monotonic() + drain_s
+    report_at = time.monotonic()
+    while needed := running.images.needed_by():
+        now = time.monotonic()
+        if now >= deadline:
+            for image_id, count in needed.items():
+                log.error("drain deadline passed: image %s has %d streams open", image_id, count)
+            return ExitStatus.GUESTS_DEPEND
+        if now >= report_at:
+            report_at = now + DRAIN_REPORT_S
+            log.info("draining: %s still read", ", ".join(sorted(needed)))
+        await hooks.reach("page_server.draining")
+        await asyncio.sleep(DRAIN_POLL_S)  # the core counts streams; it has no event for the last
+    log.info("drained")
+    return ExitStatus.OK
+
+
+async def run(config: Config, core: PageCore) -> ExitStatus:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    with lifecycle.stop_on_signal() as stop:
+        async with serving(config, core) as running:
+            print(  # noqa: T201 - the supervisor and the tests read it
+                f"listening page={running.page} control={running.control}"
+                f" metrics={running.metrics}",
+                flush=True,
+            )
+            await stop.wait()
+            return await drain(running, config.drain_s)
+
+
+def main(argv: Sequence[str] | None = None) -> ExitStatus:
+    """Entry point of the container image and of `godwit page-server`."""
+    config = Config.from_argv(sys.argv[1:] if argv is None else argv)
+    hooks.hold_gil_on_signal()
+    # After the command line is known to be good: it loads the native module.
+    from services.pagecore.native import NativePageCore
+
+    return lifecycle.run(PROGRAM, lambda: run(config, NativePageCore()))
