@@ -5,9 +5,9 @@
  *
  * Threads    A connection belongs to one thread: every call on it and on its calls
  *            is made there. The handler's functions run in that thread, inside
- *            gw_grpc_on_readable, _on_writable, _on_time, _flush and _destroy, never
- *            inside a gw_grpc_call_* function. They may use every gw_grpc_call_*
- *            function; they must not destroy the connection.
+ *            gw_grpc_on_readable, _on_writable, _on_time, _flush and _destroy (on_sent also
+ *            inside gw_grpc_call_cancel). They may use every gw_grpc_call_* function and
+ *            nothing else on the connection.
  * Errors     0 or -errno. After -errno from on_readable, on_writable, on_time or
  *            flush the connection is dead: its calls have got their on_end; destroy it.
  *            What goes wrong with one call is its status in on_end; others go on.
@@ -123,8 +123,8 @@ bool gw_grpc_wants_write(const struct gw_grpc *conn);
  * Read and handle what is there, up to a bounded amount (level-triggered epoll calls
  * again), then flush. `now_ns` is gw_sys_now_ns(), read once per wake-up by the owner.
  *
- * Returns 0; -ECONNRESET the peer closed; -EPROTO it does not speak HTTP/2, or the
- * session ended by GOAWAY and has no calls left; -ENOMEM; -errno of recvmsg, sendmsg.
+ * Returns 0; -ECONNRESET the peer closed; -EPROTO it does not speak HTTP/2; -ESHUTDOWN
+ * a GOAWAY was exchanged and no calls are left; -ENOMEM; -errno of recv, sendmsg.
  */
 int gw_grpc_on_readable(struct gw_grpc *conn, uint64_t now_ns);
 /* The socket takes bytes again, or has connected. The same errors, and connect(2)'s. */

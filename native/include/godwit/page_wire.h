@@ -4,7 +4,8 @@
  *
  * Threads    Pure functions: any thread.
  * Errors     -EBADMSG for bytes that are not a message of the type; -ENOSPC for a
- *            buffer too short. ret_ is untouched then, unless said otherwise.
+ *            buffer too short. ret_ is undefined then: it is decoded into directly,
+ *            a copy of an Image would cost more than the parsing.
  * Ownership  Decoding copies nothing: strings and data are views into the input and
  *            live as long as it does.
  * Units      Bytes.
@@ -36,7 +37,7 @@
 /* Longest FetchRequest that makes sense: a hello with every string at its longest, unknown fields. */
 #define GW_PAGE_REQUEST_LEN_MAX 4096
 /* Head of an encoded FetchResponse with Pages: everything up to the bytes of `data`. */
-#define GW_PAGES_HEAD_LEN_MAX 64
+#define GW_PAGES_HEAD_LEN_MAX 96
 /* Longest FetchResponse: a Pages with its head, or a Ready with its regions. */
 #define GW_PAGE_RESPONSE_LEN_MAX (GW_PAGE_WANT_LEN_MAX + 8192u)
 #define GW_PAGE_REGION_COUNT_MAX 64
