@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The REST calls as values, so that the sync and the async client cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from godwit.models import Migration, Node, UserfaultBitmap, Vm
+
+ValueT = TypeVar("ValueT")
+_ItemT = TypeVar("_ItemT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[ValueT]):
+    """One request, and how its answer is read.
+
+    Attributes:
+        body: JSON, or None for no body.
+        read: the decoded answer in, the value out.
+    """
+
+    method: str
+    path: str
+    read: Callable[[Any], ValueT]
+    body: Mapping[str, Any] | None = None
+    query: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[ValueT]):
+    """What came back: as a value, and `json` exactly as the API sent it (None: no content)."""
+
+    value: ValueT
+    json: Any
+
+
+def list_nodes() -> Call[list[Node]]:
+    """All nodes by name."""
+    return Call(method="GET", path="/v1/nodes", read=partial(_list, "nodes", Node.from_json))
+
+
+def get_node(name: str) -> Call[Node]:
+    """One node."""
+    return Call(method="GET", path=f"/v1/nodes/{_part(name)}", read=Node.from_json)
+
+
+def register_node(name: str, agent_address: str) -> Call[Node]:
+    """Say where a node's agent listens; a new address replaces the old one."""
+    return Call(
+        method="POST",
+        path="/v1/nodes",
+        body={"name": name, "agent_address": agent_address},
+        read=Node.from_json,
+    )
+
+
+def list_vms() -> Call[list[Vm]]:
+    """All VMs by id."""
+    return Call(method="GET", path="/v1/vms", read=partial(_list, "vms", Vm.from_json))
+
+
+def get_vm(vm_id: str) -> Call[Vm]:
+    """One VM."""
+    return Call(method="GET", path=f"/v1/vms/{_part(vm_id)}", read=Vm.from_json)
+
+
+def start_vm(node: str, spec: Mapping[str, Any]) -> Call[Vm]:
+    """Start a VM; `spec` as docs/vm-spec.md has it."""
+    return Call(
+        method="POST", path="/v1/vms", body={"node": node, "spec": dict(spec)}, read=Vm.from_json
+    )
+
+
+def stop_vm(vm_id: str) -> Call[None]:
+    """End a VM and free its memory."""
+    return Call(method="DELETE", path=f"/v1/vms/{_part(vm_id)}", read=_nothing)
+
+
+def get_userfault_bitmap(vm_id: str) -> Call[UserfaultBitmap]:
+    """Which of its pages are absent."""
+    path = f"/v1/vms/{_part(vm_id)}/userfault-bitmap"
+    return Call(method="GET", path=path, read=UserfaultBitmap.from_json)
+
+
+def create_migration(
+    vm_id: str, destination_node: str, bulk_bytes_per_s_max: int = 0
+) -> Call[Migration]:
+    """Ask for a move; 0 = the bulk lane has no limit. The answer comes before the move is done."""
+    body: dict[str, Any] = {"vm": vm_id, "destination_node": destination_node}
+    if bulk_bytes_per_s_max:
+        body["bulk_bytes_per_s_max"] = bulk_bytes_per_s_max
+    return Call(method="POST", path="/v1/migrations", body=body, read=Migration.from_json)
+
+
+def list_migrations(vm_id: str = "", page_token: str = "") -> Call[list[Migration]]:
+    """A page of the migrations, newest first; `next_page_token` is in the answer's JSON."""
+    query = {"vm": vm_id, "page_token": page_token}
+    return Call(
+        method="GET",
+        path="/v1/migrations",
+        query={key: value for key, value in query.items() if value},
+        read=partial(_list, "migrations", Migration.from_json),
+    )
+
+
+def get_migration(migration_id: str) -> Call[Migration]:
+    """One migration."""
+    path = f"/v1/migrations/{_part(migration_id)}"
+    return Call(method="GET", path=path, read=Migration.from_json)
+
+
+def cancel_migration(migration_id: str) -> Call[Migration]:
+    """Ask that it be cancelled; refused once it is past the decision."""
+    path = f"/v1/migrations/{_part(migration_id)}:cancel"
+    return Call(method="POST", path=path, read=Migration.from_json)
+
+
+def events_path(migration_id: str) -> str:
+    """Where the events of a migration are streamed."""
+    return f"/v1/migrations/{_part(migration_id)}/events"
+
+
+def _part(name: str) -> str:
+    """One part of a path, whatever a user typed: ".." must not name another resource."""
+    return (
+        quote(name, safe="").replace(".", "%2E") if name.strip(".") == "" else quote(name, safe="")
+    )
+
+
+def _list(key: str, read: Callable[[Any], _ItemT], data: Any) -> list[_ItemT]:
+    return [read(item) for item in data.get(key, ())]
+
+
+def _nothing(_: Any) -> None:
+    return None

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API client, sync and async.
+
+    with Client("http://127.0.0.1:8080") as client:
+        migration = client.migrate("web-1", "b")
+        for step in client.watch(migration.migration_id):
+            print(step.phase, step.progress)
+
+Every method raises GodwitApiError for a problem that the orchestrator answers with, and
+GodwitConnectionError where there is no answer. Neither is retried here: an answer that was lost
+says nothing about what was done. Only `watch` comes back by itself, it changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from typing import Any, Self
+
+import httpx
+from httpx_sse import EventSource, SSEError
+
+from godwit import calls
+from godwit.calls import Answer, Call, ValueT
+from godwit.errors import GodwitApiError, GodwitConnectionError
+from godwit.models import Migration, Node, UserfaultBitmap, Vm
+from godwit.watch import WatchState
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+TIMEOUT_S = 60.0
+"""For one answer. Starting a VM takes the longest: preflight and the VMM's own start."""
+SILENCE_S_MAX = 60.0
+"""A stream without so much as a comment for so long is broken; servers comment each 15 s."""
+UNREACHABLE_S_MAX = 60.0
+_SERVER_ERROR = 500
+
+
+class Client:
+    """A blocking client. Not to be shared by threads; use as a context manager, or close it."""
+
+    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.url = url.rstrip("/")
+        # trust_env: a proxy from the environment must not come between us and a loopback address.
+        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def send(self, call: Call[ValueT]) -> Answer[ValueT]:
+        """Make a call of `godwit.calls`; the answer has the JSON as well."""
+        try:
+            response = self._http.request(
+                call.method, call.path, json=call.body, params=call.query or None
+            )
+        except httpx.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+        return _read(call, response)
+
+    def nodes(self) -> list[Node]:
+        """See calls.list_nodes."""
+        return self.send(calls.list_nodes()).value
+
+    def node(self, name: str) -> Node:
+        """See calls.get_node."""
+        return self.send(calls.get_node(name)).value
+
+    def register_node(self, name: str, agent_address: str) -> Node:
+        """See calls.register_node."""
+        return self.send(calls.register_node(name, agent_address)).value
+
+    def vms(self) -> list[Vm]:
+        """See calls.list_vms."""
+        return self.send(calls.list_vms()).value
+
+    def vm(self, vm_id: str) -> Vm:
+        """See calls.get_vm."""
+        return self.send(calls.get_vm(vm_id)).value
+
+    def start_vm(self, node: str, spec: Mapping[str, Any]) -> Vm:
+        """See calls.start_vm."""
+        return self.send(calls.start_vm(node, spec)).value
+
+    def stop_vm(self, vm_id: str) -> None:
+        """See calls.stop_vm."""
+        self.send(calls.stop_vm(vm_id))
+
+    def userfault_bitmap(self, vm_id: str) -> UserfaultBitmap:
+        """See calls.get_userfault_bitmap."""
+        return self.send(calls.get_userfault_bitmap(vm_id)).value
+
+    def migrate(
+        self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0
+    ) -> Migration:
+        """See calls.create_migration."""
+        call = calls.create_migration(vm_id, destination_node, bulk_bytes_per_s_max)
+        return self.send(call).value
+
+    def migrations(self, vm_id: str = "") -> list[Migration]:
+        """See calls.list_migrations."""
+        return self.send(calls.list_migrations(vm_id)).value
+
+    def migration(self, migration_id: str) -> Migration:
+        """See calls.get_migration."""
+        return self.send(calls.get_migration(migration_id)).value
+
+    def cancel_migration(self, migration_id: str) -> Migration:
+        """See calls.cancel_migration."""
+        return self.send(calls.cancel_migration(migration_id)).value
+
+    def watch(
+        self, migration_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> Iterator[Migration]:
+        """Each change of a migration as it happens, from now until it is terminal.
+
+        Raises:
+            GodwitApiError: there is no such migration.
+            GodwitConnectionError: the stream broke and nothing was heard for `unreachable_s_max`.
+        """
+        for migration, _ in self.watch_answers(migration_id, unreachable_s_max=unreachable_s_max):
+            yield migration
+
+    def watch_answers(
+        self, migration_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> Iterator[tuple[Migration, object]]:
+        """Like `watch`, each with its JSON."""
+        state = WatchState(unreachable_s_max)
+        path = calls.events_path(migration_id)
+        while not state.is_over:
+            why = "the stream ended"
+            try:
+                with self._http.stream(
+                    "GET", path, headers=state.headers(), timeout=_stream_timeout()
+                ) as response:
+                    if not response.is_success:
+                        response.read()
+                    _check_stream(response)
+                    state.connected()
+                    for event in EventSource(response).iter_sse():
+                        if news := state.accept(event.id, event.data):
+                            yield news
+                        if state.is_over:
+                            return
+            except (httpx.HTTPError, SSEError, _ServerTroubleError) as error:
+                why = str(error) or type(error).__name__
+            time.sleep(state.broken(time.monotonic(), GodwitConnectionError(self.url, why)))
+
+
+class AsyncClient:
+    """The same for asyncio. Use as an async context manager, or close it."""
+
+    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_s, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def send(self, call: Call[ValueT]) -> Answer[ValueT]:
+        """Make a call of `godwit.calls`; the answer has the JSON as well."""
+        try:
+            response = await self._http.request(
+                call.method, call.path, json=call.body, params=call.query or None
+            )
+        except httpx.HTTPError as error:
+            raise _unreachable(self.url, error) from error
+        return _read(call, response)
+
+    async def nodes(self) -> list[Node]:
+        """See calls.list_nodes."""
+        return (await self.send(calls.list_nodes())).value
+
+    async def vms(self) -> list[Vm]:
+        """See calls.list_vms."""
+        return (await self.send(calls.list_vms())).value
+
+    async def vm(self, vm_id: str) -> Vm:
+        """See calls.get_vm."""
+        return (await self.send(calls.get_vm(vm_id))).value
+
+    async def start_vm(self, node: str, spec: Mapping[str, Any]) -> Vm:
+        """See calls.start_vm."""
+        return (await self.send(calls.start_vm(node, spec))).value
+
+    async def stop_vm(self, vm_id: str) -> None:
+        """See calls.stop_vm."""
+        await self.send(calls.stop_vm(vm_id))
+
+    async def userfault_bitmap(self, vm_id: str) -> UserfaultBitmap:
+        """See calls.get_userfault_bitmap."""
+        return (await self.send(calls.get_userfault_bitmap(vm_id))).value
+
+    async def migrate(
+        self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0
+    ) -> Migration:
+        """See calls.create_migration."""
+        call = calls.create_migration(vm_id, destination_node, bulk_bytes_per_s_max)
+        return (await self.send(call)).value
+
+    async def migrations(self, vm_id: str = "") -> list[Migration]:
+        """See calls.list_migrations."""
+        return (await self.send(calls.list_migrations(vm_id))).value
+
+    async def migration(self, migration_id: str) -> Migration:
+        """See calls.get_migration."""
+        return (await self.send(calls.get_migration(migration_id))).value
+
+    async def cancel_migration(self, migration_id: str) -> Migration:
+        """See calls.cancel_migration."""
+        return (await self.send(calls.cancel_migration(migration_id))).value
+
+    async def watch(
+        self, migration_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> AsyncGenerator[Migration, None]:
+        """See Client.watch. Close it (aclosing) where it is left before its end."""
+        state = WatchState(unreachable_s_max)
+        path = calls.events_path(migration_id)
+        while not state.is_over:
+            why = "the stream ended"
+            try:
+                async with self._http.stream(
+                    "GET", path, headers=state.headers(), timeout=_stream_timeout()
+                ) as response:
+                    if not response.is_success:
+                        await response.aread()
+                    _check_stream(response)
+                    state.connected()
+                    async for event in EventSource(response).aiter_sse():
+                        if news := state.accept(event.id, event.data):
+                            yield news[0]
+                        if state.is_over:
+                            return
+            except (httpx.HTTPError, SSEError, _ServerTroubleError) as error:
+                why = str(error) or type(error).__name__
+            error_if_late = GodwitConnectionError(self.url, why)
+            await asyncio.sleep(state.broken(time.monotonic(), error_if_late))
+
+
+class _ServerTroubleError(Exception):
+    """A 5xx in place of a stream: an orchestrator that is starting, or its proxy without one."""
+
+
+def _check_stream(response: httpx.Response) -> None:
+    if response.status_code >= _SERVER_ERROR:
+        raise _ServerTroubleError(f"HTTP status {response.status_code}")
+    if not response.is_success:
+        raise _problem(response)
+
+
+def _stream_timeout() -> httpx.Timeout:
+    return httpx.Timeout(TIMEOUT_S, read=SILENCE_S_MAX)
+
+
+def _read(call: Call[ValueT], response: httpx.Response) -> Answer[ValueT]:
+    if not response.is_success:
+        raise _problem(response)
+    data = _decoded(response)
+    return Answer(call.read(data), data)
+
+
+def _problem(response: httpx.Response) -> GodwitApiError:
+    return GodwitApiError.from_problem(response.status_code, _decoded(response), response.text)
+
+
+def _decoded(response: httpx.Response) -> Any:
+    try:
+        return response.json() if response.content else None
+    except ValueError:
+        return None
+
+
+def _unreachable(url: str, error: Exception) -> GodwitConnectionError:
+    return GodwitConnectionError(url, str(error) or type(error).__name__)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the API speaks of, as values. Field by field protos/godwit/fleet/v1/types.proto.
+
+Reading is tolerant: fields that this release does not know are left alone, missing ones have the
+default, and words of an enum that it does not know stay the words they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Self
+
+
+class MigrationPhase(StrEnum):
+    """Phases that this release knows; each equals its word, as `migration.phase` has it."""
+
+    PENDING = "pending"
+    VALIDATING = "validating"
+    RESERVING = "reserving"
+    PREPARING = "preparing"
+    READY = "ready"
+    PRECOPY = "precopy"
+    SWITCHOVER = "switchover"
+    COMMITTED = "committed"
+    POSTCOPY = "postcopy"
+    POSTCOPY_PAUSED = "postcopy_paused"
+    RECOVERING = "recovering"
+    FINALIZING = "finalizing"
+    SUCCEEDED = "succeeded"
+    CANCELLING = "cancelling"
+    ROLLING_BACK = "rolling_back"
+    ABORTED = "aborted"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    NEEDS_ATTENTION = "needs_attention"
+    LOST = "lost"
+
+
+TERMINAL_PHASES = frozenset(
+    {
+        MigrationPhase.SUCCEEDED,
+        MigrationPhase.CANCELLED,
+        MigrationPhase.FAILED,
+        MigrationPhase.LOST,
+    }
+)
+"""Phases that are never left."""
+
+
+class _Model:
+    """A dataclass that reads itself from JSON; all its fields have defaults."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Read an object; anything else is an object without fields."""
+        if not isinstance(data, Mapping):
+            data = {}
+        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+        values = {key: value for key, value in data.items() if key in known and value is not None}
+        return cls(**cls._converted(values))
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencySummary(_Model):
+    """A distribution; with sample_count 0 the rest says nothing. Nanoseconds."""
+
+    sample_count: int = 0
+    p50_ns: int = 0
+    p99_ns: int = 0
+    p999_ns: int = 0
+    max_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalCounters(_Model):
+    """How a guest's memory arrives. Pages unless the name says otherwise.
+
+    Attributes:
+        page_count: of the guest.
+        absent_count: not there yet.
+        demand_page_count: came because a vCPU or the VMM waited.
+        bulk_page_count: came in the background.
+        zero_page_count: zeros, of which no bytes came.
+        removed_page_count: given back by the guest while in flight.
+        fault_count: faults seen, further waiters on the same page included.
+        received_bytes: page bytes received.
+        checksum_error_count: messages fetched again for their checksum.
+        reconnect_count: connections made again.
+        violation_count: broken invariants; anything but 0 wants a person.
+        fault_latency: from a fault to its wake.
+    """
+
+    page_count: int = 0
+    absent_count: int = 0
+    demand_page_count: int = 0
+    bulk_page_count: int = 0
+    zero_page_count: int = 0
+    removed_page_count: int = 0
+    fault_count: int = 0
+    received_bytes: int = 0
+    checksum_error_count: int = 0
+    reconnect_count: int = 0
+    violation_count: int = 0
+    fault_latency: LatencySummary = LatencySummary()
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return _with(values, fault_latency=LatencySummary)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTransition(_Model):
+    """A phase entered, when, and why in words. `at` by the orchestrator's clock."""
+
+    phase: str = ""
+    at: datetime | None = None
+    message: str = ""
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return _with_times(values, "at")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration(_Model):
+    """One attempt to move one VM.
+
+    Attributes:
+        phase: a word; see MigrationPhase.
+        decision: "committed", "aborted", or "unspecified" until the store has decided.
+        epoch: the destination's; 0 = not reserved yet.
+        reason: stable code of the last failure or wait; `message` in words, `hint` what to do.
+        pause_ns: from the stop of the vCPUs until they run again; 0 = not yet.
+        total_ns: from the request until SUCCEEDED; 0 = not yet.
+        counters: how the memory arrives; None before PREPARING.
+        progress: 0..1, never falls.
+        version: rises with every write.
+    """
+
+    migration_id: str = ""
+    vm_id: str = ""
+    source_node: str = ""
+    destination_node: str = ""
+    phase: str = ""
+    decision: str = ""
+    epoch: int = 0
+    reason: str = ""
+    message: str = ""
+    hint: str = ""
+    created_at: datetime | None = None
+    ended_at: datetime | None = None
+    pause_ns: int = 0
+    total_ns: int = 0
+    counters: ArrivalCounters | None = None
+    progress: float = 0.0
+    transitions: tuple[PhaseTransition, ...] = ()
+    cancel_requested: bool = False
+    traceparent: str = ""
+    version: int = 0
+
+    @property
+    def is_terminal(self) -> bool:
+        """True if its phase is never left."""
+        return self.phase in TERMINAL_PHASES
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = _with_times(_with(values, counters=ArrivalCounters), "created_at", "ended_at")
+        return _with_many(values, transitions=PhaseTransition)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities(_Model):
+    """What a node can do, as its agent said last."""
+
+    kernel_release: str = ""
+    uffd_features: tuple[str, ...] = ()
+    drivers: tuple[str, ...] = ()
+    vmm_versions: Mapping[str, str] | None = None
+    memory_total_bytes: int = 0
+    memory_available_bytes: int = 0
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **values,
+            **{name: tuple(values.get(name, ())) for name in ("uffd_features", "drivers")},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node(_Model):
+    """A node of the fleet and its agent; `message` says why it cannot be reached."""
+
+    name: str = ""
+    agent_address: str = ""
+    reachable: bool = False
+    message: str = ""
+    capabilities: Capabilities | None = None
+    vm_ids: tuple[str, ...] = ()
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = _with(values, capabilities=Capabilities)
+        return {**values, "vm_ids": tuple(values.get("vm_ids", ()))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vm(_Model):
+    """A virtual machine.
+
+    Attributes:
+        node: the node that owns it, under `epoch`.
+        memory_bytes: its memory.
+        migration_id: the migration under way, or "".
+        resident_share: of its pages, 0..1.
+        vmm_state: a word: running, paused, incoming, dead, unresponsive, guest_ended.
+    """
+
+    vm_id: str = ""
+    node: str = ""
+    epoch: int = 0
+    spec_hash: str = ""
+    memory_bytes: int = 0
+    migration_id: str = ""
+    resident_share: float = 0.0
+    vmm_state: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserfaultBitmap(_Model):
+    """Which pages of a VM are not yet where it runs.
+
+    Attributes:
+        absent_runs: (first page, page count), ascending.
+        resident_share: 0..1; resident_percent is the same times 100.
+    """
+
+    vm_id: str = ""
+    epoch: int = 0
+    page_count: int = 0
+    absent_count: int = 0
+    resident_share: float = 0.0
+    resident_percent: float = 0.0
+    page_size_bytes: int = 4096
+    absent_runs: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        runs = tuple((int(first), int(count)) for first, count in values.get("absent_runs", ()))
+        return {**values, "absent_runs": runs}
+
+
+def _with(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
+    read = {name: model.from_json(values[name]) for name, model in models.items() if name in values}
+    return {**values, **read}
+
+
+def _with_many(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
+    read = {
+        name: tuple(model.from_json(item) for item in values.get(name, ()))
+        for name, model in models.items()
+    }
+    return {**values, **read}
+
+
+def _with_times(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """RFC 3339 text becomes a datetime; "" is no time."""
+    read = {
+        name: datetime.fromisoformat(values[name]) if values[name] else None
+        for name in names
+        if name in values
+    }
+    return {**values, **read}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `godwit` command: starts the services, asks the orchestrator, runs the demo."""

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`godwit demo`: the whole of Godwit on this machine, once to b and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.cli import quantities
+from services.cli.exit_status import ExitStatus
+
+if TYPE_CHECKING:
+    from godwit.models import Migration
+
+    from services.cli.watching import MigrationView
+    from services.demo.run import Options
+
+
+def demo(
+    memory: Annotated[
+        str, typer.Option("--memory", metavar="SIZE", help="Memory of the guest.")
+    ] = "512M",
+    workload_mib: Annotated[
+        int,
+        typer.Option("--workload-mib", min=1, help="Memory that the guest fills and checks, MiB."),
+    ] = 256,
+    dirty_rate: Annotated[
+        int,
+        typer.Option("--dirty-rate", min=0, help="Pages that it rewrites a second; 0 = no limit."),
+    ] = 2000,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, max=8, help="CPUs of the guest.")] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The last line on stdout is the report as JSON.")
+    ] = False,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir",
+            metavar="DIR",
+            help="Where state and logs go; must not exist.",
+            show_default="a new one in /var/tmp",
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep that directory at the end.")] = False,
+    sabotage: Annotated[
+        str | None, typer.Option("--sabotage", hidden=True, help="For tests; docs/testing.md.")
+    ] = None,
+) -> None:
+    """Migrate a real guest to another node and back, and check every page of it.
+
+    Starts an orchestrator and two nodes as processes of this machine, boots a small Linux in QEMU
+    on node a, moves it to b and back by post-copy, and lets the guest itself check its memory, its
+    disk, its network and its heartbeats. Exit status 0 only if all of it is proved unharmed.
+    """
+    options = _options(memory, workload_mib, dirty_rate, vcpus, directory, keep, sabotage)
+    raise typer.Exit(_run(options, as_json=as_json))
+
+
+class _Narrator:
+    """Progress on stderr: stdout is for the report."""
+
+    def __init__(self) -> None:
+        self._view: MigrationView | None = None
+
+    def step(self, text: str) -> None:
+        """Something begins or is done."""
+        self.close()
+        print(f"• {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Something that weakens what the demo shows."""
+        self.close()
+        print(f"! {text}", file=sys.stderr, flush=True)
+
+    def migration(self, migration: Migration) -> None:
+        """A migration has changed: one live line, or plain lines where there is no terminal."""
+        if self._view is None:
+            from services.cli.watching import MigrationView
+
+            self._view = MigrationView()
+            self._view.__enter__()
+        self._view.show(migration)
+
+    def close(self) -> None:
+        """The live line, if there is one, stays as it is."""
+        if self._view is not None:
+            self._view.__exit__()
+            self._view = None
+
+
+def _options(
+    memory: str,
+    workload_mib: int,
+    dirty_rate: int,
+    vcpus: int,
+    directory: Path | None,
+    keep: bool,
+    sabotage: str | None,
+) -> Options:
+    from services.demo.run import Options
+    from services.demo.sabotage import Harm
+
+    try:
+        memory_bytes = quantities.parse_memory(memory)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--memory") from error
+    try:
+        harm = Harm(sabotage) if sabotage is not None else None
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{sabotage!r} is none of {', '.join(Harm)}", param_hint="--sabotage"
+        ) from error
+    return Options(
+        memory_bytes=memory_bytes,
+        workload_mib=workload_mib,
+        dirty_rate=dirty_rate,
+        vcpus=vcpus,
+        directory=directory,
+        keep=keep,
+        harm=harm,
+    )
+
+
+def _run(options: Options, *, as_json: bool) -> ExitStatus:
+    from rich.console import Console
+
+    from services.demo.report import print_report
+    from services.demo.run import run_demo
+
+    narrator = _Narrator()
+    try:
+        report = asyncio.run(_interruptible(run_demo(options, narrator)))
+    except asyncio.CancelledError:
+        print("godwit: interrupted; everything is cleaned up", file=sys.stderr)
+        return ExitStatus.INTERRUPTED
+    finally:
+        narrator.close()
+    print_report(report, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(report), flush=True)
+    return ExitStatus.OK if report["verdict"] == "ok" else ExitStatus.MIGRATION_FAILED
+
+
+async def _interruptible(work: Coroutine[Any, Any, dict[str, object]]) -> dict[str, object]:
+    """Ctrl-C and SIGTERM cancel `work`, once: its cleaning up is not interrupted."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        print("" if interrupted else "\ngodwit: cleaning up", file=sys.stderr, flush=True)
+        if not interrupted:
+            interrupted = True
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await work
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `godwit` command.
+
+Modules that take long to import (the HTTP client, rich, the demo) are imported by the commands that
+need them: `godwit --help` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from services.cli import bitmap, demo, migrations, nodes, processes, vms
+from services.cli.exit_status import ExitStatus, of_http
+from services.cli.session import ENV_URL, Options, OutputOption, UrlOption
+
+_EPILOG = """\
+Exit status: 0 done · 1 bug · 2 wrong usage · 3 refused · 4 not found · 5 unreachable ·
+6 the migration did not succeed (demo: the verdict is not ok) · 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="godwit",
+    help="Move running VMs between the nodes of a fleet by post-copy live migration.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would cost a third of the start
+)
+app.command()(nodes.nodes)
+app.add_typer(vms.app, name="vms")
+app.command()(migrations.migrate)
+app.add_typer(migrations.app, name="migrations")
+app.command()(bitmap.bitmap)
+app.command()(demo.demo)
+app.command("page-server", context_settings=processes.PASS_ON)(processes.page_server)
+app.command("fault-agent", context_settings=processes.PASS_ON)(processes.fault_agent)
+app.command("orchestrator", context_settings=processes.PASS_ON)(processes.orchestrator)
+
+
+@app.callback()
+def root(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOption = None) -> None:
+    """Move running VMs between the nodes of a fleet by post-copy live migration."""
+    ctx.ensure_object(Options).override(output, orchestrator)
+
+
+def main() -> NoReturn:
+    """Run the command of sys.argv; the exit status is an ExitStatus."""
+    try:
+        app()
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not complain at exit either.
+        sys.stderr.close()
+        sys.exit(ExitStatus.OK)
+    except Exception as error:
+        status = _explain(error)
+        if status is None:
+            raise
+        sys.exit(status)
+    sys.exit(ExitStatus.OK)
+
+
+def _explain(error: Exception) -> ExitStatus | None:
+    """Say what is wrong and what to do on stderr; None: nobody foresaw this one."""
+    from godwit.errors import GodwitApiError, GodwitClientError, GodwitConnectionError
+
+    if not isinstance(error, GodwitClientError):
+        return None
+    if isinstance(error, GodwitApiError):
+        names = "".join(f", {key} {value}" for key, value in error.metadata.items())
+        _complain(f"{error.reason}: {error.detail}{names}", error.hint)
+        return of_http(error.status)
+    hint = f"is `godwit orchestrator` running there? See --orchestrator, {ENV_URL}"
+    _complain(str(error), hint if isinstance(error, GodwitConnectionError) else "")
+    return ExitStatus.UNREACHABLE
+
+
+def _complain(what: str, hint: str) -> None:
+    print(f"godwit: {what}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
