@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents list is what the code has."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from services.common import vm_spec
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCS = ROOT / "docs"
+
+
+def _point(argument: ast.expr) -> str | None:
+    """A hook point's name; what varies in it is `<>`."""
+    if isinstance(argument, ast.Constant):
+        return str(argument.value)
+    if isinstance(argument, ast.JoinedStr):
+        parts = argument.values
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "<>" for part in parts
+        )
+    return None
+
+
+def _points_in_code() -> set[str]:
+    found = set()
+    for path in (ROOT / "services").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            name = node.func.id if isinstance(node.func, ast.Name) else name
+            point = _point(node.args[0]) if name == "reach" else None
+            if point is not None:
+                found.add(point)
+    return found
+
+
+def test_every_hook_point_is_listed() -> None:
+    text = (DOCS / "testing.md").read_text().split("Points (a test", 1)[1]
+    listed = {
+        re.sub(r"<\w+>", "<>", name) for name in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    }
+    assert _points_in_code() == listed
+
+
+def test_the_example_of_the_vm_spec_is_one() -> None:
+    text = (DOCS / "vm-spec.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    spec = vm_spec.VmSpec.parse(example)
+    assert json.loads(example)["vm_id"] == spec.vm_id
+
+
+@pytest.mark.parametrize(
+    ("title", "model"),
+    [
+        ("## Fields", vm_spec.VmSpec),
+        ("**Disk**", vm_spec.Disk),
+        ("**Nic**", vm_spec.Nic),
+        ("**Tap**", vm_spec.Tap),
+    ],
+)
+def test_every_field_of_the_vm_spec_is_described(
+    title: str, model: type[pydantic.BaseModel]
+) -> None:
+    section = (DOCS / "vm-spec.md").read_text().split(title, 1)[1].split("\n\n**", 1)[0]
+    section = section.split("\n## ", 1)[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(model.model_fields)
