@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole Godwit on one host: an orchestrator and two nodes, each part a process of its own.
+
+The demo runs on it and so do the integration tests, which kill, stop and restart its parts. Every
+part listens on loopback at a port that the kernel chose and keeps, and logs to `<directory>/logs`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from godwit.client import AsyncClient
+from godwit.errors import GodwitClientError
+
+from services.demo import leftovers
+from services.demo.part import START_TIMEOUT_S, Part, base_environment
+from services.fault_agent import journal
+from services.fault_agent.drivers.command_line import (
+    INSPECTION_SOCKET,
+    console_log,
+)
+
+RAM_PARENT = Path("/dev/shm")  # noqa: S108 - guest memory has to be tmpfs
+_STOP_VM_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeParts:
+    """One node: its agent, its page server, its directories."""
+
+    name: str
+    agent: Part
+    page_server: Part
+    state_dir: Path
+    ram_dir: Path
+
+    def vm_dir(self, vm_id: str) -> Path:
+        """Where the agent keeps everything of one VM."""
+        return self.state_dir / "vms" / vm_id
+
+    def console(self, vm_id: str, epoch: int) -> Path:
+        """The file that the guest's console is written to, one a run."""
+        return self.vm_dir(vm_id) / console_log(epoch)
+
+    def monitor(self, vm_id: str) -> Path:
+        """The VMM's second QMP socket, which no agent uses."""
+        return self.vm_dir(vm_id) / INSPECTION_SOCKET
+
+    def record(self, vm_id: str) -> journal.Record:
+        """What the node's journal says of a VM.
+
+        Raises:
+            FileNotFoundError: it does not know the VM.
+        """
+        path = self.vm_dir(vm_id) / journal.FILE
+        return journal.decode(path.read_bytes(), path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A running cluster. Made by `running_cluster`."""
+
+    directory: Path
+    orchestrator: Part
+    nodes: Mapping[str, NodeParts]
+    claim: leftovers.Claim
+
+    @property
+    def rest_url(self) -> str:
+        """Where the orchestrator's REST API is."""
+        return f"http://{self.orchestrator.addresses['rest']}"
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every part, the orchestrator last."""
+        nodes = [part for node in self.nodes.values() for part in (node.page_server, node.agent)]
+        return [*nodes, self.orchestrator]
+
+    async def start(self, part: Part) -> None:
+        """Start a part, for the first time or again, at the same address.
+
+        Raises:
+            UnavailableError: PART_FAILED with the end of its log.
+        """
+        self.claim.add(await part.start())
+
+
+@asynccontextmanager
+async def running_cluster(
+    directory: Path,
+    *,
+    ram_parent: Path = RAM_PARENT,
+    node_names: Sequence[str] = ("a", "b"),
+    environment: Mapping[str, str] | None = None,
+) -> AsyncIterator[Cluster]:
+    """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
+
+    Args:
+        directory: must not exist; holds state, logs and sockets, and stays.
+        ram_parent: a tmpfs; guest memory goes below it and is removed at the end.
+        node_names: of the nodes.
+        environment: what the parts get on top of ours.
+
+    Raises:
+        FileExistsError: `directory` exists.
+        UnavailableError: a part did not start.
+    """
+    directory.mkdir(parents=True)  # noqa: ASYNC240 - local and quick, here and below
+    base = base_environment(environment)
+    await leftovers.remove_stale(ram_parent)
+    async with leftovers.claimed(ram_parent, directory) as claim:
+        nodes: dict[str, NodeParts] = {}
+        cluster = Cluster(
+            directory=directory,
+            orchestrator=_orchestrator(directory, base),
+            nodes=nodes,
+            claim=claim,
+        )
+        try:
+            await cluster.start(cluster.orchestrator)
+            for name in node_names:
+                await _start_node(name, cluster, nodes, base)
+            await _wait_reachable(cluster)
+            yield cluster
+        finally:
+            await _stop_vms(cluster)
+            # The VMs are gone, or refused to go: no part is needed any more, so none need drain.
+            await asyncio.gather(*(part.kill() for part in cluster.parts))
+
+
+def _orchestrator(directory: Path, base: Mapping[str, str]) -> Part:
+    return Part(
+        "orchestrator",
+        [
+            "services.orchestrator",
+            *("--rest", "127.0.0.1:0"),
+            *("--grpc", "127.0.0.1:0"),
+            *("--store", str(directory / "orchestrator.sqlite")),
+        ],
+        pinned={"rest": "--rest", "grpc": "--grpc"},
+        directory=directory,
+        environment=base,
+    )
+
+
+async def _start_node(
+    name: str, cluster: Cluster, nodes: dict[str, NodeParts], base: Mapping[str, str]
+) -> None:
+    state_dir, ram_dir = cluster.directory / name, cluster.claim.path / name
+    images_dir = state_dir / "images"
+    images_dir.mkdir(parents=True)
+    ram_dir.mkdir()
+    page_server = Part(
+        f"{name}.page-server",
+        [
+            "services.page_server",
+            *("--listen", "127.0.0.1:0"),
+            *("--control", "127.0.0.1:0"),
+            *("--metrics", "127.0.0.1:0"),
+            *("--images-dir", str(images_dir)),
+        ],
+        pinned={"page": "--listen", "control": "--control", "metrics": "--metrics"},
+        directory=cluster.directory,
+        environment=base,
+    )
+    await cluster.start(page_server)
+    agent = Part(
+        f"{name}.agent",
+        [
+            "services.fault_agent",
+            *("--node", name),
+            *("--listen", "127.0.0.1:0"),
+            *("--metrics", "127.0.0.1:0"),
+            *("--state-dir", str(state_dir)),
+            *("--images-dir", str(images_dir)),
+            *("--ram-dir", str(ram_dir)),
+            *("--page-server-control", page_server.addresses["control"]),
+            *("--orchestrator", cluster.orchestrator.addresses["grpc"]),
+        ],
+        pinned={"grpc": "--listen", "metrics": "--metrics"},
+        directory=cluster.directory,
+        environment=base,
+    )
+    # Listed before it runs: a node half started is cleaned up like a whole one.
+    nodes[name] = NodeParts(
+        name=name, agent=agent, page_server=page_server, state_dir=state_dir, ram_dir=ram_dir
+    )
+    await cluster.start(agent)
+
+
+async def _wait_reachable(cluster: Cluster) -> None:
+    async with AsyncClient(cluster.rest_url) as client, asyncio.timeout(START_TIMEOUT_S):
+        while True:
+            reachable = {node.name for node in await client.nodes() if node.reachable}
+            if reachable >= set(cluster.nodes):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def _stop_vms(cluster: Cluster) -> None:
+    """Politely, as far as that goes; what is left is killed through the journals."""
+    if not cluster.orchestrator.is_running:
+        return
+    with contextlib.suppress(GodwitClientError):
+        async with AsyncClient(cluster.rest_url, timeout_s=_STOP_VM_TIMEOUT_S) as client:
+            for vm in await client.vms():
+                with contextlib.suppress(GodwitClientError):
+                    await client.stop_vm(vm.vm_id)

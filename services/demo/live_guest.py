@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's guest on a cluster: start it through the API, move it, wait until it proves itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from godwit.client import AsyncClient
+from godwit.models import Migration, MigrationPhase
+
+from services.common.errors import DeadlineExceededError
+from services.common.vm_spec import Disk, Nic, Tap, VmSpec
+from services.demo.cluster import Cluster
+from services.demo.console import Console, ConsoleFollower, Panic, Record, Sweep, parse
+from services.demo.guest_image import GuestImage, Workload
+from services.demo.network import Network
+from services.demo.verdict import MigrationReport, Setup, evidence_missing
+
+BOOT_S_MAX = 240.0
+MOVE_S_MAX = 300.0
+PROOF_S_MAX = 240.0
+SILENCE_S_MAX = 30.0
+"""A guest that beats each 10 ms and says nothing for so long is dead."""
+MAC = "52:54:00:67:77:01"
+_LINES_SHOWN = 5
+
+OnStep = Callable[[Migration], Awaitable[bool]]
+"""Told of each change of a migration; True = there is nothing more to wait for."""
+
+
+def make_spec(
+    vm_id: str,
+    *,
+    image: GuestImage,
+    workload: Workload,
+    memory_bytes: int,
+    vcpus: int = 1,
+    disk: Path | None = None,
+    network: Network | None = None,
+) -> VmSpec:
+    """The spec of a guest that runs `workload`.
+
+    Under TCG: KVM of a nested host need not be able to run Linux, TCG always is.
+    """
+    tap = Tap(bridge=network.bridge, netns=network.netns) if network else None
+    return VmSpec(
+        vm_id=vm_id,
+        memory_bytes=memory_bytes,
+        vcpus=vcpus,
+        kernel=str(image.kernel),
+        initrd=str(image.initrd),
+        cmdline=workload.command_line(),
+        disks=(Disk(path=str(disk)),) if disk else (),
+        nics=(Nic(mac=MAC, tap=tap),) if tap else (),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveGuest:
+    """A guest that was started, wherever it is now.
+
+    Attributes:
+        setup: what it must prove.
+        consoles: its runs, in order; grows with each move.
+    """
+
+    cluster: Cluster
+    client: AsyncClient
+    follower: ConsoleFollower
+    vm_id: str
+    setup: Setup
+    consoles: list[Console]
+
+    @classmethod
+    async def start(
+        cls,
+        spec: VmSpec,
+        node: str,
+        *,
+        setup: Setup,
+        cluster: Cluster,
+        client: AsyncClient,
+        follower: ConsoleFollower,
+    ) -> LiveGuest:
+        """Start it on a node, through the API.
+
+        Raises:
+            GodwitClientError: the orchestrator refused or did not answer.
+        """
+        vm = await client.start_vm(node, spec.model_dump(mode="json"))
+        guest = cls(
+            cluster=cluster,
+            client=client,
+            follower=follower,
+            vm_id=spec.vm_id,
+            setup=setup,
+            consoles=[],
+        )
+        guest.follow(node, vm.epoch)
+        return guest
+
+    @property
+    def console(self) -> Console:
+        """Of the run that was begun last."""
+        return self.consoles[-1]
+
+    def follow(self, node: str, epoch: int) -> Console:
+        """A new run begins, or may."""
+        path = self.cluster.nodes[node].console(self.vm_id, epoch)
+        console = self.follower.add(path, node=node, epoch=epoch)
+        self.consoles.append(console)
+        return console
+
+    async def wait_filled(self) -> None:
+        """Return once the workload has filled its memory and begun to check it.
+
+        Raises:
+            DeadlineExceededError: GUEST_NOT_UP, with the end of its console.
+        """
+        try:
+            async with asyncio.timeout(BOOT_S_MAX):
+                at = await self.follower.wait_for(self.console, _begins_or_ends)
+        except TimeoutError:
+            raise self._not_up(f"not up after {BOOT_S_MAX:g} s") from None
+        if isinstance(parse(self.console.lines[at].text), Panic):
+            raise self._not_up("its kernel gave up")
+
+    async def move(
+        self, destination: str, *, on_step: OnStep, bulk_bytes_per_s_max: int = 0
+    ) -> Migration:
+        """Ask for a move and follow it; the last that was seen of it, whether it succeeded or not.
+
+        Raises:
+            DeadlineExceededError: MOVE_STALLED.
+            GodwitClientError: the orchestrator refused or cannot be reached any more.
+        """
+        last = await self.client.migrate(
+            self.vm_id, destination, bulk_bytes_per_s_max=bulk_bytes_per_s_max
+        )
+        followed = False
+        try:
+            async with (
+                asyncio.timeout(MOVE_S_MAX),
+                aclosing(self.client.watch(last.migration_id)) as steps,
+            ):
+                async for last in steps:
+                    if last.epoch and not followed:
+                        followed = True  # from before its first line on, for the time stamps' sake
+                        self.follow(destination, last.epoch)
+                    if await on_step(last) or last.phase == MigrationPhase.NEEDS_ATTENTION:
+                        break
+        except TimeoutError:
+            raise DeadlineExceededError(
+                "MOVE_STALLED", f"{last.migration_id} is {last.phase} after {MOVE_S_MAX:g} s"
+            ) from None
+        return last
+
+    async def prove(self) -> list[str]:
+        """Wait for all evidence of the run begun last: every page verified since, disk, network.
+
+        Returns:
+            What is missing when the guest is dead or the time is up; empty: nothing.
+        """
+        missing = ["nothing was looked at"]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROOF_S_MAX):
+                while missing := evidence_missing(self.setup, self.console):
+                    if self._is_dead():
+                        break
+                    await asyncio.sleep(0.05)
+        return missing
+
+    def _is_dead(self) -> bool:
+        lines = self.console.lines
+        if lines and isinstance(parse(lines[-1].text), Panic):
+            return True
+        began_ns = lines[-1].t_ns if lines else None
+        return began_ns is not None and time.monotonic_ns() - began_ns > SILENCE_S_MAX * 1e9
+
+    def _not_up(self, why: str) -> DeadlineExceededError:
+        said = "; ".join(line.text for line in self.console.lines[-_LINES_SHOWN:])
+        return DeadlineExceededError("GUEST_NOT_UP", f"{self.vm_id}: {why}: {said or 'silence'}")
+
+
+def _begins_or_ends(record: Record) -> bool:
+    return isinstance(record, Panic) or (isinstance(record, Sweep) and record.state == "begin")
+
+
+def report_of(migration: Migration) -> MigrationReport:
+    """What the system says about a move, in the units of the verdict."""
+    counters = migration.counters
+    latency = counters.fault_latency if counters else None
+    return MigrationReport(
+        source=migration.source_node,
+        destination=migration.destination_node,
+        pause_ms=round(migration.pause_ns / 1e6, 3),
+        total_s=round(migration.total_ns / 1e9, 3),
+        pages_demand=counters.demand_page_count if counters else 0,
+        pages_bulk=counters.bulk_page_count if counters else 0,
+        pages_zero=counters.zero_page_count if counters else 0,
+        fault_p50_us=round(latency.p50_ns / 1e3, 1) if latency else 0.0,
+        fault_p99_us=round(latency.p99_ns / 1e3, 1) if latency else 0.0,
+    )
