@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service layer: what REST and gRPC both offer. Takes plain values, answers with messages.
+
+A refusal changes nothing: everything is checked before the first write, and again inside the
+transaction that writes (I9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import AsyncIterator
+
+import sqlalchemy as sa
+from godwit.fleet.v1 import (
+    migration_service_pb2,
+    types_pb2,
+    vm_service_pb2,
+)
+from google.protobuf.message import Message
+from ulid import ULID
+
+from services.common import telemetry
+from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.common.listen import parse_address
+from services.common.vm_spec import VM_ID_PATTERN, VmSpec
+from services.orchestrator.agents import node_unknown
+from services.orchestrator.machines import Machines
+from services.orchestrator.migration import TERMINAL
+from services.orchestrator.move import Context, both
+from services.orchestrator.nodes import Nodes
+from services.orchestrator.runner import Runner
+from services.orchestrator.store.fleet import migration_active, vm_unknown
+from services.orchestrator.store.migrations import migration_unknown
+from services.orchestrator.store.rows import IdempotencyRow, MigrationRow, NodeRow, VmRow
+from services.orchestrator.views import bitmap_view, migration_view, node_view, vm_view
+
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1000
+WATCH_S_MIN = 0.1
+"""Shortest time between two messages of a watch."""
+KEY_LEN_MAX = 255
+BYTES_PER_S_MAX = 1 << 50
+
+
+def field_invalid(name: str, must: str, got: object) -> InvalidArgumentError:
+    """The refusal of a value that no state of the fleet would make right."""
+    return InvalidArgumentError(
+        "FIELD_INVALID", f"{name} {must}, got {got!r}", metadata={"field": name}
+    )
+
+
+def _check_name(field: str, value: str) -> None:
+    if not re.fullmatch(VM_ID_PATTERN, value):
+        raise field_invalid(field, f"must match {VM_ID_PATTERN}", value)
+
+
+def check_node(name: str, agent_address: str) -> None:
+    """Refuse what cannot be a node.
+
+    Raises:
+        InvalidArgumentError: FIELD_INVALID.
+    """
+    _check_name("name", name)
+    try:
+        parse_address(agent_address)
+    except InvalidArgumentError as error:
+        raise field_invalid("agent_address", "must be HOST:PORT", agent_address) from error
+
+
+class Fleet:
+    """Every call of the API."""
+
+    def __init__(self, context: Context, nodes: Nodes, machines: Machines, runner: Runner) -> None:
+        self._context = context
+        self._nodes = nodes
+        self._machines = machines
+        self._runner = runner
+
+    # --- nodes ---
+
+    async def register_node(self, name: str, agent_address: str) -> tuple[types_pb2.Node, bool]:
+        """Add a node or give it a new address. The bool: it is new."""
+        check_node(name, agent_address)
+        row, is_new = await self._nodes.put(name, agent_address)
+        return await self._node_view(row), is_new
+
+    async def get_node(self, name: str) -> types_pb2.Node:
+        """One node."""
+        return await self._node_view(await self._node(name))
+
+    async def list_nodes(self) -> list[types_pb2.Node]:
+        """All of them."""
+        return [await self._node_view(row) for row in await self._context.store.fleet.nodes()]
+
+    async def _node(self, name: str) -> NodeRow:
+        row = await self._context.store.fleet.node(name)
+        if row is None:
+            raise node_unknown(name)
+        return row
+
+    async def _node_view(self, row: NodeRow) -> types_pb2.Node:
+        status = self._nodes.status(row.name)
+        vms = await self._context.store.fleet.vms()
+        return node_view(
+            row,
+            reachable=status.reachable,
+            message=status.message,
+            capabilities=status.capabilities,
+            vm_ids=[vm.vm_id for vm in vms if vm.node == row.name],
+        )
+
+    # --- VMs ---
+
+    async def start_vm(self, node: str, spec_json: str, *, key: str = "") -> types_pb2.Vm:
+        """Start a VM from its spec."""
+        spec = VmSpec.parse(spec_json)
+        request = vm_service_pb2.StartVmRequest(node=node, spec_json=spec.canonical_json())
+        if answer := await self._answered(key, request):
+            return types_pb2.Vm.FromString(answer)
+        await self._node(node)
+        await self._nodes.require(node)
+        vm = await self._vm_view(await self._machines.start(spec, node), "")
+        await self._keep(key, request, vm)
+        return vm
+
+    async def stop_vm(self, vm_id: str) -> None:
+        """End a VM."""
+        vm = await self._vm(vm_id)
+        if active := await self._context.store.migrations.active_of(vm_id):
+            raise migration_active(vm_id, active)
+        await self._nodes.require(vm.node)
+        await self._machines.stop(vm_id)
+
+    async def get_vm(self, vm_id: str) -> types_pb2.Vm:
+        """One VM."""
+        vm = await self._vm(vm_id)
+        return await self._vm_view(vm, await self._context.store.migrations.active_of(vm_id))
+
+    async def list_vms(self) -> list[types_pb2.Vm]:
+        """All of them."""
+        active = await self._context.store.migrations.active_ids()
+        vms = await self._context.store.fleet.vms()
+        return [await self._vm_view(vm, active.get(vm.vm_id, "")) for vm in vms]
+
+    async def userfault_bitmap(self, vm_id: str) -> vm_service_pb2.GetUserfaultBitmapResponse:
+        """Which pages are not yet where the VM runs."""
+        vm = await self._vm(vm_id)
+        return bitmap_view(vm, self._context.bitmaps.get(vm_id, vm.epoch))
+
+    async def _vm(self, vm_id: str) -> VmRow:
+        vm = await self._context.store.fleet.vm(vm_id)
+        if vm is None:
+            raise vm_unknown(vm_id)
+        return vm
+
+    async def _vm_view(self, vm: VmRow, migration_id: str) -> types_pb2.Vm:
+        return vm_view(
+            vm,
+            migration_id=migration_id,
+            bitmap=self._context.bitmaps.get(vm.vm_id, vm.epoch),
+            vmm_state=self._nodes.vmm_state(vm.node, vm.vm_id),
+        )
+
+    # --- migrations ---
+
+    async def create_migration(
+        self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0, key: str = ""
+    ) -> types_pb2.Migration:
+        """Admit a move. It goes on by itself."""
+        _check_name("vm_id", vm_id)
+        _check_name("destination_node", destination_node)
+        if not 0 <= bulk_bytes_per_s_max <= BYTES_PER_S_MAX:
+            raise field_invalid(
+                "bulk_bytes_per_s_max", f"must be 0..{BYTES_PER_S_MAX}", bulk_bytes_per_s_max
+            )
+        request = migration_service_pb2.CreateMigrationRequest(
+            vm_id=vm_id,
+            destination_node=destination_node,
+            bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+        )
+        if answer := await self._answered(key, request):
+            return types_pb2.Migration.FromString(answer)
+        row = await self._admissible(vm_id, destination_node, bulk_bytes_per_s_max)
+        view = migration_view(row, ())
+        try:
+            await self._context.store.migrations.create(row, self._idempotency(key, request, view))
+        except sa.exc.IntegrityError:
+            # The same key won the race, or the same VM did: both are answered by looking again.
+            if answer := await self._answered(key, request):
+                return types_pb2.Migration.FromString(answer)
+            active = await self._context.store.migrations.active_of(vm_id)
+            raise migration_active(vm_id, active) from None
+        self._runner.admit(row)
+        return view
+
+    async def _admissible(
+        self, vm_id: str, destination_node: str, bulk_bytes_per_s_max: int
+    ) -> MigrationRow:
+        """The migration as it would be written; raises where it would be refused."""
+        self._runner.require_running()
+        vm = await self._vm(vm_id)
+        await self._node(destination_node)
+        if vm.node == destination_node:
+            raise FailedPreconditionError(
+                "SAME_NODE",
+                f"VM {vm_id} is on node {destination_node} already",
+                hint="choose another node",
+                metadata={"vm_id": vm_id, "node": destination_node},
+            )
+        if active := await self._context.store.migrations.active_of(vm_id):
+            raise migration_active(vm_id, active)
+        await both(self._nodes.require(vm.node), self._nodes.require(destination_node))
+        migration_id = str(ULID())
+        return MigrationRow.new(
+            migration_id=migration_id,
+            vm=vm,
+            destination_node=destination_node,
+            bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+            traceparent=telemetry.new_traceparent(
+                **{"godwit.migration.id": migration_id, "godwit.vm.id": vm_id}
+            ),
+            now_ns=self._context.now_ns(),
+        )
+
+    async def get_migration(self, migration_id: str) -> types_pb2.Migration:
+        """One migration."""
+        return (await self._migration(migration_id))[1]
+
+    async def _migration(self, migration_id: str) -> tuple[MigrationRow, types_pb2.Migration]:
+        row = await self._context.store.migrations.get(migration_id)
+        if row is None:
+            raise migration_unknown(migration_id)
+        history = await self._context.store.migrations.transitions([migration_id])
+        return row, migration_view(row, history[migration_id])
+
+    async def list_migrations(
+        self, vm_id: str = "", *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[types_pb2.Migration], str]:
+        """A page, the newest first, and the token of the next one."""
+        if not 0 <= page_size <= PAGE_SIZE_MAX:
+            raise field_invalid("page_size", f"must be 0..{PAGE_SIZE_MAX}", page_size)
+        count = page_size or PAGE_SIZE_DEFAULT
+        rows = await self._context.store.migrations.page(
+            vm_id, before=_read_token(page_token), count=count + 1
+        )
+        more, rows = len(rows) > count, rows[:count]
+        histories = await self._context.store.migrations.transitions(
+            [row.migration_id for row in rows]
+        )
+        views = [migration_view(row, histories[row.migration_id]) for row in rows]
+        return views, _write_token(rows[-1].migration_id) if more else ""
+
+    async def cancel_migration(self, migration_id: str) -> types_pb2.Migration:
+        """Ask for a cancel."""
+        await self._context.store.migrations.request_cancel(migration_id)
+        self._runner.cancel(migration_id)
+        self._context.changes.publish(migration_id)
+        return await self.get_migration(migration_id)
+
+    async def watch_migration(
+        self, migration_id: str, *, ping_s: float | None = None
+    ) -> AsyncIterator[types_pb2.Migration | None]:
+        """The migration at every change, None after each `ping_s` without one, until terminal."""
+        seen = 0
+        with self._context.changes.subscribe(migration_id) as changed:
+            while True:
+                changed.clear()
+                row, view = await self._migration(migration_id)
+                if row.version != seen:
+                    seen = row.version
+                    yield view
+                if row.phase in TERMINAL or self._context.changes.closed:
+                    return
+                await asyncio.sleep(WATCH_S_MIN)
+                try:
+                    async with asyncio.timeout(ping_s):
+                        await changed.wait()
+                except TimeoutError:
+                    yield None
+
+    # --- repeated requests ---
+
+    async def _answered(self, key: str, request: Message) -> bytes:
+        """The answer that was given to the same request under this key, or b""."""
+        if not key:
+            return b""
+        if len(key) > KEY_LEN_MAX:
+            raise field_invalid("request_id", f"has at most {KEY_LEN_MAX} characters", len(key))
+        row = await self._context.store.idempotency.get(key, now_ns=self._context.now_ns())
+        if row is None:
+            return b""
+        if row.request_hash != _hash(request):
+            raise InvalidArgumentError(
+                "IDEMPOTENCY_KEY_REUSED",
+                "this key was given with another request within the last 24 hours",
+                hint="draw a new key for each request; repeat it only with the same one",
+            )
+        return row.response
+
+    def _idempotency(self, key: str, request: Message, answer: Message) -> IdempotencyRow | None:
+        if not key:
+            return None
+        return IdempotencyRow(
+            key=key,
+            request_hash=_hash(request),
+            response=answer.SerializeToString(),
+            created_at_ns=self._context.now_ns(),
+        )
+
+    async def _keep(self, key: str, request: Message, answer: Message) -> None:
+        if row := self._idempotency(key, request, answer):
+            await self._context.store.idempotency.put(row)
+
+
+def _hash(request: Message) -> str:
+    text = request.DESCRIPTOR.full_name.encode() + request.SerializeToString(deterministic=True)
+    return hashlib.sha256(text).hexdigest()
+
+
+def _write_token(migration_id: str) -> str:
+    return base64.urlsafe_b64encode(migration_id.encode()).decode().rstrip("=")
+
+
+def _read_token(token: str) -> str:
+    try:
+        text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
+        return str(ULID.from_str(text)) if text else ""
+    except (binascii.Error, ValueError) as error:
+        raise field_invalid("page_token", "must be a next_page_token", token) from error

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows an arrival: bitmap and counters into the store, what they mean into events.
+
+Two tasks: one reads the destination's stream, and asks both agents whenever it breaks; the other
+asks, while the link is lost, whether the source still has the memory. Both only report; the table
+decides what a report does in the phase in which it arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+
+from services.common.errors import GodwitError
+from services.orchestrator.migration import (
+    AWAITING,
+    Event,
+    LinkLost,
+    LinkRestored,
+    PagesArrive,
+    Phase,
+    Stuck,
+    progress,
+)
+from services.orchestrator.move import Move
+
+_OVER = (agent_pb2.ARRIVAL_PHASE_COMPLETE, agent_pb2.ARRIVAL_PHASE_ENDED)
+
+
+class Follower:
+    """Reports the events of one arrival for as long as it is followed."""
+
+    def __init__(self, move: Move) -> None:
+        self._move = move
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._phase = agent_pb2.ARRIVAL_PHASE_UNSPECIFIED
+        self._absent_count: int | None = None
+        self._written_at = 0.0
+        self._stuck_reason = ""
+
+    async def next_event(self) -> Event:
+        """The next thing that happened."""
+        return await self._events.get()
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read())
+            group.create_task(self._watch_source())
+
+    def _report(self, event: Event) -> None:
+        if isinstance(event, Stuck):
+            if event.reason == self._stuck_reason:
+                return
+            self._stuck_reason = event.reason
+        self._events.put_nowait(event)
+
+    async def _read(self) -> None:
+        backoff = self._move.context.backoff()
+        while True:
+            judgement = await self._move.ask()
+            if judgement.event:
+                self._report(judgement.event)
+            elif judgement.reason:
+                await self._move.wait_for(judgement.reason, judgement.message)
+            try:
+                if await self._stream():
+                    backoff = self._move.context.backoff()
+            except GodwitError as error:
+                await self._move.wait_for(error.reason, error.message, error.hint)
+            await asyncio.sleep(next(backoff))
+
+    async def _stream(self) -> bool:
+        """Read one stream to its end. True if it said anything."""
+        move = self._move
+        self._absent_count = None
+        request = agent_pb2.WatchProgressRequest(
+            vm_id=move.row.vm_id, epoch=move.row.epoch, interval_ms=move.limits.progress_ms
+        )
+        said = False
+        async with contextlib.aclosing(move.destination.watch(request)) as messages:
+            async for message in messages:
+                await self._take(message)
+                said = True
+                if message.phase in _OVER:
+                    break
+        return said
+
+    async def _take(self, message: agent_pb2.WatchProgressResponse) -> None:
+        move = self._move
+        row = move.row
+        bitmap = await move.context.bitmaps.apply(
+            row.vm_id, row.epoch, row.page_size_bytes, message.bitmap_delta
+        )
+        changed = message.phase != self._phase
+        now = asyncio.get_running_loop().time()
+        if changed or now - self._written_at >= move.limits.progress_write_s:
+            self._written_at = now
+            wait_over = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
+            await move.record(
+                counters=message.counters.SerializeToString(),
+                progress=progress(row.phase, bitmap.resident_share, row.progress),
+                **wait_over,
+            )
+        before, self._phase = self._phase, message.phase
+        if message.phase in _OVER:
+            await move.context.bitmaps.write(row.vm_id)
+            return
+        if message.phase == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+            if changed:
+                reason = message.reason or "the page server cannot be reached"
+                self._report(LinkLost(reason="LINK_LOST", message=reason))
+            return
+        if before == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+            self._report(LinkRestored())
+        absent_count = message.counters.absent_count
+        if (
+            row.phase in AWAITING
+            and row.phase is not Phase.POSTCOPY
+            and self._absent_count is not None
+            and absent_count < self._absent_count
+        ):
+            self._report(PagesArrive())
+            self._stuck_reason = ""
+        self._absent_count = absent_count
+
+    async def _watch_source(self) -> None:
+        while True:
+            await asyncio.sleep(self._move.limits.source_check_s)
+            if self._phase == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+                judgement = await self._move.ask()
+                if judgement.event:
+                    self._report(judgement.event)

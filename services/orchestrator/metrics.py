@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the orchestrator counts. No VM and no migration is a label: their number has no bound."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.common import metrics
+
+
+class Metrics:
+    """The metrics of one orchestrator, in a registry of their own."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or metrics.new_registry()
+        self.invariant_violations = metrics.invariant_violations(self.registry)
+        self.migrations = Counter(
+            "godwit_migrations",
+            "Migrations that ended, by result and reason",
+            ["result", "reason"],
+            registry=self.registry,
+        )
+        self.active = Gauge(
+            "godwit_migrations_active", "Migrations that have not ended", registry=self.registry
+        )
+        self.needs_attention = Gauge(
+            "godwit_migrations_need_attention",
+            "Migrations past the decision that a person must look at",
+            registry=self.registry,
+        )
+        self.phase_seconds = Histogram(
+            "godwit_migration_phase_seconds",
+            "How long each phase took",
+            ["phase"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800),
+            registry=self.registry,
+        )
+        self.pause_seconds = Histogram(
+            "godwit_migration_pause_seconds",
+            "From sending Pause until Activate was acknowledged: at least the guest's pause",
+            buckets=(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10),
+            registry=self.registry,
+        )
+        self.alarms = Counter(
+            "godwit_migration_alarms",
+            "Times a step took longer than it should, by phase",
+            ["phase"],
+            registry=self.registry,
+        )
+        self.node_reachable = Gauge(
+            "godwit_node_reachable",
+            "1 if the node's agent answered lately",
+            ["node"],
+            registry=self.registry,
+        )

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries one migration from the phase in which it finds it to its end.
+
+The loop is short: perform the action of the phase, hand the event to the table, write the phase
+that the table names, go on with its actions. What was not written did not happen: a process that
+ends anywhere in it is replaced by one that starts from the row and from evidence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from services.common import telemetry
+from services.common.errors import GodwitError, InternalError
+from services.common.hooks import HookFailure, reach
+from services.orchestrator import forward, handover, undo
+from services.orchestrator.follow import Follower
+from services.orchestrator.migration import (
+    AWAITING,
+    TERMINAL,
+    UNDECIDED,
+    AbortRead,
+    Action,
+    ActivateAndSeal,
+    Activated,
+    Admit,
+    Admitted,
+    CancelRequested,
+    CheckBothSides,
+    CommitRead,
+    CommitRefused,
+    Decide,
+    Decision,
+    Event,
+    FollowProgress,
+    GuestEnded,
+    Kind,
+    Noted,
+    PauseAndTransfer,
+    Phase,
+    PrepareBothSides,
+    RaiseAlarm,
+    ReleaseBothSides,
+    ReserveEpoch,
+    StartSwitchover,
+    StepFailed,
+    SwitchoverDue,
+    TimedOut,
+    UndoBothSides,
+    entry,
+    handle,
+    progress,
+)
+from services.orchestrator.move import Context, HappenedError, Move
+from services.orchestrator.store import StoreError
+from services.orchestrator.store.rows import MigrationRow
+
+log = logging.getLogger(__name__)
+
+GUEST_STANDS_STILL = frozenset(
+    {Phase.SWITCHOVER, Phase.ROLLING_BACK, Phase.CANCELLING, Phase.ABORTED, Phase.COMMITTED}
+)
+"""Phases in which the guest may be paused: a draining process gives them a moment."""
+
+_CANCELLED = {
+    "reason": "CANCELLED",
+    "message": "cancelled on request",
+    "hint": "the guest runs at its source",
+}
+
+
+class Mover:
+    """One migration and the tasks that move it."""
+
+    def __init__(self, context: Context, row: MigrationRow, *, rejoined: bool) -> None:
+        """`rejoined`: the row was found, not just admitted; evidence is asked for first."""
+        self.move = Move(context, row)
+        self._context = context
+        self._rejoined = rejoined
+        self._cancel = row.cancel_requested
+        self._scope: asyncio.Timeout | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._sealing: asyncio.Task[None] | None = None
+        self._follower: Follower | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    @property
+    def row(self) -> MigrationRow:
+        """As last written or read."""
+        return self.move.row
+
+    def cancel(self) -> None:
+        """The store has accepted a cancel: stop what is being done before the decision."""
+        self._cancel = True
+        if self._scope and not self._scope.expired():
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self) -> None:
+        """Go on until the migration is terminal."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            try:
+                await self._drive()
+            finally:
+                self._group = None
+                for task in (self._sealing, self._following):
+                    if task:
+                        task.cancel()
+
+    async def _drive(self) -> None:
+        if self._rejoined and self.row.phase in UNDECIDED:
+            await self._thawed()
+        actions = deque(entry(self.row.phase))
+        while self.row.phase not in TERMINAL:
+            if not actions:
+                actions.extend(entry(self.row.phase))
+            event = await self._perform(actions.popleft())
+            if event:
+                next_actions = await self._apply(event)
+                if next_actions:
+                    actions = deque(next_actions)
+
+    async def _thawed(self) -> None:
+        """Return once no agent knows more than the store: until then nothing is decided (I2)."""
+        alarm_at = asyncio.get_running_loop().time() + self._context.limits.alarm_s
+        for delay_s in self._context.backoff():
+            judgement = await self.move.ask()
+            if not self.move.frozen:
+                return
+            await self.move.wait_for(
+                judgement.reason, judgement.message, "the store is not the one that moved it last"
+            )
+            if asyncio.get_running_loop().time() >= alarm_at:
+                await self._perform(RaiseAlarm())
+                alarm_at += self._context.limits.alarm_s
+            await asyncio.sleep(delay_s)
+
+    # --- events ---
+
+    async def _apply(self, event: Event) -> tuple[Action, ...]:
+        """Let the table say what `event` does, write it, return what is to be done."""
+        phase = self.row.phase
+        step = handle(phase, event)
+        name = type(event).__name__
+        if step.kind is Kind.VIOLATION:
+            self.move.violated(step.invariant, f"{name} in phase {phase}")
+            await asyncio.sleep(self._context.limits.retry_s_max)
+            return ()
+        if step.kind is Kind.STALE:
+            log.debug("migration %s: %s is stale in %s", self.row.migration_id, name, phase)
+            return ()
+        if step.phase is not phase:
+            await self._enter(step.phase, event)
+        return step.actions
+
+    async def _enter(self, phase: Phase, event: Event) -> None:
+        before = self.row
+        await reach(f"orchestrator.{before.phase}.done")
+        if isinstance(event, CommitRead | AbortRead):
+            pass  # written by the decision itself, and read back: self.row has it
+        else:
+            entered = await self._context.store.migrations.enter(
+                before,
+                phase,
+                now_ns=self._context.now_ns(),
+                note=event if isinstance(event, Noted) else None,
+                **await self._fields(phase, event),
+            )
+            self.move.take(entered)
+        self._observe(before)
+        self._context.changes.publish(before.migration_id)
+        log.info(
+            "migration %s of %s: %s (%s)",
+            before.migration_id,
+            before.vm_id,
+            phase,
+            type(event).__name__,
+        )
+        if phase not in AWAITING:
+            self._stop_following()
+        await reach(f"orchestrator.{phase}.entered")
+
+    async def _fields(self, phase: Phase, event: Event) -> dict[str, Any]:
+        """What else is true with the phase."""
+        row = self.row
+        fields: dict[str, Any] = {}
+        if phase not in (*UNDECIDED, Phase.FAILED, Phase.CANCELLED, Phase.LOST):
+            bitmap = self._context.bitmaps.get(row.vm_id, row.epoch)
+            share = bitmap.resident_share if bitmap else 0.0
+            fields["progress"] = progress(phase, share, row.progress)
+            if not isinstance(event, Noted):
+                fields |= {"reason": "", "message": "", "hint": ""}
+        elif phase in UNDECIDED:
+            fields["progress"] = progress(phase, 0.0, row.progress)
+        if isinstance(event, CancelRequested | CommitRefused):
+            fields["undo_is_cancel"] = True
+        if isinstance(event, GuestEnded):
+            fields["guest_ended"] = True
+        if isinstance(event, Activated):
+            fields["pause_ns"] = await self._pause_ns()
+            self._context.metrics.pause_seconds.observe(fields["pause_ns"] / 1e9)
+        if phase is Phase.SUCCEEDED and row.guest_ended:
+            fields |= {"reason": "GUEST_ENDED", "message": "the guest has shut itself down"}
+        return fields
+
+    async def _pause_ns(self) -> int:
+        """From sending Pause until now, the acknowledgement of Activate: never less than the pause.
+
+        A process that did not send the Pause takes the wall clock since SWITCHOVER.
+        """
+        if self.move.pause_sent_ns is not None:
+            return time.monotonic_ns() - self.move.pause_sent_ns
+        migration_id = self.row.migration_id
+        history = await self._context.store.migrations.transitions([migration_id])
+        began = [each.at_ns for each in history[migration_id] if each.phase is Phase.SWITCHOVER]
+        return max(self._context.now_ns() - began[-1], 0) if began else 0
+
+    def _observe(self, before: MigrationRow) -> None:
+        metrics, row = self._context.metrics, self.row
+        took_ns = max(row.phase_at_ns - before.phase_at_ns, 0)
+        metrics.phase_seconds.labels(before.phase).observe(took_ns / 1e9)
+        if row.phase is Phase.NEEDS_ATTENTION:
+            metrics.needs_attention.inc()
+        if before.phase is Phase.NEEDS_ATTENTION:
+            metrics.needs_attention.dec()
+        if row.phase in TERMINAL:
+            metrics.migrations.labels(row.phase, row.reason).inc()
+
+    # --- actions ---
+
+    async def _perform(self, action: Action) -> Event | None:
+        rejoined = self._rejoined
+        if not isinstance(action, RaiseAlarm):
+            self._rejoined = False
+        limits = self._context.limits
+        with telemetry.span(
+            f"migration.{self.row.phase}",
+            traceparent=self.row.traceparent,
+            **{"godwit.migration.id": self.row.migration_id, "godwit.vm.id": self.row.vm_id},
+        ):
+            match action:
+                case Admit():
+                    return await self._undecided(_just(Admitted()), limits.validating_s)
+                case CheckBothSides():
+                    return await self._undecided(
+                        lambda: forward.check_both_sides(self.move), limits.validating_s
+                    )
+                case ReserveEpoch():
+                    return await self._undecided(
+                        lambda: forward.reserve(self.move), limits.validating_s
+                    )
+                case PrepareBothSides():
+                    return await self._undecided(
+                        lambda: forward.prepare_both_sides(self.move), limits.preparing_s
+                    )
+                case StartSwitchover():
+                    return await self._undecided(
+                        lambda: self._start_switchover(rejoined), limits.preparing_s
+                    )
+                case PauseAndTransfer():
+                    return await self._undecided(
+                        lambda: forward.pause_and_transfer(self.move, rejoined=rejoined),
+                        limits.switchover_s,
+                    )
+                case Decide():
+                    return await self._decide(action.decision)
+                case ActivateAndSeal():
+                    self._start_sealing()
+                    return await handover.activate(self.move, self._alarm, rejoined=rejoined)
+                case FollowProgress():
+                    self._start_sealing()
+                    return await self._follow().next_event()
+                case ReleaseBothSides():
+                    self._start_sealing()
+                    return await handover.release(self.move, self._alarm, self._sealed)
+                case UndoBothSides():
+                    return await undo.undo(self.move, self._alarm)
+                case RaiseAlarm():
+                    self._context.metrics.alarms.labels(self.row.phase).inc()
+                    log.error(
+                        "migration %s has been %s for too long: %s %s",
+                        self.row.migration_id,
+                        self.row.phase,
+                        self.row.wait_reason or self.row.reason,
+                        self.row.wait_message or self.row.message,
+                    )
+                    return None
+        raise AssertionError(action)
+
+    async def _undecided(self, step: Callable[[], Awaitable[Event]], budget_s: float) -> Event:
+        """A step before the decision: it ends in time, on a cancel, or with what went wrong."""
+        if self._cancel:
+            return CancelRequested(**_CANCELLED)
+        try:
+            async with asyncio.timeout(budget_s) as self._scope:
+                return await step()
+        except TimeoutError:
+            if self._cancel:
+                return CancelRequested(**_CANCELLED)
+            return TimedOut(
+                reason=self.row.wait_reason or "TIMED_OUT",
+                message=f"{self.row.phase} took longer than {budget_s:g} s"
+                + (f": {self.row.wait_message}" if self.row.wait_message else ""),
+                hint=self.row.wait_hint,
+            )
+        except HappenedError as happened:
+            return happened.event
+        except GodwitError as error:
+            return StepFailed(reason=error.reason, message=error.message, hint=error.hint)
+        except HookFailure as error:
+            return StepFailed(reason="HOOK_FAILURE", message=str(error))
+        finally:
+            self._scope = None
+
+    async def _start_switchover(self, rejoined: bool) -> Event:
+        if rejoined and (event := await self.move.settled(patience_s=self.move.limits.patience_s)):
+            return event
+        return SwitchoverDue()
+
+    async def _decide(self, decision: Decision) -> Event:
+        """Write the decision if nobody has, and report what the store says then (I2)."""
+        store, limits = self._context.store.migrations, self._context.limits
+        if self.move.frozen:
+            await self._thawed()
+        await reach("orchestrator.decision.before")
+        alarm_at = asyncio.get_running_loop().time() + limits.alarm_s
+        for delay_s in self._context.backoff():
+            failed = ""
+            try:
+                await store.decide(self.row, decision, now_ns=self._context.now_ns())
+            except (StoreError, InternalError) as error:
+                # Written or not: only reading tells.
+                failed = str(error)
+                log.exception("migration %s: decision not written", self.row.migration_id)
+            try:
+                await self.move.reload()
+            except StoreError:
+                log.exception("migration %s: decision not readable", self.row.migration_id)
+            else:
+                await reach("orchestrator.decision.after")
+                if self.row.decision is Decision.COMMITTED:
+                    return CommitRead()
+                if self.row.decision is Decision.ABORTED:
+                    return AbortRead()
+                if decision is Decision.COMMITTED:
+                    if self.row.cancel_requested:
+                        return CommitRefused(**_CANCELLED)
+                    return StepFailed(
+                        reason="DECISION_NOT_WRITTEN",
+                        message=failed or f"the store took no decision in {self.row.phase}",
+                        hint="see the health of the store's disk",
+                    )
+            # A paused source stays paused until ABORTED is durable (I8).
+            if asyncio.get_running_loop().time() >= alarm_at:
+                await self._perform(RaiseAlarm())
+                alarm_at += limits.alarm_s
+            await asyncio.sleep(delay_s)
+        raise AssertionError
+
+    async def _alarm(self) -> None:
+        """A step takes too long. Past the decision this changes nothing but the alarm's counter."""
+        event = TimedOut(
+            reason="TIMED_OUT", message=f"{self.row.phase} takes longer than it should"
+        )
+        for action in await self._apply(event):
+            await self._perform(action)
+
+    # --- tasks beside the loop ---
+
+    def _start_sealing(self) -> None:
+        """Seal, beside whatever the phase does; once a process: it is idempotent."""
+        if self._sealing is None and self._group:
+            self._sealing = self._group.create_task(handover.seal(self.move, self._alarm))
+
+    async def _sealed(self) -> None:
+        if self._sealing:
+            await asyncio.wait({self._sealing})
+
+    def _follow(self) -> Follower:
+        if self._follower is None and self._group:
+            self._follower = Follower(self.move)
+            self._following = self._group.create_task(self._follower.run())
+        assert self._follower is not None
+        return self._follower
+
+    def _stop_following(self) -> None:
+        if self._following:
+            self._following.cancel()
+        self._follower = self._following = None
+
+
+def _just(event: Event) -> Callable[[], Awaitable[Event]]:
+    async def step() -> Event:
+        return event
+
+    return step

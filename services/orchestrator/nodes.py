@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks every node, every few seconds, whether it is there and what runs on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field
+
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+
+from services.common.errors import GodwitError, UnavailableError
+from services.orchestrator.move import Context
+from services.orchestrator.store.rows import NodeRow
+
+log = logging.getLogger(__name__)
+
+POLL_S = 3.0
+
+
+@dataclass(slots=True, kw_only=True)
+class NodeStatus:
+    """What a node said last."""
+
+    reachable: bool = False
+    message: str = "not asked yet"
+    """Why not reachable; empty if it is."""
+    capabilities: agent_pb2.Capabilities | None = None
+    vms: dict[str, agent_pb2.Evidence] = field(default_factory=dict)
+    """By id; from the last answer, however old."""
+
+
+class Nodes:
+    """The nodes' last words."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._status: dict[str, NodeStatus] = {}
+
+    def status(self, node: str) -> NodeStatus:
+        """What is known of a node."""
+        return self._status.get(node, NodeStatus())
+
+    def vmm_state(self, node: str, vm_id: str) -> agent_pb2.VmmState.ValueType:
+        """What the VM's VMM does on that node, as its agent said last."""
+        evidence = self.status(node).vms.get(vm_id)
+        return evidence.vmm_state if evidence else agent_pb2.VMM_STATE_UNSPECIFIED
+
+    def saw(self, evidence: agent_pb2.Evidence) -> None:
+        """An agent has said this just now."""
+        self._status.setdefault(evidence.node, NodeStatus()).vms[evidence.vm_id] = evidence
+
+    async def load(self) -> None:
+        """Open a channel to every node that the store knows."""
+        for row in await self._context.store.fleet.nodes():
+            self._context.agents.put(row.name, row.agent_address)
+
+    async def put(self, name: str, agent_address: str, *, ask: bool = True) -> tuple[NodeRow, bool]:
+        """Write a node, talk to it at its new address, `ask` it now. The bool: it is new."""
+        row, is_new = await self._context.store.fleet.put_node(
+            name, agent_address, now_ns=self._context.now_ns()
+        )
+        self._context.agents.put(name, agent_address)
+        if ask:
+            with contextlib.suppress(UnavailableError):
+                await self.require(name)
+        return row, is_new
+
+    async def require(self, name: str) -> NodeStatus:
+        """Ask a node now.
+
+        Raises:
+            UnavailableError: NODE_UNREACHABLE: it does not answer as the node that it should be.
+        """
+        status = self._status.setdefault(name, NodeStatus())
+        agent = self._context.agents.get(name)
+        try:
+            hello = await agent.hello()
+            vms = await agent.list_vms()
+        except GodwitError as error:
+            status.reachable, status.message = False, f"{error.reason}: {error.message}"
+            self._context.metrics.node_reachable.labels(name).set(0)
+            raise UnavailableError(
+                "NODE_UNREACHABLE",
+                f"the agent of {name} at {agent.address} does not answer: {error.message}",
+                hint="start the agent on that node, or register the node's present address",
+                metadata={"node": name, "agent_address": agent.address},
+            ) from error
+        status.reachable, status.message = True, ""
+        status.capabilities = hello.capabilities
+        status.vms = {evidence.vm_id: evidence for evidence in vms}
+        self._context.metrics.node_reachable.labels(name).set(1)
+        return status
+
+    async def poll(self) -> None:
+        """Ask all nodes, again and again."""
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for row in await self._context.store.fleet.nodes():
+                        group.create_task(self._poll_one(row.name))
+            except GodwitError:
+                log.exception("nodes could not be listed")
+            await asyncio.sleep(POLL_S)
+
+    async def _poll_one(self, name: str) -> None:
+        was = self.status(name).reachable
+        with contextlib.suppress(UnavailableError):
+            await self.require(name)
+        status = self.status(name)
+        if status.reachable != was:
+            log.warning("node %s: %s", name, "reachable" if status.reachable else status.message)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The REST face of the service layer. /openapi.json (3.1) describes it, /docs shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from services.common.errors import GodwitError, UnavailableError
+from services.orchestrator import problems, rest_models
+from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
+
+PING_S = 15.0
+"""A comment this often keeps proxies from closing a silent event stream."""
+
+IdempotencyKey = Annotated[
+    str,
+    Header(
+        max_length=255,
+        description="draw one for each request, repeat it with the request: it is done once",
+    ),
+]
+
+
+def _nodes(fleet: Fleet) -> APIRouter:
+    router = APIRouter(prefix="/v1/nodes", tags=["nodes"], responses=problems.RESPONSES)
+
+    @router.get("")
+    async def list_nodes() -> rest_models.Nodes:
+        return rest_models.Nodes(
+            nodes=[rest_models.Node.of(node) for node in await fleet.list_nodes()]
+        )
+
+    @router.post("", responses={200: {"description": "It was there; it has this address now"}})
+    async def register_node(body: rest_models.NodeRequest, response: Response) -> rest_models.Node:
+        node, is_new = await fleet.register_node(body.name, body.agent_address)
+        response.status_code = 201 if is_new else 200
+        response.headers["Location"] = f"/v1/nodes/{node.name}"
+        return rest_models.Node.of(node)
+
+    @router.get("/{name}")
+    async def get_node(name: str) -> rest_models.Node:
+        return rest_models.Node.of(await fleet.get_node(name))
+
+    return router
+
+
+def _vms(fleet: Fleet) -> APIRouter:
+    router = APIRouter(prefix="/v1/vms", tags=["vms"], responses=problems.RESPONSES)
+
+    @router.get("")
+    async def list_vms() -> rest_models.Vms:
+        return rest_models.Vms(vms=[rest_models.Vm.of(vm) for vm in await fleet.list_vms()])
+
+    @router.post("", status_code=201)
+    async def start_vm(
+        body: rest_models.VmRequest, response: Response, idempotency_key: IdempotencyKey = ""
+    ) -> rest_models.Vm:
+        vm = await fleet.start_vm(body.node, json.dumps(body.spec), key=idempotency_key)
+        response.headers["Location"] = f"/v1/vms/{vm.vm_id}"
+        return rest_models.Vm.of(vm)
+
+    @router.get("/{vm}")
+    async def get_vm(vm: str) -> rest_models.Vm:
+        return rest_models.Vm.of(await fleet.get_vm(vm))
+
+    @router.delete("/{vm}", status_code=204)
+    async def stop_vm(vm: str) -> None:
+        await fleet.stop_vm(vm)
+
+    @router.get("/{vm}/userfault-bitmap")
+    async def get_userfault_bitmap(vm: str) -> rest_models.UserfaultBitmap:
+        return rest_models.UserfaultBitmap.of(await fleet.userfault_bitmap(vm))
+
+    return router
+
+
+def _migrations(fleet: Fleet) -> APIRouter:
+    router = APIRouter(prefix="/v1/migrations", tags=["migrations"], responses=problems.RESPONSES)
+
+    @router.get("")
+    async def list_migrations(
+        vm: str = "",
+        page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0,
+        page_token: str = "",
+    ) -> rest_models.Migrations:
+        migrations, token = await fleet.list_migrations(
+            vm, page_size=page_size, page_token=page_token
+        )
+        return rest_models.Migrations(
+            migrations=[rest_models.Migration.of(each) for each in migrations],
+            next_page_token=token,
+        )
+
+    @router.post("", status_code=202)
+    async def create_migration(
+        body: rest_models.MigrationRequest,
+        response: Response,
+        idempotency_key: IdempotencyKey = "",
+    ) -> rest_models.Migration:
+        migration = await fleet.create_migration(
+            body.vm,
+            body.destination_node,
+            bulk_bytes_per_s_max=body.bulk_bytes_per_s_max,
+            key=idempotency_key,
+        )
+        response.headers["Location"] = f"/v1/migrations/{migration.migration_id}"
+        return rest_models.Migration.of(migration)
+
+    @router.get("/{migration_id}")
+    async def get_migration(migration_id: str) -> rest_models.Migration:
+        return rest_models.Migration.of(await fleet.get_migration(migration_id))
+
+    @router.post("/{migration_id}:cancel")
+    async def cancel_migration(migration_id: str) -> rest_models.Migration:
+        return rest_models.Migration.of(await fleet.cancel_migration(migration_id))
+
+    @router.get(
+        "/{migration_id}/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def watch_migration(migration_id: str) -> StreamingResponse:
+        """The migration at each change, as `event: migration`, until it is terminal."""
+        await fleet.get_migration(migration_id)  # unknown: a problem, not a stream
+        return StreamingResponse(
+            _events(fleet, migration_id),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
+
+    return router
+
+
+async def _events(fleet: Fleet, migration_id: str) -> AsyncIterator[str]:
+    async for migration in fleet.watch_migration(migration_id, ping_s=PING_S):
+        if migration is None:
+            yield ": ping\n\n"
+        else:
+            data = rest_models.Migration.of(migration).model_dump_json()
+            yield f"id: {migration.version}\nevent: migration\ndata: {data}\n\n"
+
+
+def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]) -> APIRouter:
+    router = APIRouter(tags=["process"], responses=problems.RESPONSES)
+
+    @router.get("/healthz")
+    async def healthz() -> rest_models.Health:
+        return rest_models.Health(status="ok")
+
+    @router.get("/readyz")
+    async def readyz() -> rest_models.Health:
+        try:
+            await ready()
+        except GodwitError as error:
+            raise UnavailableError("NOT_READY", str(error), hint=error.hint) from error
+        return rest_models.Health(status="ready")
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    return router
+
+
+def build_app(
+    fleet: Fleet, registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]
+) -> FastAPI:
+    """The application. `ready` raises a GodwitError while nothing can be admitted."""
+    app = FastAPI(
+        title="Godwit",
+        version="v1",
+        summary="Moves running virtual machines between nodes by post-copy live migration",
+        default_response_class=JSONResponse,
+        redirect_slashes=False,
+    )
+    problems.install(app)
+    for router in (_nodes(fleet), _vms(fleet), _migrations(fleet), _process(registry, ready)):
+        app.include_router(router)
+    return app

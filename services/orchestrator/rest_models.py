@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON of REST: snake_case, enums as lower-case words, times RFC 3339, units in names."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.common.v1 import common_pb2
+from godwit.fleet.v1 import types_pb2, vm_service_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strict(BaseModel):
+    """A request: unknown fields are refused, a misspelt option must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NodeRequest(Strict):
+    """A node and where its agent listens."""
+
+    name: str = Field(min_length=1, max_length=63)
+    agent_address: str = Field(description="host:port", max_length=255)
+
+
+class VmRequest(Strict):
+    """A VM to start."""
+
+    node: str = Field(min_length=1, max_length=63)
+    spec: dict[str, Any] = Field(description="docs/vm-spec.md")
+
+
+class MigrationRequest(Strict):
+    """A VM to move."""
+
+    vm: str = Field(min_length=1, max_length=63)
+    destination_node: str = Field(min_length=1, max_length=63)
+    bulk_bytes_per_s_max: int = Field(
+        default=0, ge=0, le=1 << 50, description="limit of the bulk lane; 0 = none"
+    )
+
+
+class Capabilities(BaseModel):
+    """What a node can do."""
+
+    kernel_release: str
+    uffd_features: list[str]
+    drivers: list[str]
+    vmm_versions: dict[str, str]
+    memory_total_bytes: int
+    memory_available_bytes: int
+
+
+class Node(BaseModel):
+    """A node."""
+
+    name: str
+    agent_address: str
+    reachable: bool
+    message: str = Field(description="why it is not reachable; empty if it is")
+    capabilities: Capabilities | None
+    vm_ids: list[str]
+
+    @classmethod
+    def of(cls, node: types_pb2.Node) -> Node:
+        """From the message."""
+        said = node.capabilities if node.HasField("capabilities") else None
+        return cls(
+            name=node.name,
+            agent_address=node.agent_address,
+            reachable=node.reachable,
+            message=node.message,
+            capabilities=said
+            and Capabilities(
+                kernel_release=said.kernel_release,
+                uffd_features=list(said.uffd_features),
+                drivers=list(said.drivers),
+                vmm_versions=dict(said.vmm_versions),
+                memory_total_bytes=said.memory_total_bytes,
+                memory_available_bytes=said.memory_available_bytes,
+            ),
+            vm_ids=list(node.vm_ids),
+        )
+
+
+class Nodes(BaseModel):
+    """All nodes, by name."""
+
+    nodes: list[Node]
+
+
+class Vm(BaseModel):
+    """A VM."""
+
+    vm_id: str
+    node: str = Field(description="the owner")
+    epoch: int = Field(description="under which it owns the VM")
+    spec_hash: str
+    memory_bytes: int
+    migration_id: str | None = Field(description="the migration under way")
+    resident_share: float = Field(description="pages that are where it runs, 0..1")
+    vmm_state: str = Field(description="what its VMM does, as its agent said last")
+
+    @classmethod
+    def of(cls, vm: types_pb2.Vm) -> Vm:
+        """From the message."""
+        return cls(
+            vm_id=vm.vm_id,
+            node=vm.node,
+            epoch=vm.epoch,
+            spec_hash=vm.spec_hash,
+            memory_bytes=vm.memory_bytes,
+            migration_id=vm.migration_id or None,
+            resident_share=vm.resident_share,
+            vmm_state=_word(agent_pb2.VmmState.Name(vm.vmm_state), "VMM_STATE_"),
+        )
+
+
+class Vms(BaseModel):
+    """All VMs, by id."""
+
+    vms: list[Vm]
+
+
+class UserfaultBitmap(BaseModel):
+    """Which pages are not yet where the VM runs. A set bit is an absent page."""
+
+    vm_id: str
+    epoch: int
+    page_count: int
+    absent_count: int
+    resident_share: float = Field(description="0..1")
+    resident_percent: float = Field(description="0..100")
+    page_size_bytes: int
+    absent_runs: list[tuple[int, int]] = Field(description="[first page, how many], ascending")
+
+    @classmethod
+    def of(cls, bitmap: vm_service_pb2.GetUserfaultBitmapResponse) -> UserfaultBitmap:
+        """From the message."""
+        return cls(
+            vm_id=bitmap.vm_id,
+            epoch=bitmap.epoch,
+            page_count=bitmap.page_count,
+            absent_count=bitmap.absent_count,
+            resident_share=bitmap.resident_share,
+            # Rounded down: 100 means all of them.
+            resident_percent=int(bitmap.resident_share * 1e4) / 100,
+            page_size_bytes=bitmap.page_size_bytes,
+            absent_runs=[(run.first_page, run.page_count) for run in bitmap.absent_runs],
+        )
+
+
+class FaultLatency(BaseModel):
+    """From the fault event to the wake."""
+
+    sample_count: int
+    p50_ns: int
+    p99_ns: int
+    p999_ns: int
+    max_ns: int
+
+
+class Counters(BaseModel):
+    """How the memory arrives."""
+
+    page_count: int
+    absent_count: int
+    demand_page_count: int
+    bulk_page_count: int
+    zero_page_count: int
+    removed_page_count: int
+    fault_count: int
+    received_bytes: int
+    checksum_error_count: int
+    reconnect_count: int
+    violation_count: int
+    fault_latency: FaultLatency
+
+    @classmethod
+    def of(cls, counters: common_pb2.ArrivalCounters) -> Counters:
+        """From the message."""
+        latency = FaultLatency(
+            **{name: getattr(counters.fault_latency, name) for name in FaultLatency.model_fields}
+        )
+        rest = {
+            name: getattr(counters, name) for name in cls.model_fields if name != "fault_latency"
+        }
+        return cls(**rest, fault_latency=latency)
+
+
+class PhaseTransition(BaseModel):
+    """A phase that was entered."""
+
+    phase: str
+    at: datetime
+    message: str
+
+
+class Migration(BaseModel):
+    """One attempt to move one VM."""
+
+    migration_id: str
+    vm_id: str
+    source_node: str
+    destination_node: str
+    phase: str
+    decision: str | None = Field(description="committed or aborted, once it was taken")
+    epoch: int = Field(description="the destination's; 0 until it was issued")
+    reason: str = Field(description="of the last failure or wait; empty if there is none")
+    message: str
+    hint: str
+    created_at: datetime
+    ended_at: datetime | None
+    pause_ns: int = Field(description="an upper bound of the guest's pause; 0 = not yet")
+    total_ns: int = Field(description="from pending until succeeded; 0 = not yet")
+    counters: Counters | None
+    progress: float = Field(description="0..1, never falls")
+    transitions: list[PhaseTransition]
+    cancel_requested: bool
+    traceparent: str
+    version: int = Field(description="changes with every write")
+
+    @classmethod
+    def of(cls, migration: types_pb2.Migration) -> Migration:
+        """From the message."""
+        return cls(
+            migration_id=migration.migration_id,
+            vm_id=migration.vm_id,
+            source_node=migration.source_node,
+            destination_node=migration.destination_node,
+            phase=_phase(migration.phase),
+            decision=_word(common_pb2.Decision.Name(migration.decision), "DECISION_")
+            if migration.decision
+            else None,
+            epoch=migration.epoch,
+            reason=migration.reason,
+            message=migration.message,
+            hint=migration.hint,
+            created_at=_time(migration.created_at),
+            ended_at=_time(migration.ended_at) if migration.HasField("ended_at") else None,
+            pause_ns=migration.pause_ns,
+            total_ns=migration.total_ns,
+            counters=Counters.of(migration.counters) if migration.HasField("counters") else None,
+            progress=migration.progress,
+            transitions=[
+                PhaseTransition(phase=_phase(each.phase), at=_time(each.at), message=each.message)
+                for each in migration.transitions
+            ],
+            cancel_requested=migration.cancel_requested,
+            traceparent=migration.traceparent,
+            version=migration.version,
+        )
+
+
+class Migrations(BaseModel):
+    """A page of migrations, the newest first."""
+
+    migrations: list[Migration]
+    next_page_token: str = Field(description="for page_token; empty at the end")
+
+
+class Health(BaseModel):
+    """How the process is."""
+
+    status: str
+
+
+def _word(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
+
+
+def _phase(phase: types_pb2.MigrationPhase.ValueType) -> str:
+    return _word(types_pb2.MigrationPhase.Name(phase), "MIGRATION_PHASE_")
+
+
+def _time(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(tzinfo=UTC)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gRPC face of the service layer: godwit.fleet.v1."""
+# The generated servicers give the names and the arguments.
+# ruff: noqa: ARG002, N802
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from godwit.fleet.v1 import (
+    migration_service_pb2,
+    migration_service_pb2_grpc,
+    node_service_pb2,
+    node_service_pb2_grpc,
+    vm_service_pb2,
+    vm_service_pb2_grpc,
+)
+
+from services.common.grpc_server import Service
+from services.orchestrator.fleet import Fleet
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
+    """See the proto."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def CreateMigration(
+        self, request: migration_service_pb2.CreateMigrationRequest, context: _Context
+    ) -> migration_service_pb2.CreateMigrationResponse:
+        migration = await self._fleet.create_migration(
+            request.vm_id,
+            request.destination_node,
+            bulk_bytes_per_s_max=request.bulk_bytes_per_s_max,
+            key=request.request_id,
+        )
+        return migration_service_pb2.CreateMigrationResponse(migration=migration)
+
+    async def GetMigration(
+        self, request: migration_service_pb2.GetMigrationRequest, context: _Context
+    ) -> migration_service_pb2.GetMigrationResponse:
+        migration = await self._fleet.get_migration(request.migration_id)
+        return migration_service_pb2.GetMigrationResponse(migration=migration)
+
+    async def ListMigrations(
+        self, request: migration_service_pb2.ListMigrationsRequest, context: _Context
+    ) -> migration_service_pb2.ListMigrationsResponse:
+        migrations, token = await self._fleet.list_migrations(
+            request.vm_id, page_size=request.page_size, page_token=request.page_token
+        )
+        return migration_service_pb2.ListMigrationsResponse(
+            migrations=migrations, next_page_token=token
+        )
+
+    async def CancelMigration(
+        self, request: migration_service_pb2.CancelMigrationRequest, context: _Context
+    ) -> migration_service_pb2.CancelMigrationResponse:
+        migration = await self._fleet.cancel_migration(request.migration_id)
+        return migration_service_pb2.CancelMigrationResponse(migration=migration)
+
+    async def WatchMigration(
+        self, request: migration_service_pb2.WatchMigrationRequest, context: _Context
+    ) -> AsyncIterator[migration_service_pb2.WatchMigrationResponse]:
+        async for migration in self._fleet.watch_migration(request.migration_id):
+            if migration:
+                yield migration_service_pb2.WatchMigrationResponse(migration=migration)
+
+
+class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
+    """See the proto."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def RegisterNode(
+        self, request: node_service_pb2.RegisterNodeRequest, context: _Context
+    ) -> node_service_pb2.RegisterNodeResponse:
+        node, _is_new = await self._fleet.register_node(request.name, request.agent_address)
+        return node_service_pb2.RegisterNodeResponse(node=node)
+
+    async def GetNode(
+        self, request: node_service_pb2.GetNodeRequest, context: _Context
+    ) -> node_service_pb2.GetNodeResponse:
+        return node_service_pb2.GetNodeResponse(node=await self._fleet.get_node(request.name))
+
+    async def ListNodes(
+        self, request: node_service_pb2.ListNodesRequest, context: _Context
+    ) -> node_service_pb2.ListNodesResponse:
+        return node_service_pb2.ListNodesResponse(nodes=await self._fleet.list_nodes())
+
+
+class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
+    """See the proto."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def StartVm(
+        self, request: vm_service_pb2.StartVmRequest, context: _Context
+    ) -> vm_service_pb2.StartVmResponse:
+        vm = await self._fleet.start_vm(request.node, request.spec_json)
+        return vm_service_pb2.StartVmResponse(vm=vm)
+
+    async def StopVm(
+        self, request: vm_service_pb2.StopVmRequest, context: _Context
+    ) -> vm_service_pb2.StopVmResponse:
+        await self._fleet.stop_vm(request.vm_id)
+        return vm_service_pb2.StopVmResponse()
+
+    async def GetVm(
+        self, request: vm_service_pb2.GetVmRequest, context: _Context
+    ) -> vm_service_pb2.GetVmResponse:
+        return vm_service_pb2.GetVmResponse(vm=await self._fleet.get_vm(request.vm_id))
+
+    async def ListVms(
+        self, request: vm_service_pb2.ListVmsRequest, context: _Context
+    ) -> vm_service_pb2.ListVmsResponse:
+        return vm_service_pb2.ListVmsResponse(vms=await self._fleet.list_vms())
+
+    async def GetUserfaultBitmap(
+        self, request: vm_service_pb2.GetUserfaultBitmapRequest, context: _Context
+    ) -> vm_service_pb2.GetUserfaultBitmapResponse:
+        return await self._fleet.userfault_bitmap(request.vm_id)
+
+
+def services(fleet: Fleet) -> tuple[Service, ...]:
+    """What the orchestrator serves."""
+    return (
+        Service(
+            name="godwit.fleet.v1.MigrationService",
+            add=lambda server: migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(
+                MigrationServicer(fleet), server
+            ),
+        ),
+        Service(
+            name="godwit.fleet.v1.NodeService",
+            add=lambda server: node_service_pb2_grpc.add_NodeServiceServicer_to_server(
+                NodeServicer(fleet), server
+            ),
+        ),
+        Service(
+            name="godwit.fleet.v1.VmService",
+            add=lambda server: vm_service_pb2_grpc.add_VmServiceServicer_to_server(
+                VmServicer(fleet), server
+            ),
+        ),
+    )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one durable memory of the fleet: SQLite on a local file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from ulid import ULID
+
+from services.common.errors import FailedPreconditionError
+from services.orchestrator.store import schema
+from services.orchestrator.store.database import (
+    Database,
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreReadOnlyError,
+)
+from services.orchestrator.store.fleet import FleetTable
+from services.orchestrator.store.migrations import MigrationTable, PhaseLostError
+from services.orchestrator.store.records import BitmapTable, IdempotencyTable
+
+__all__ = [
+    "PhaseLostError",
+    "Store",
+    "StoreBusyError",
+    "StoreError",
+    "StoreFullError",
+    "StoreReadOnlyError",
+    "open_store",
+]
+
+
+class Store:
+    """What the orchestrator remembers."""
+
+    def __init__(self, database: Database, incarnation: str) -> None:
+        self.database = database
+        self.incarnation = incarnation
+        """Drawn when the file was made. Another one means another memory (I2)."""
+        self.fleet = FleetTable(database)
+        self.migrations = MigrationTable(database)
+        self.idempotency = IdempotencyTable(database)
+        self.bitmaps = BitmapTable(database)
+
+
+@contextlib.asynccontextmanager
+async def open_store(path: Path) -> AsyncIterator[Store]:
+    """Open the store at `path`, making or upgrading it.
+
+    Raises:
+        StoreError: it cannot be opened.
+        FailedPreconditionError: STORE_TOO_NEW: a newer Godwit wrote it.
+    """
+    database = Database(path)
+    try:
+        yield Store(database, await _prepare(database, path))
+    finally:
+        await database.close()
+
+
+async def _prepare(database: Database, path: Path) -> str:
+    async with database.write() as connection:
+        await connection.run_sync(schema.metadata.create_all)
+        rows = await connection.execute(sa.select(schema.meta))
+        known: dict[str, str] = {row.key: row.value for row in rows}
+        if not known:
+            known = {"incarnation": str(ULID()), "schema_version": str(schema.SCHEMA_VERSION)}
+            await connection.execute(
+                sa.insert(schema.meta),
+                [{"key": key, "value": value} for key, value in known.items()],
+            )
+        version = int(known["schema_version"])
+        if version > schema.SCHEMA_VERSION:
+            raise FailedPreconditionError(
+                "STORE_TOO_NEW",
+                f"{path} has schema {version}, this release knows up to {schema.SCHEMA_VERSION}",
+                hint="run the release that wrote it, or a later one",
+            )
+        for step in range(version, schema.SCHEMA_VERSION):
+            for statement in schema.UPGRADES[step]:
+                await connection.exec_driver_sql(statement)
+        await connection.execute(
+            sa.update(schema.meta)
+            .where(schema.meta.c.key == "schema_version")
+            .values(value=str(schema.SCHEMA_VERSION))
+        )
+        return known["incarnation"]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes, VMs and their epochs."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.common.errors import AlreadyExistsError, NotFoundError
+from services.common.vm_spec import VmSpec
+from services.orchestrator.store import schema
+from services.orchestrator.store.database import Database
+from services.orchestrator.store.rows import NodeRow, VmRow, VmState
+
+_vms = schema.vms.c
+
+
+async def next_epoch(connection: AsyncConnection, vm_id: str) -> int:
+    """A fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
+    statement = (
+        sqlite.insert(schema.epochs)
+        .values(vm_id=vm_id, last_epoch=1)
+        .on_conflict_do_update(
+            index_elements=[schema.epochs.c.vm_id],
+            set_={"last_epoch": schema.epochs.c.last_epoch + 1},
+        )
+        .returning(schema.epochs.c.last_epoch)
+    )
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def active_migration_id(connection: AsyncConnection, vm_id: str) -> str:
+    """The VM's migration that is not terminal, or ""."""
+    found = await connection.execute(
+        sa.select(schema.migrations.c.migration_id).where(
+            schema.migrations.c.vm_id == vm_id, schema.migrations.c.terminal == sa.false()
+        )
+    )
+    return str(found.scalar_one_or_none() or "")
+
+
+def migration_active(vm_id: str, migration_id: str) -> AlreadyExistsError:
+    """The refusal that names the migration in the way."""
+    return AlreadyExistsError(
+        "MIGRATION_ACTIVE",
+        f"VM {vm_id} is being moved by migration {migration_id}",
+        hint="wait for it to end, or cancel it",
+        metadata={"migration_id": migration_id, "vm_id": vm_id},
+    )
+
+
+def vm_unknown(vm_id: str) -> NotFoundError:
+    """The refusal of a VM that the fleet does not have."""
+    return NotFoundError(
+        "VM_UNKNOWN",
+        f"there is no VM {vm_id!r}",
+        hint="list the VMs of the fleet",
+        metadata={"vm_id": vm_id},
+    )
+
+
+class FleetTable:
+    """Which nodes and VMs there are, and who owns what."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- nodes ---
+
+    async def put_node(self, name: str, agent_address: str, *, now_ns: int) -> tuple[NodeRow, bool]:
+        """Insert a node or give it a new address. The bool: it is new."""
+        async with self._database.write() as connection:
+            known = await connection.execute(
+                sa.update(schema.nodes)
+                .where(schema.nodes.c.name == name)
+                .values(agent_address=agent_address)
+            )
+            if not known.rowcount:
+                await connection.execute(
+                    sa.insert(schema.nodes).values(
+                        name=name, agent_address=agent_address, registered_at_ns=now_ns
+                    )
+                )
+            row = await connection.execute(
+                sa.select(schema.nodes).where(schema.nodes.c.name == name)
+            )
+            return NodeRow(**row.one()._asdict()), not known.rowcount
+
+    async def node(self, name: str) -> NodeRow | None:
+        """One node."""
+        async with self._database.read() as connection:
+            found = await connection.execute(
+                sa.select(schema.nodes).where(schema.nodes.c.name == name)
+            )
+            row = found.one_or_none()
+            return NodeRow(**row._asdict()) if row else None
+
+    async def nodes(self) -> list[NodeRow]:
+        """All of them, by name."""
+        async with self._database.read() as connection:
+            found = await connection.execute(sa.select(schema.nodes).order_by(schema.nodes.c.name))
+            return [NodeRow(**row._asdict()) for row in found]
+
+    # --- VMs ---
+
+    async def vm(self, vm_id: str) -> VmRow | None:
+        """One VM."""
+        async with self._database.read() as connection:
+            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
+            row = found.one_or_none()
+            return VmRow.of(row) if row else None
+
+    async def vms(self) -> list[VmRow]:
+        """All of them, by id."""
+        async with self._database.read() as connection:
+            found = await connection.execute(sa.select(schema.vms).order_by(_vms.vm_id))
+            return [VmRow.of(row) for row in found]
+
+    async def last_epoch(self, vm_id: str) -> int:
+        """The highest epoch ever issued for the VM, or 0."""
+        async with self._database.read() as connection:
+            found = await connection.execute(
+                sa.select(schema.epochs.c.last_epoch).where(schema.epochs.c.vm_id == vm_id)
+            )
+            return int(found.scalar_one_or_none() or 0)
+
+    async def begin_start(self, spec: VmSpec, node: str, *, now_ns: int) -> VmRow:
+        """Write a VM as STARTING under a fresh epoch, before its agent hears of it.
+
+        An equal one that is still STARTING there is returned as it is: its start goes on.
+
+        Raises:
+            AlreadyExistsError: VM_EXISTS.
+        """
+        async with self._database.write() as connection:
+            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == spec.vm_id))
+            if row := found.one_or_none():
+                vm = VmRow.of(row)
+                if (vm.state, vm.node, vm.spec_hash) == (VmState.STARTING, node, spec.spec_hash):
+                    return vm
+                raise AlreadyExistsError(
+                    "VM_EXISTS",
+                    f"VM {vm.vm_id} exists on node {vm.node} ({vm.state})",
+                    hint="choose another vm_id, or stop that VM first",
+                    metadata={"vm_id": vm.vm_id, "node": vm.node},
+                )
+            vm = VmRow(
+                vm_id=spec.vm_id,
+                node=node,
+                epoch=await next_epoch(connection, spec.vm_id),
+                state=VmState.STARTING,
+                spec_json=spec.canonical_json(),
+                spec_hash=spec.spec_hash,
+                memory_bytes=spec.memory_bytes,
+                created_at_ns=now_ns,
+            )
+            await connection.execute(
+                sa.insert(schema.vms).values(
+                    {c.name: getattr(vm, c.name) for c in schema.vms.columns}
+                )
+            )
+            return vm
+
+    async def finish_start(self, vm_id: str, epoch: int) -> VmRow | None:
+        """STARTING → RUNNING. None: the VM is no longer that one."""
+        async with self._database.write() as connection:
+            await connection.execute(
+                sa.update(schema.vms)
+                .where(_vms.vm_id == vm_id, _vms.epoch == epoch, _vms.state == VmState.STARTING)
+                .values(state=VmState.RUNNING)
+            )
+            found = await connection.execute(
+                sa.select(schema.vms).where(_vms.vm_id == vm_id, _vms.epoch == epoch)
+            )
+            row = found.one_or_none()
+            return VmRow.of(row) if row else None
+
+    async def forget(self, vm_id: str, epoch: int, state: VmState) -> None:
+        """Remove the record of a VM that never started, or has stopped. Its epochs stay."""
+        async with self._database.write() as connection:
+            await connection.execute(
+                sa.delete(schema.vms).where(
+                    _vms.vm_id == vm_id, _vms.epoch == epoch, _vms.state == state
+                )
+            )
+            await connection.execute(
+                sa.delete(schema.bitmaps).where(schema.bitmaps.c.vm_id == vm_id)
+            )
+
+    async def begin_stop(self, vm_id: str) -> VmRow:
+        """Write a VM as STOPPING under a fresh epoch; one that is STOPPING already stays as it is.
+
+        Raises:
+            NotFoundError: VM_UNKNOWN.
+            AlreadyExistsError: MIGRATION_ACTIVE, VM_STARTING.
+        """
+        async with self._database.write() as connection:
+            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
+            row = found.one_or_none()
+            if row is None:
+                raise vm_unknown(vm_id)
+            vm = VmRow.of(row)
+            if vm.state is VmState.STOPPING:
+                return vm
+            if migration_id := await active_migration_id(connection, vm_id):
+                raise migration_active(vm_id, migration_id)
+            epoch = await next_epoch(connection, vm_id)
+            changed = await connection.execute(
+                sa.update(schema.vms)
+                .where(_vms.vm_id == vm_id)
+                .values(epoch=epoch, state=VmState.STOPPING)
+                .returning(schema.vms)
+            )
+            return VmRow.of(changed.one())

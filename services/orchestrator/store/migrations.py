@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations: admission, phases, and the decision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.common.errors import FailedPreconditionError, InternalError, NotFoundError
+from services.orchestrator.migration import TERMINAL, Decision, Noted, Phase
+from services.orchestrator.store import schema
+from services.orchestrator.store.database import Database
+from services.orchestrator.store.fleet import (
+    active_migration_id,
+    migration_active,
+    next_epoch,
+    vm_unknown,
+)
+from services.orchestrator.store.records import put_idempotency
+from services.orchestrator.store.rows import (
+    IdempotencyRow,
+    MigrationRow,
+    TransitionRow,
+    VmRow,
+    VmState,
+)
+
+_m = schema.migrations.c
+
+_NO_WAIT = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
+
+
+class PhaseLostError(InternalError):
+    """Somebody else has moved the migration on: read it again."""
+
+
+def migration_unknown(migration_id: str) -> NotFoundError:
+    """The refusal of a migration that there never was."""
+    return NotFoundError(
+        "MIGRATION_UNKNOWN",
+        f"there is no migration {migration_id!r}",
+        hint="list the migrations",
+        metadata={"migration_id": migration_id},
+    )
+
+
+class MigrationTable:
+    """Reads and writes migrations. Every write raises `version` by one."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- reading ---
+
+    async def get(self, migration_id: str) -> MigrationRow | None:
+        """One migration."""
+        async with self._database.read() as connection:
+            return await _select(connection, migration_id)
+
+    async def page(self, vm_id: str, *, before: str, count: int) -> list[MigrationRow]:
+        """At most `count`, the newest first, of one VM or ("") of all, older than id `before`."""
+        query = sa.select(schema.migrations).order_by(_m.migration_id.desc()).limit(count)
+        if vm_id:
+            query = query.where(_m.vm_id == vm_id)
+        if before:
+            query = query.where(_m.migration_id < before)
+        async with self._database.read() as connection:
+            return [MigrationRow.of(row) for row in await connection.execute(query)]
+
+    async def unfinished(self) -> list[MigrationRow]:
+        """All that are not terminal, the oldest first."""
+        return await self._where(~_m.terminal)
+
+    async def owing(self) -> list[MigrationRow]:
+        """Terminal ones whose destination has not yet said that its shell is gone."""
+        return await self._where(_m.terminal & _m.destination_owed)
+
+    async def _where(self, condition: sa.ColumnElement[bool]) -> list[MigrationRow]:
+        query = sa.select(schema.migrations).where(condition).order_by(_m.migration_id)
+        async with self._database.read() as connection:
+            return [MigrationRow.of(row) for row in await connection.execute(query)]
+
+    async def active_of(self, vm_id: str) -> str:
+        """Id of the VM's unfinished migration, or ""."""
+        async with self._database.read() as connection:
+            return await active_migration_id(connection, vm_id)
+
+    async def active_ids(self) -> dict[str, str]:
+        """Ids of unfinished migrations by VM."""
+        return {row.vm_id: row.migration_id for row in await self.unfinished()}
+
+    async def transitions(self, migration_ids: list[str]) -> dict[str, list[TransitionRow]]:
+        """Every phase that each entered, in order."""
+        table = schema.transitions
+        query = (
+            sa.select(table)
+            .where(table.c.migration_id.in_(migration_ids))
+            .order_by(table.c.migration_id, table.c.sequence)
+        )
+        found: dict[str, list[TransitionRow]] = {each: [] for each in migration_ids}
+        async with self._database.read() as connection:
+            for row in await connection.execute(query):
+                found[row.migration_id].append(
+                    TransitionRow(phase=Phase(row.phase), at_ns=row.at_ns, message=row.message)
+                )
+        return found
+
+    # --- admission ---
+
+    async def create(self, row: MigrationRow, idempotency: IdempotencyRow | None) -> None:
+        """Insert a migration, and the answer to its request, in one transaction (I7, I9).
+
+        Raises:
+            NotFoundError: VM_UNKNOWN.
+            AlreadyExistsError: MIGRATION_ACTIVE.
+            FailedPreconditionError: VM_NOT_RUNNING; VM_MOVED: the VM is not where it was when the
+                caller looked.
+        """
+        async with self._database.write() as connection:
+            found = await connection.execute(
+                sa.select(schema.vms).where(schema.vms.c.vm_id == row.vm_id)
+            )
+            vm_row = found.one_or_none()
+            if vm_row is None:
+                raise vm_unknown(row.vm_id)
+            if active := await active_migration_id(connection, row.vm_id):
+                raise migration_active(row.vm_id, active)
+            vm = VmRow.of(vm_row)
+            if vm.state is not VmState.RUNNING:
+                raise FailedPreconditionError(
+                    "VM_NOT_RUNNING",
+                    f"VM {vm.vm_id} is {vm.state}",
+                    hint="try again when it runs",
+                    metadata={"vm_id": vm.vm_id, "state": vm.state},
+                )
+            if (vm.node, vm.epoch) != (row.source_node, row.source_epoch):
+                raise FailedPreconditionError(
+                    "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
+                )
+            await connection.execute(sa.insert(schema.migrations).values(_values(row)))
+            await _add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
+            if idempotency:
+                await put_idempotency(connection, idempotency)
+
+    # --- phases ---
+
+    async def enter(
+        self,
+        row: MigrationRow,
+        phase: Phase,
+        *,
+        now_ns: int,
+        note: Noted | None = None,
+        **fields: Any,
+    ) -> MigrationRow:
+        """Move `row` to `phase`, with what else is then true. Not for COMMITTED and ABORTED.
+
+        Raises:
+            PhaseLostError: it is not in `row.phase` any more.
+        """
+        values: dict[str, Any] = {
+            "phase": phase,
+            "terminal": phase in TERMINAL,
+            "phase_at_ns": now_ns,
+            "version": _m.version + 1,
+            **_NO_WAIT,
+            **fields,
+        }
+        if note:
+            values |= {"reason": note.reason, "message": note.message, "hint": note.hint}
+        if phase in TERMINAL:
+            values["ended_at_ns"] = now_ns
+        async with self._database.write() as connection:
+            changed = await connection.execute(
+                sa.update(schema.migrations)
+                .where(_m.migration_id == row.migration_id, _m.phase == row.phase)
+                .values(values)
+                .returning(schema.migrations)
+            )
+            entered = changed.one_or_none()
+            if entered is None:
+                raise PhaseLostError(
+                    "PHASE_LOST", f"migration {row.migration_id} is not {row.phase} any more"
+                )
+            await _add_transition(
+                connection, row.migration_id, phase, now_ns, note.message if note else ""
+            )
+            return MigrationRow.of(entered)
+
+    async def reserve_epoch(self, row: MigrationRow) -> MigrationRow:
+        """Issue the destination's epoch, once: asked again it is the same."""
+        async with self._database.write() as connection:
+            present = await _select(connection, row.migration_id)
+            if present is None:
+                raise migration_unknown(row.migration_id)
+            if present.epoch:
+                return present
+            epoch = await next_epoch(connection, row.vm_id)
+            return await _update(connection, row.migration_id, {"epoch": epoch})
+
+    async def decide(self, row: MigrationRow, decision: Decision, *, now_ns: int) -> None:
+        """Try to write the decision: one compare-and-swap (I2). Says nothing: read it back.
+
+        COMMITTED is written only over SWITCHOVER, over no decision, and not once a cancel was
+        accepted. The same transaction makes the destination the owner, under its epoch. ABORTED is
+        written over no decision in any phase, and issues the epoch under which the source goes on.
+        """
+        async with self._database.write() as connection:
+            condition = sa.and_(_m.migration_id == row.migration_id, _m.decision.is_(None))
+            phase = Phase.ABORTED
+            if decision is Decision.COMMITTED:
+                phase = Phase.COMMITTED
+                condition = sa.and_(
+                    condition,
+                    _m.phase == Phase.SWITCHOVER,
+                    _m.cancel_requested == sa.false(),
+                    _m.epoch > 0,
+                )
+            changed = await connection.execute(
+                sa.update(schema.migrations)
+                .where(condition)
+                .values(
+                    decision=decision,
+                    phase=phase,
+                    phase_at_ns=now_ns,
+                    version=_m.version + 1,
+                    **_NO_WAIT,
+                )
+                .returning(schema.migrations)
+            )
+            written = changed.one_or_none()
+            if written is None:
+                return
+            decided = MigrationRow.of(written)
+            await _add_transition(connection, decided.migration_id, phase, now_ns, "")
+            if decision is Decision.COMMITTED:
+                await _move_vm(connection, decided, decided.destination_node, decided.epoch)
+            elif decided.epoch:
+                epoch = await next_epoch(connection, decided.vm_id)
+                await _update(
+                    connection,
+                    decided.migration_id,
+                    {"resume_epoch": epoch, "destination_owed": True},
+                )
+                await _move_vm(connection, decided, decided.source_node, epoch)
+
+    async def request_cancel(self, migration_id: str) -> MigrationRow:
+        """Accept a cancel while nothing is decided. From then on COMMITTED cannot be written.
+
+        Raises:
+            NotFoundError: MIGRATION_UNKNOWN.
+            FailedPreconditionError: PAST_COMMIT; ALREADY_ENDED.
+        """
+        async with self._database.write() as connection:
+            row = await _select(connection, migration_id)
+            if row is None:
+                raise migration_unknown(migration_id)
+            if row.decision is Decision.COMMITTED:
+                raise FailedPreconditionError(
+                    "PAST_COMMIT",
+                    f"the guest belongs to {row.destination_node} already ({row.phase})",
+                    hint="let it finish and move it back",
+                    metadata={"migration_id": migration_id, "phase": row.phase},
+                )
+            if row.phase is Phase.FAILED:
+                raise FailedPreconditionError(
+                    "ALREADY_ENDED",
+                    f"migration {migration_id} has failed already",
+                    metadata={"migration_id": migration_id, "phase": row.phase},
+                )
+            if row.cancel_requested or row.decision:
+                return row
+            return await _update(connection, migration_id, {"cancel_requested": True})
+
+    # --- notes ---
+
+    async def record(self, migration_id: str, **fields: Any) -> MigrationRow:
+        """Write fields that do not change the phase: counters, progress, what is waited for."""
+        async with self._database.write() as connection:
+            return await _update(connection, migration_id, fields)
+
+
+async def _select(connection: AsyncConnection, migration_id: str) -> MigrationRow | None:
+    found = await connection.execute(
+        sa.select(schema.migrations).where(_m.migration_id == migration_id)
+    )
+    row = found.one_or_none()
+    return MigrationRow.of(row) if row else None
+
+
+async def _update(
+    connection: AsyncConnection, migration_id: str, fields: dict[str, Any]
+) -> MigrationRow:
+    changed = await connection.execute(
+        sa.update(schema.migrations)
+        .where(_m.migration_id == migration_id)
+        .values(**fields, version=_m.version + 1)
+        .returning(schema.migrations)
+    )
+    return MigrationRow.of(changed.one())
+
+
+async def _move_vm(connection: AsyncConnection, row: MigrationRow, node: str, epoch: int) -> None:
+    """Change the owner; the transaction fails if the owner is not who it was at admission (I1)."""
+    moved = await connection.execute(
+        sa.update(schema.vms)
+        .where(
+            schema.vms.c.vm_id == row.vm_id,
+            schema.vms.c.node == row.source_node,
+            schema.vms.c.epoch == row.source_epoch,
+        )
+        .values(node=node, epoch=epoch)
+    )
+    if moved.rowcount != 1:
+        raise InternalError(
+            "OWNER_CHANGED",
+            f"I1: VM {row.vm_id} is no longer {row.source_node}'s under epoch {row.source_epoch}",
+        )
+
+
+async def _add_transition(
+    connection: AsyncConnection, migration_id: str, phase: Phase, at_ns: int, message: str
+) -> None:
+    table = schema.transitions
+    last = (
+        sa.select(sa.func.coalesce(sa.func.max(table.c.sequence), 0) + 1)
+        .where(table.c.migration_id == migration_id)
+        .scalar_subquery()
+    )
+    await connection.execute(
+        sa.insert(table).values(
+            migration_id=migration_id, sequence=last, phase=phase, at_ns=at_ns, message=message
+        )
+    )
+
+
+def _values(row: MigrationRow) -> dict[str, Any]:
+    return {column.name: getattr(row, column.name) for column in schema.migrations.columns}

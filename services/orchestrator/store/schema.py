@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables, and how an older store becomes a newer one.
+
+Kept to what SQLite and PostgreSQL share, except the triggers: those repeat in SQLite what the code
+never does, so that a bug, or a person with a shell, cannot change a decision or revive an epoch.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+SCHEMA_VERSION = 1
+
+metadata = sa.MetaData()
+
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+"""`incarnation`: drawn when the store was made (I2). `schema_version`."""
+
+nodes = sa.Table(
+    "nodes",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("agent_address", sa.Text, nullable=False),
+    sa.Column("registered_at_ns", sa.BigInteger, nullable=False),
+)
+
+epochs = sa.Table(
+    "epochs",
+    metadata,
+    sa.Column("vm_id", sa.Text, primary_key=True),
+    sa.Column("last_epoch", sa.BigInteger, nullable=False),
+)
+"""Outlives the VM: an id that is used again goes on counting."""
+
+vms = sa.Table(
+    "vms",
+    metadata,
+    sa.Column("vm_id", sa.Text, primary_key=True),
+    sa.Column("node", sa.Text, sa.ForeignKey("nodes.name"), nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("spec_json", sa.Text, nullable=False),
+    sa.Column("spec_hash", sa.Text, nullable=False),
+    sa.Column("memory_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at_ns", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("state IN ('starting', 'running', 'stopping')", name="vms_state"),
+)
+"""node and epoch: who owns the guest (I1). Written by a start, and by a decision."""
+
+migrations = sa.Table(
+    "migrations",
+    metadata,
+    sa.Column("migration_id", sa.Text, primary_key=True),
+    sa.Column("vm_id", sa.Text, nullable=False),
+    sa.Column("source_node", sa.Text, nullable=False),
+    sa.Column("destination_node", sa.Text, nullable=False),
+    sa.Column("bulk_bytes_per_s_max", sa.BigInteger, nullable=False),
+    sa.Column("traceparent", sa.Text, nullable=False),
+    sa.Column("phase", sa.Text, nullable=False),
+    sa.Column("terminal", sa.Boolean, nullable=False),
+    sa.Column("decision", sa.Text),
+    sa.Column("source_epoch", sa.BigInteger, nullable=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("resume_epoch", sa.BigInteger, nullable=False),
+    sa.Column("source_boot_id", sa.Text, nullable=False),
+    sa.Column("page_size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("undo_is_cancel", sa.Boolean, nullable=False),
+    sa.Column("guest_ended", sa.Boolean, nullable=False),
+    sa.Column("destination_owed", sa.Boolean, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("hint", sa.Text, nullable=False),
+    sa.Column("wait_reason", sa.Text, nullable=False),
+    sa.Column("wait_message", sa.Text, nullable=False),
+    sa.Column("wait_hint", sa.Text, nullable=False),
+    sa.Column("created_at_ns", sa.BigInteger, nullable=False),
+    sa.Column("phase_at_ns", sa.BigInteger, nullable=False),
+    sa.Column("ended_at_ns", sa.BigInteger, nullable=False),
+    sa.Column("pause_ns", sa.BigInteger, nullable=False),
+    sa.Column("progress", sa.Float, nullable=False),
+    sa.Column("counters", sa.LargeBinary, nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("decision IN ('committed', 'aborted')", name="migrations_decision"),
+    sa.CheckConstraint(
+        "(phase NOT IN ('failed', 'cancelled', 'aborted') OR decision = 'aborted') AND "
+        "(phase NOT IN ('committed', 'postcopy', 'postcopy_paused', 'recovering', 'finalizing', "
+        "'succeeded', 'needs_attention', 'lost') OR decision = 'committed')",
+        name="migrations_phase_needs_decision",
+    ),
+    sa.Index(
+        "migrations_one_active",
+        "vm_id",
+        unique=True,
+        sqlite_where=sa.text("terminal = 0"),
+        postgresql_where=sa.text("NOT terminal"),
+    ),
+    sa.Index("migrations_by_vm", "vm_id", "migration_id"),
+)
+
+transitions = sa.Table(
+    "transitions",
+    metadata,
+    sa.Column("migration_id", sa.Text, sa.ForeignKey("migrations.migration_id"), primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True),
+    sa.Column("phase", sa.Text, nullable=False),
+    sa.Column("at_ns", sa.BigInteger, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+)
+
+bitmaps = sa.Table(
+    "bitmaps",
+    metadata,
+    sa.Column("vm_id", sa.Text, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("page_size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("page_count", sa.BigInteger, nullable=False),
+    sa.Column("absent_count", sa.BigInteger, nullable=False),
+    sa.Column("packed", sa.LargeBinary, nullable=False),
+)
+
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("request_hash", sa.Text, nullable=False),
+    sa.Column("response", sa.LargeBinary, nullable=False),
+    sa.Column("created_at_ns", sa.BigInteger, nullable=False),
+)
+
+_TRIGGERS = (
+    """CREATE TRIGGER decision_is_final BEFORE UPDATE OF decision ON migrations
+       WHEN OLD.decision IS NOT NULL AND NEW.decision IS NOT OLD.decision
+       BEGIN SELECT RAISE(ABORT, 'I2: a decision is never changed'); END""",
+    """CREATE TRIGGER terminal_is_final BEFORE UPDATE OF phase ON migrations
+       WHEN OLD.terminal AND NEW.phase IS NOT OLD.phase
+       BEGIN SELECT RAISE(ABORT, 'I7: a terminal phase is never left'); END""",
+    """CREATE TRIGGER epochs_only_grow BEFORE UPDATE ON epochs
+       WHEN NEW.last_epoch <= OLD.last_epoch
+       BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never reused'); END""",
+    """CREATE TRIGGER epochs_stay BEFORE DELETE ON epochs
+       BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never forgotten'); END""",
+)
+for _trigger in _TRIGGERS:
+    _ddl = sa.DDL(_trigger)  # type: ignore[no-untyped-call]
+    sa.event.listen(metadata, "after_create", _ddl.execute_if(dialect="sqlite"))
+
+UPGRADES: dict[int, tuple[str, ...]] = {}
+"""Statements that turn the schema of version N into N + 1, by N. One transaction each."""

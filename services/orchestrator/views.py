@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as the messages of godwit.fleet.v1: what gRPC answers, and what REST spells as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.common.v1 import common_pb2
+from godwit.fleet.v1 import types_pb2, vm_service_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
+from services.orchestrator.migration import Phase
+from services.orchestrator.move import WIRE_DECISION
+from services.orchestrator.store.rows import MigrationRow, NodeRow, TransitionRow, VmRow
+
+WIRE_PHASE: dict[Phase, types_pb2.MigrationPhase.ValueType] = {
+    phase: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase.name}") for phase in Phase
+}
+
+
+def _timestamp(at_ns: int) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromNanoseconds(at_ns)
+    return stamp
+
+
+def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types_pb2.Migration:
+    """A migration. What it waits for now comes before why it is in its phase."""
+    waits = bool(row.wait_reason)
+    view = types_pb2.Migration(
+        migration_id=row.migration_id,
+        vm_id=row.vm_id,
+        source_node=row.source_node,
+        destination_node=row.destination_node,
+        phase=WIRE_PHASE[row.phase],
+        decision=WIRE_DECISION[row.decision],
+        epoch=row.epoch,
+        reason=row.wait_reason if waits else row.reason,
+        message=row.wait_message if waits else row.message,
+        hint=row.wait_hint if waits else row.hint,
+        created_at=_timestamp(row.created_at_ns),
+        pause_ns=row.pause_ns,
+        progress=row.progress,
+        transitions=[
+            types_pb2.PhaseTransition(
+                phase=WIRE_PHASE[each.phase], at=_timestamp(each.at_ns), message=each.message
+            )
+            for each in history
+        ],
+        cancel_requested=row.cancel_requested,
+        traceparent=row.traceparent,
+        version=row.version,
+    )
+    if row.ended_at_ns:
+        view.ended_at.CopyFrom(_timestamp(row.ended_at_ns))
+    if row.phase is Phase.SUCCEEDED:
+        view.total_ns = max(row.ended_at_ns - row.created_at_ns, 1)
+    if row.counters:
+        view.counters.CopyFrom(common_pb2.ArrivalCounters.FromString(row.counters))
+    return view
+
+
+def node_view(
+    row: NodeRow,
+    *,
+    reachable: bool,
+    message: str,
+    capabilities: agent_pb2.Capabilities | None,
+    vm_ids: Iterable[str],
+) -> types_pb2.Node:
+    """A node."""
+    return types_pb2.Node(
+        name=row.name,
+        agent_address=row.agent_address,
+        reachable=reachable,
+        message=message,
+        capabilities=capabilities,
+        vm_ids=vm_ids,
+    )
+
+
+def vm_view(
+    row: VmRow,
+    *,
+    migration_id: str,
+    bitmap: Bitmap | None,
+    vmm_state: agent_pb2.VmmState.ValueType,
+) -> types_pb2.Vm:
+    """A VM."""
+    return types_pb2.Vm(
+        vm_id=row.vm_id,
+        node=row.node,
+        epoch=row.epoch,
+        spec_hash=row.spec_hash,
+        memory_bytes=row.memory_bytes,
+        migration_id=migration_id,
+        resident_share=bitmap.resident_share if bitmap else 1.0,
+        vmm_state=vmm_state,
+    )
+
+
+def bitmap_view(row: VmRow, bitmap: Bitmap | None) -> vm_service_pb2.GetUserfaultBitmapResponse:
+    """A userfault bitmap. A VM that never moved has all its memory."""
+    if bitmap is None or not bitmap.page_count:
+        return vm_service_pb2.GetUserfaultBitmapResponse(
+            vm_id=row.vm_id,
+            epoch=row.epoch,
+            page_count=row.memory_bytes // PAGE_BYTES_DEFAULT,
+            resident_share=1.0,
+            page_size_bytes=PAGE_BYTES_DEFAULT,
+        )
+    return vm_service_pb2.GetUserfaultBitmapResponse(
+        vm_id=row.vm_id,
+        epoch=bitmap.epoch,
+        page_count=bitmap.page_count,
+        absent_count=bitmap.absent_count,
+        absent_runs=[
+            agent_pb2.PageRun(first_page=first, page_count=count)
+            for first, count in bitmap.absent_runs()
+        ],
+        resident_share=bitmap.resident_share,
+        page_size_bytes=bitmap.page_size_bytes,
+    )
