@@ -67,17 +67,23 @@ def main() -> NoReturn:
 
 def _explain(error: Exception) -> ExitStatus | None:
     """Say what is wrong and what to do on stderr; None: nobody foresaw this one."""
-    from godwit.errors import GodwitApiError, GodwitClientError, GodwitConnectionError
+    from godwit.errors import GodwitApiError, GodwitConnectionError
 
-    if not isinstance(error, GodwitClientError):
-        return None
     if isinstance(error, GodwitApiError):
-        names = "".join(f", {key} {value}" for key, value in error.metadata.items())
+        unsaid = {key: value for key, value in error.metadata.items() if value not in error.detail}
+        names = "".join(f", {key} {value}" for key, value in unsaid.items())
         _complain(f"{error.reason}: {error.detail}{names}", error.hint)
         return of_http(error.status)
-    hint = f"is `godwit orchestrator` running there? See --orchestrator, {ENV_URL}"
-    _complain(str(error), hint if isinstance(error, GodwitConnectionError) else "")
-    return ExitStatus.UNREACHABLE
+    if isinstance(error, GodwitConnectionError):
+        hint = f"is `godwit orchestrator` running there? See --orchestrator, {ENV_URL}"
+        _complain(str(error), hint)
+        return ExitStatus.UNREACHABLE
+    from services.common.errors import GodwitError
+
+    if not isinstance(error, GodwitError):
+        return None
+    _complain(f"{error.reason}: {error.message}", error.hint)
+    return of_http(error.http_status)
 
 
 def _complain(what: str, hint: str) -> None:
