@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's VMs as Prometheus metrics, read when somebody asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.fault_agent.evidence import retained_bytes
+from services.fault_agent.journal import Counters, Role
+from services.fault_agent.node import Node
+
+_ARRIVAL_COUNTERS = (
+    ("faults", "Page faults seen", "fault_count"),
+    ("received_bytes", "Page bytes received", "received_bytes"),
+    ("checksum_errors", "Messages fetched again for their CRC", "checksum_error_count"),
+    ("reconnects", "Connections to page servers made again", "reconnect_count"),
+    ("violations", "Broken invariants of the page path", "violation_count"),
+)
+_PAGES = (
+    ("demand", "demand_page_count"),
+    ("bulk", "bulk_page_count"),
+    ("zero", "zero_page_count"),
+    ("removed", "removed_page_count"),
+)
+
+
+class AgentCollector(Collector):
+    """One look at the journal and the arrivals under way."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing ahead of time: what there is depends on the VMs."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, as it is now."""
+        node = self._node
+        roles = Counter(vm.record.role for vm in node.known_vms())
+        vms = GaugeMetricFamily("godwit_agent_vms", "VMs by what they are here", labels=["role"])
+        for role in Role:
+            vms.add_metric([role.value], roles[role])
+        yield vms
+        yield GaugeMetricFamily(
+            "godwit_agent_corrupt_journals",
+            "VMs whose journal cannot be read",
+            value=len(node.corrupt),
+        )
+        retained = GaugeMetricFamily(
+            "godwit_agent_retained_bytes",
+            "Memory of guests that have left, kept for their destination",
+            labels=["vm"],
+        )
+        for vm in node.known_vms():
+            if vm.record.role is Role.SEALED:
+                retained.add_metric([vm.vm_id], retained_bytes(vm.record, node.boot_id))
+        yield retained
+        yield from self._arrivals()
+
+    def _arrivals(self) -> Iterator[Metric]:
+        phase = GaugeMetricFamily(
+            "godwit_agent_arrival_phase",
+            "1 for the phase that an arrival is in",
+            labels=["vm", "phase"],
+        )
+        absent = GaugeMetricFamily(
+            "godwit_agent_arrival_absent_pages", "Pages still at the source", labels=["vm"]
+        )
+        held = GaugeMetricFamily(
+            "godwit_agent_arrival_held_faults", "Faults that wait now", labels=["vm"]
+        )
+        lost = GaugeMetricFamily(
+            "godwit_agent_arrival_link_lost_seconds",
+            "How long the demand lane has been down, now",
+            labels=["vm"],
+        )
+        counters: dict[str, Counters] = {}
+        for vm in self._node.known_vms():
+            if vm.watch is None:
+                continue
+            status = vm.watch.refresh()
+            phase.add_metric([vm.vm_id, status.phase.name.lower()], 1)
+            absent.add_metric([vm.vm_id], status.absent_count)
+            held.add_metric([vm.vm_id], status.held_fault_count)
+            lost.add_metric([vm.vm_id], status.link_lost_ns / 1e9)
+            counters[vm.vm_id] = vm.watch.counters
+        yield from (phase, absent, held, lost)
+        for name, text, field in _ARRIVAL_COUNTERS:
+            family = CounterMetricFamily(f"godwit_agent_arrival_{name}", text, labels=["vm"])
+            for vm_id, values in counters.items():
+                family.add_metric([vm_id], getattr(values, field))
+            yield family
+        pages = CounterMetricFamily(
+            "godwit_agent_arrival_pages", "Pages installed, by how", labels=["vm", "kind"]
+        )
+        quantiles = GaugeMetricFamily(
+            "godwit_agent_fault_latency_quantile_seconds",
+            "From the fault event to the wake",
+            labels=["vm", "quantile"],
+        )
+        for vm_id, values in counters.items():
+            for kind, field in _PAGES:
+                pages.add_metric([vm_id, kind], getattr(values, field))
+            for quantile, nanoseconds in (
+                ("0.5", values.fault_p50_ns),
+                ("0.99", values.fault_p99_ns),
+                ("0.999", values.fault_p999_ns),
+                ("1", values.fault_max_ns),
+            ):
+                quantiles.add_metric([vm_id, quantile], nanoseconds / 1e9)
+        yield from (pages, quantiles)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms VMs: injects the userfaultfd, makes the engine, takes both up again after our death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+from services.common.errors import FailedPreconditionError, GodwitError, UnavailableError
+from services.common.listen import Address, parse_address
+from services.common.vm_spec import PAGE_BYTES
+from services.fault_agent import processes
+from services.fault_agent.arrival_watch import ArrivalWatch
+from services.fault_agent.drivers.api import VmmUnreachableError, covers
+from services.fault_agent.journal import Role
+from services.fault_agent.node import Node
+from services.fault_agent.vms import Vm
+from services.pagecore.api import ArrivalConfig, ArrivalPhase, ArrivalStatus, Injection
+
+log = logging.getLogger(__name__)
+
+REFUSED_RETRY_S = 1.0
+"""A page server that refuses may be one that was restarted and does not know its images yet."""
+
+
+class ArmError(FailedPreconditionError):
+    """The memory of a VMM cannot be put under our control."""
+
+    def __init__(self, step: str, error: OSError | str) -> None:
+        detail = error if isinstance(error, str) else error.strerror or str(error)
+        super().__init__(
+            "ARM_FAILED",
+            f"{step}: {detail}",
+            hint="needs CAP_SYS_PTRACE and userfaultfd; preflight says which of them is missing",
+        )
+
+
+class ArrivalEngines:
+    """The engines of a node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def require(self, vm: Vm) -> ArrivalWatch:
+        """The engine of an arriving VM.
+
+        Raises:
+            UnavailableError: ARRIVAL_NOT_SERVED: nobody would answer its faults.
+        """
+        if vm.watch is None or vm.watch.closed:
+            raise UnavailableError(
+                "ARRIVAL_NOT_SERVED", f"the page faults of {vm.vm_id} are not answered yet"
+            )
+        return vm.watch
+
+    async def arm(self, vm: Vm, epoch: int) -> None:
+        """Inject a userfaultfd into the VMM and start an engine on it, its gate closed.
+
+        Raises:
+            ArmError: the injection failed, or memory was there before it.
+        """
+        process, arriving = vm.record.process, vm.record.arriving
+        if process is None or arriving is None:
+            raise VmmUnreachableError(f"{vm.vm_id} has no shell")
+        core = self._node.pagecore
+        with _open_ram(vm.record.ram_path) as ram_fd:
+            with _step(f"userfaultfd into process {process.pid}"):
+                injection = await asyncio.to_thread(
+                    core.inject_uffd, pid=process.pid, ram_fd=ram_fd
+                )
+            try:
+                # Before anybody depends on it: it is the way back after our death.
+                arriving = replace(arriving, remote_fd=injection.remote_fd)
+                await vm.write(replace(vm.record, arriving=arriving))
+                await self._start(vm, epoch, injection, ram_fd, adopt=False)
+            finally:
+                os.close(injection.uffd)
+
+    async def take_up(self, vm: Vm) -> None:
+        """Go on with an arrival that a former agent began.
+
+        Raises:
+            ArmError: the userfaultfd or the page map cannot be taken over.
+            VmmUnreachableError: the VMM is gone.
+        """
+        record = vm.record
+        process, arriving = record.process, record.arriving
+        if process is None or arriving is None or not processes.is_alive(process):
+            raise VmmUnreachableError(f"{vm.vm_id} has no shell")
+        core = self._node.pagecore
+        with _open_ram(record.ram_path) as ram_fd:
+            with _step(f"userfaultfd of process {process.pid} again"):
+                injection = await asyncio.to_thread(
+                    core.take_uffd,
+                    pid=process.pid,
+                    remote_fd=arriving.remote_fd,
+                    ram_fd=ram_fd,
+                )
+            try:
+                await self._start(vm, record.epoch_prepared, injection, ram_fd, adopt=True)
+            finally:
+                os.close(injection.uffd)
+        watch = self.require(vm)
+        if record.role is Role.ARRIVED and watch.arrival.generation():
+            watch.arrival.start_bulk()
+        self.check_complete(vm)
+
+    async def redirect(self, vm: Vm) -> None:
+        """Fetch from the page server that the record names from now on."""
+        arriving = vm.record.arriving
+        if arriving is None or vm.watch is None or vm.watch.closed:
+            return
+        address = await numeric(arriving.page_address)
+        vm.watch.arrival.set_page_server(address.host, address.port)
+
+    async def stop(self, vm: Vm) -> None:
+        """End the engine. The guest stays blocked on what is absent. Idempotent."""
+        watch, vm.watch = vm.watch, None
+        if watch is not None:
+            await watch.close()
+
+    def check_complete(self, vm: Vm) -> None:
+        """If every page is here and the guest has been activated, see to MEMORY_COMPLETE."""
+        if (
+            vm.watch is not None
+            and vm.watch.refresh().phase is ArrivalPhase.COMPLETE
+            and vm.record.role is Role.ARRIVED
+        ):
+            self._node.start_task(self._complete(vm), f"complete {vm.vm_id}")
+
+    async def _start(
+        self, vm: Vm, epoch: int, injection: Injection, ram_fd: int, *, adopt: bool
+    ) -> None:
+        record = vm.record
+        arriving = record.arriving
+        assert arriving is not None, "an arriving VM has an arrival"
+        pieces = [(region.offset, region.len_bytes) for region in injection.regions]
+        if not covers(pieces, vm.spec.memory_bytes):
+            raise ArmError("mappings of the VMM", f"they are {pieces}, not all of the memory")
+        address = await numeric(arriving.page_address)
+        config = ArrivalConfig(
+            page_size_bytes=PAGE_BYTES,
+            epoch=epoch,
+            page_map_path=arriving.page_map_path,
+            session_id=arriving.session_id,
+            image_id=arriving.image_id,
+            page_host=address.host,
+            page_port=address.port,
+            uffd=injection.uffd,
+            ram_fd=ram_fd,
+            regions=injection.regions,
+            traceparent=arriving.traceparent,
+            adopt=adopt,
+            bulk_bytes_per_s_max=arriving.bulk_bytes_per_s_max,
+        )
+        try:
+            arrival = self._node.pagecore.create_arrival(config)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.ESTALE):
+                self._node.violations.labels(invariant="I4").inc()
+            raise ArmError("arrival engine", error) from error
+        try:
+            arrival.start()
+            vm.watch = ArrivalWatch(
+                arrival, epoch=epoch, on_change=lambda status: self._on_change(vm, status)
+            )
+        except BaseException:
+            arrival.close()
+            raise
+
+    def _on_change(self, vm: Vm, status: ArrivalStatus) -> None:
+        level = logging.INFO
+        if status.phase in (ArrivalPhase.REFUSED, ArrivalPhase.LINK_LOST):
+            level = logging.WARNING
+        if status.phase is ArrivalPhase.VIOLATION:
+            level = logging.ERROR
+            self._node.violations.labels(invariant="I4").inc()
+        log.log(
+            level,
+            "arrival of %s: %s, %d of %d pages absent %s",
+            vm.vm_id,
+            status.phase.name,
+            status.absent_count,
+            status.page_count,
+            status.reason,
+        )
+        if status.phase is ArrivalPhase.REFUSED and vm.record.epoch_activating:
+            self._node.start_task(self._ask_again(vm), f"ask again {vm.vm_id}")
+        self.check_complete(vm)
+
+    async def _complete(self, vm: Vm) -> None:
+        async with vm.lock:
+            record, watch = vm.record, vm.watch
+            arriving = record.arriving
+            if record.role is not Role.ARRIVED or watch is None or arriving is None:
+                return
+            if record.epoch_memory_complete != watch.epoch:
+                # Durable before the source is told that it may forget.
+                counters = arriving.counters or watch.counters
+                await vm.write(
+                    replace(
+                        record,
+                        epoch_memory_complete=watch.epoch,
+                        arriving=replace(arriving, counters=counters),
+                    )
+                )
+            arriving = vm.record.arriving
+            assert arriving is not None, "written a moment ago"
+            if not arriving.unregistered:
+                try:
+                    await asyncio.to_thread(watch.arrival.finish)
+                except OSError as error:
+                    if error.errno != errno.ESRCH:
+                        raise
+                    log.warning("%s ended before its memory was let go", vm.vm_id)
+                await vm.write(replace(vm.record, arriving=replace(arriving, unregistered=True)))
+            watch.wake()
+
+    async def _ask_again(self, vm: Vm) -> None:
+        """A guest that runs here has no other source: refusals are asked again, for ever."""
+        await asyncio.sleep(REFUSED_RETRY_S)
+        try:
+            async with vm.lock:
+                watch = vm.watch
+                if watch is None or watch.closed:
+                    return
+                if watch.refresh().phase is ArrivalPhase.REFUSED:
+                    await self.redirect(vm)
+        except (GodwitError, OSError) as error:
+            log.warning("arrival of %s: %s", vm.vm_id, error)
+        watch = vm.watch
+        if watch is not None and watch.refresh().phase is ArrivalPhase.REFUSED:
+            self._node.start_task(self._ask_again(vm), f"ask again {vm.vm_id}")
+
+
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArmError(name, error) from error
+
+
+@contextlib.contextmanager
+def _open_ram(path: str) -> Iterator[int]:
+    with _step(path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def numeric_now(text: str) -> Address:
+    """An address with a numeric host; a name is looked up. May block for a name.
+
+    Raises:
+        InvalidArgumentError: ADDRESS_INVALID.
+        ArmError: the name is not known.
+    """
+    address = parse_address(text)
+    try:
+        ipaddress.ip_address(address.host)
+    except ValueError:
+        try:
+            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ArmError(f"look up {address.host}", error) from error
+        return Address(host=str(found[0][4][0]), port=address.port)
+    return address
+
+
+async def numeric(text: str) -> Address:
+    """`numeric_now`, without holding up the loop."""
+    return await asyncio.to_thread(numeric_now, text)

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The destination's half of a hand-over."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+from godwit.agent.v1 import fault_agent_service_pb2 as pb
+
+from services.common.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
+from services.common.hooks import reach
+from services.common.vm_spec import VmSpec
+from services.fault_agent.arrival_engine import ArrivalEngines
+from services.fault_agent.device_state import Incoming
+from services.fault_agent.drivers.api import VmmState
+from services.fault_agent.drivers.command_line import memory_regions
+from services.fault_agent.evidence import read_fence
+from services.fault_agent.fence import Command, Fence, wrong_state
+from services.fault_agent.journal import Arriving, Record, Role
+from services.fault_agent.node import Node
+from services.fault_agent.preflight import Preflight
+from services.fault_agent.residents import (
+    has_data,
+    make_launch,
+    make_ram_file,
+    ram_path,
+    remove_file,
+    remove_memory,
+)
+from services.fault_agent.vms import Vm
+
+log = logging.getLogger(__name__)
+
+ARM_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalOrder:
+    """What Prepare tells a destination, checked."""
+
+    spec: VmSpec
+    image_id: str
+    page_address: str
+    traceparent: str
+    bulk_bytes_per_s_max: int
+
+    @classmethod
+    def read(cls, fence: Fence, message: pb.PrepareArrival) -> ArrivalOrder:
+        """Check what the orchestrator sends.
+
+        Raises:
+            InvalidArgumentError: FIELD_INVALID, SPEC_INVALID.
+            FailedPreconditionError: SPEC_MISMATCH: this node reads the spec differently.
+        """
+        spec, image = VmSpec.parse(message.spec_json), message.image
+        if spec.vm_id != fence.vm_id or image.vm_id != fence.vm_id:
+            raise _field("spec_json and image", f"must be of {fence.vm_id}")
+        if not image.image_id or not 1 <= image.epoch < fence.epoch:
+            raise _field("image", f"needs an id and an epoch of 1..{fence.epoch - 1}")
+        if spec.spec_hash != message.spec_hash:
+            raise FailedPreconditionError(
+                "SPEC_MISMATCH",
+                f"the spec's hash is {spec.spec_hash} here, {message.spec_hash} at the source",
+                hint="install the same release on both nodes",
+            )
+        regions = [(region.gpa_bytes, region.size_bytes) for region in image.regions]
+        own = [(region.gpa, region.size_bytes) for region in memory_regions(spec)]
+        if regions != own:
+            raise FailedPreconditionError(
+                "SPEC_MISMATCH", f"the image has regions {regions}, the spec makes {own}"
+            )
+        return cls(
+            spec=spec,
+            image_id=image.image_id,
+            page_address=message.page_address,
+            traceparent=message.traceparent,
+            bulk_bytes_per_s_max=message.bulk_bytes_per_s_max,
+        )
+
+
+def _field(name: str, must: str) -> InvalidArgumentError:
+    return InvalidArgumentError("FIELD_INVALID", f"arrival.{name} {must}")
+
+
+class Arrivals:
+    """Handles Prepare, LoadDeviceState, Activate, Abort and Release of a destination."""
+
+    def __init__(self, node: Node, preflight: Preflight, engines: ArrivalEngines) -> None:
+        self._node = node
+        self._preflight = preflight
+        self._engines = engines
+
+    async def prepare(self, fence: Fence, message: pb.PrepareArrival) -> pb.Evidence:
+        """Start a shell with absent memory, arm it, connect both lanes; fsync PREPARED.
+
+        Given again for an arrival that is under way, with another page server, it fetches from
+        that one from now on.
+
+        Raises:
+            FailedPreconditionError: PREFLIGHT_FAILED, SPEC_MISMATCH, WRONG_STATE; the fence's.
+            UnavailableError: PAGE_SERVER_UNREACHABLE, VMM_UNREACHABLE, DRAINING.
+        """
+        self._node.refuse_if_draining()
+        vm = self._node.vm(fence.vm_id)
+        async with vm.command(fence, Command.PREPARE_ARRIVAL) as fenced:
+            order = ArrivalOrder.read(fence, message)
+            record = vm.record
+            under_way = record.role in (Role.ARRIVING, Role.ARRIVED)
+            if under_way and record.epoch_prepared == fence.epoch:
+                await self._redirect(vm, order)
+                return await self._node.evidence(vm)
+            if record.role is Role.ARRIVING:
+                # Only of this migration, by the fence: an attempt that died half way.
+                await self._take_back(vm)
+            elif record.role not in (Role.UNKNOWN, Role.GONE):
+                raise wrong_state(record, Command.PREPARE_ARRIVAL, "it is here already")
+            await self._preflight.require_arrival(order.spec)
+            try:
+                await self._make_shell(vm, fenced, fence, order)
+            except BaseException:
+                await self._take_back(vm)
+                raise
+            return await self._node.evidence(vm)
+
+    async def load(
+        self, requests: AsyncIterator[pb.LoadDeviceStateRequest]
+    ) -> pb.LoadDeviceStateResponse:
+        """Load a device state into the shell, paused; fsync LOADED.
+
+        Raises:
+            DataLossError: STATE_CORRUPT.
+            FailedPreconditionError: LOAD_FAILED, WRONG_STATE; the fence's.
+        """
+        incoming = Incoming(requests)
+        header = await incoming.header()
+        fence = read_fence(header.fence)
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.LOAD):
+            if vm.record.epoch_loaded == fence.epoch:
+                await incoming.drain()
+                return pb.LoadDeviceStateResponse(evidence=await self._node.evidence(vm))
+            self._require_arriving(vm, fence, Command.LOAD)
+            if vm.loading or await vm.look() is not VmmState.INCOMING:
+                raise wrong_state(vm.record, Command.LOAD, "a device state was begun before")
+            vmm = await vm.require_vmm(Command.LOAD)
+            # Before any byte of state: the load touches pages, and they come on demand.
+            self._engines.require(vm).arrival.open_gate(header.generation)
+            vm.loading = True
+        # Without the lock: it may wait for pages, and an Abort must be able to end it.
+        try:
+            async with contextlib.aclosing(incoming.chunks()) as chunks:
+                await vmm.load(chunks)
+        finally:
+            vm.loading = False
+        load_ns = time.monotonic_ns() - incoming.first_byte_ns
+        await reach("agent.load.before_loaded")
+        async with vm.lock:
+            # An Abort may have come between.
+            self._require_arriving(vm, fence, Command.LOAD)
+            await vm.write(replace(vm.record, epoch_loaded=fence.epoch))
+        await reach("agent.load.after_loaded")
+        return pb.LoadDeviceStateResponse(evidence=await self._node.evidence(vm), load_ns=load_ns)
+
+    async def activate(self, fence: Fence) -> pb.Evidence:
+        """Let the guest run here: fsync ACTIVATING, `cont`, announce, start the bulk lane.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE, DECISION_MISSING, NODE_REBOOTED; VMM_REFUSED:
+                give it again, a disk may still have been locked; the fence's.
+            UnavailableError: VMM_UNREACHABLE: it may run or not; give it again.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.ACTIVATE) as fenced:
+            record = vm.record
+            if record.role is Role.RESIDENT and record.epoch_owned == fence.epoch:
+                return await self._node.evidence(vm)
+            if record.role is Role.ARRIVED and record.epoch_owned == fence.epoch:
+                # Given again after our death between the mark and `cont`, say.
+                if await vm.look() is VmmState.PAUSED:
+                    await self._let_run(vm)
+                return await self._node.evidence(vm)
+            self._require_arriving(vm, fence, Command.ACTIVATE)
+            if record.epoch_loaded != fence.epoch:
+                raise wrong_state(record, Command.ACTIVATE, "its device state is not loaded")
+            await vm.require_vmm(Command.ACTIVATE)
+            self._engines.require(vm)
+            await reach("agent.activate.before_activating")
+            await vm.write(replace(fenced, epoch_activating=fence.epoch, epoch_owned=fence.epoch))
+            await reach("agent.activate.after_activating")
+            await self._let_run(vm)
+            return await self._node.evidence(vm)
+
+    async def abort(self, fence: Fence) -> pb.Evidence:
+        """Prove the shell dead and forget the arrival. One that never came is remembered.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: ACTIVATING is durable, the guest may have run
+                here; the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        async with vm.command(fence, Command.ABORT_DESTINATION) as fenced:
+            record = vm.record
+            if record.role in (Role.UNKNOWN, Role.GONE):
+                return await self._node.evidence(vm)
+            if record.role is not Role.ARRIVING or was_activated(record):
+                raise wrong_state(record, Command.ABORT_DESTINATION, "the guest may have run here")
+            await reach("agent.abort.before")
+            await vm.write(fenced)
+            await self._take_back(vm)
+            return await self._node.evidence(vm)
+
+    async def release(self, fence: Fence) -> pb.Evidence:
+        """End the arrival's bookkeeping: from now on the VM simply lives here.
+
+        Raises:
+            FailedPreconditionError: MEMORY_INCOMPLETE, WRONG_STATE; the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.RELEASE) as fenced:
+            record = vm.record
+            if record.role is Role.RESIDENT and record.epoch_owned == fence.epoch:
+                return await self._node.evidence(vm)
+            if record.role is not Role.ARRIVED or record.epoch_owned != fence.epoch:
+                raise wrong_state(record, Command.RELEASE, "it did not arrive under this epoch")
+            arriving = record.arriving
+            complete = record.epoch_memory_complete == fence.epoch
+            if not complete or arriving is None or not await self._needs_nobody(vm):
+                raise FailedPreconditionError(
+                    "MEMORY_INCOMPLETE", f"pages of {vm.vm_id} are still at the source"
+                )
+            await reach("agent.release.before")
+            await self._engines.stop(vm)
+            await vm.write(replace(fenced, role=Role.RESIDENT, arriving=None))
+            remove_file(arriving.page_map_path)
+            return await self._node.evidence(vm)
+
+    async def _make_shell(self, vm: Vm, fenced: Record, fence: Fence, order: ArrivalOrder) -> None:
+        node = self._node
+        driver = node.driver(order.spec.driver)
+        vm.driver = driver
+        path = ram_path(node, vm.vm_id, fence.epoch)
+        arriving = Arriving(
+            image_id=order.image_id,
+            page_address=order.page_address,
+            session_id=uuid.uuid4().hex,
+            page_map_path=str(path.with_suffix(".map")),
+            traceparent=order.traceparent,
+            bulk_bytes_per_s_max=order.bulk_bytes_per_s_max,
+        )
+        # Names first: what is made from here on can be found and removed after a crash.
+        await vm.write(
+            replace(
+                fenced,
+                role=Role.ARRIVING,
+                boot_id=node.boot_id,
+                epoch_prepared=0,
+                epoch_loaded=0,
+                epoch_activating=0,
+                epoch_memory_complete=0,
+                spec_json=order.spec.canonical_json(),
+                process=None,
+                ram_path=str(path),
+                ram_inode=0,
+                export=None,
+                transferred=None,
+                arriving=arriving,
+            )
+        )
+        await vm.write(replace(vm.record, ram_inode=make_ram_file(path, order.spec.memory_bytes)))
+        vm.vmm = await driver.start_incoming(make_launch(node, vm, order.spec, fence.epoch))
+        if has_data(path):
+            raise FailedPreconditionError(
+                "MEMORY_TOUCHED",
+                f"the shell of {vm.vm_id} has touched its memory before it was armed",
+                hint="no mem-lock, no prealloc: every page must be absent",
+            )
+        await self._engines.arm(vm, fence.epoch)
+        status = await self._engines.require(vm).wait_up(ARM_TIMEOUT_S)
+        if status.phase.name != "ARMED":
+            raise UnavailableError(
+                "PAGE_SERVER_UNREACHABLE",
+                f"the lanes to {order.page_address} are {status.phase.name.lower()}"
+                f" after {ARM_TIMEOUT_S:g} s: {status.reason or 'no reason given'}",
+                hint="check the page server of the source and the network between the nodes",
+            )
+        await reach("agent.prepare.before_prepared")
+        await vm.write(replace(vm.record, epoch_prepared=fence.epoch))
+
+    async def _let_run(self, vm: Vm) -> None:
+        """Only after ACTIVATING is durable."""
+        vmm = await vm.hold()
+        await vmm.resume()
+        await reach("agent.activate.after_cont")
+        await vmm.announce()
+        # After `cont`: until then every page that travels shall be one that somebody waits for.
+        self._engines.require(vm).arrival.start_bulk()
+        await vm.write(replace(vm.record, role=Role.ARRIVED))
+        self._engines.check_complete(vm)
+
+    async def _needs_nobody(self, vm: Vm) -> bool:
+        """True if no fault can come any more."""
+        arriving = vm.record.arriving
+        if arriving is not None and arriving.unregistered:
+            return True
+        return await vm.look() is VmmState.DEAD
+
+    async def _redirect(self, vm: Vm, order: ArrivalOrder) -> None:
+        arriving = vm.record.arriving
+        if arriving is None or arriving.page_address == order.page_address:
+            return
+        await vm.write(
+            replace(vm.record, arriving=replace(arriving, page_address=order.page_address))
+        )
+        await self._engines.redirect(vm)
+
+    async def _take_back(self, vm: Vm) -> None:
+        """Undo an arrival that was not activated. Idempotent."""
+        await vm.write(replace(vm.record, role=Role.GONE))
+        await vm.kill_vmm()
+        await self._engines.stop(vm)
+        await remove_memory(vm)
+
+    def _require_arriving(self, vm: Vm, fence: Fence, command: Command) -> None:
+        record = vm.record
+        if record.role is not Role.ARRIVING or record.epoch_prepared != fence.epoch:
+            raise wrong_state(record, command, "no arrival was prepared under this epoch")
+
+
+def was_activated(record: Record) -> bool:
+    """True if `cont` may have been attempted for the arrival that the record is about."""
+    return record.epoch_activating != 0

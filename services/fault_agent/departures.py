@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's half of a hand-over. Until Seal everything here can be taken back (I6)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from godwit.agent.v1 import fault_agent_service_pb2 as pb
+
+from services.common.errors import FailedPreconditionError
+from services.common.grpc_client import NotExecutedError
+from services.common.hooks import reach
+from services.fault_agent.device_state import send_device_state
+from services.fault_agent.drivers.api import VmmState
+from services.fault_agent.drivers.command_line import memory_regions
+from services.fault_agent.fence import Command, Fence, wrong_state
+from services.fault_agent.journal import Decision, Export, ExportState, Record, Role, Transferred
+from services.fault_agent.node import Node
+from services.fault_agent.preflight import Preflight, require
+from services.fault_agent.residents import remove_memory
+from services.fault_agent.vms import Vm
+
+log = logging.getLogger(__name__)
+
+
+def image_id(record: Record, epoch: int) -> str:
+    """A name that no other departure of any VM has had."""
+    return f"{record.vm_id}.{record.epoch_owned}.{epoch}"
+
+
+def _never_began(transfer: asyncio.Future[Transferred]) -> bool:
+    """True if an attempt failed before anything was saved: there was no way to the destination."""
+    return transfer.done() and isinstance(transfer.exception(), NotExecutedError)
+
+
+class Departures:
+    """Handles Prepare, Pause, TransferDeviceState, Resume, Seal, Abort and Release of a source."""
+
+    def __init__(self, node: Node, preflight: Preflight) -> None:
+        self._node = node
+        self._preflight = preflight
+
+    async def prepare(self, fence: Fence) -> pb.PrepareResponse:
+        """Export the memory as a LIVE image. The guest runs on.
+
+        Raises:
+            NotFoundError: VM_UNKNOWN.
+            FailedPreconditionError: PREFLIGHT_FAILED, WRONG_STATE, and the fence's.
+            PageServerUnreachableError: the image is not served.
+        """
+        self._node.refuse_if_draining()
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.PREPARE_DEPARTURE) as fenced:
+            record = vm.record
+            if record.role is Role.RESIDENT:
+                vm.require_same_boot(Command.PREPARE_DEPARTURE)
+                require(await self._preflight.source(vm))
+                vm.transfer = None
+                generation = record.generation_last + 1
+                await vm.write(
+                    replace(
+                        fenced,
+                        role=Role.DEPARTING,
+                        epoch_departing=fence.epoch,
+                        generation_last=generation,
+                        export=Export(
+                            image_id=image_id(record, fence.epoch),
+                            epoch=record.epoch_owned,
+                            generation=generation,
+                            state=ExportState.LIVE,
+                        ),
+                        transferred=None,
+                    )
+                )
+            elif record.role is not Role.DEPARTING or record.epoch_departing != fence.epoch:
+                raise wrong_state(record, Command.PREPARE_DEPARTURE, "it does not live here")
+            await self._publish(vm)
+            spec = vm.spec
+            return pb.PrepareResponse(
+                evidence=await self._node.evidence(vm),
+                page_address=self._node.images.page_address,
+                spec_json=vm.record.spec_json,
+                spec_hash=spec.spec_hash,
+            )
+
+    async def pause(self, fence: Fence) -> pb.Evidence:
+        """Stop the vCPUs and freeze the image. Given again it goes on where it stopped.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE, and the fence's.
+            VmmUnreachableError: it may be paused or not: resume it, or pause again.
+            PageServerUnreachableError: it is paused, and the frozen image is not served yet.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.PAUSE):
+            self._require_departing(vm, fence, Command.PAUSE)
+            vmm = await vm.require_vmm(Command.PAUSE)
+            await vmm.pause()
+            await reach("agent.pause.after")
+            export = vm.record.export
+            assert export is not None, "a departing VM has an image"
+            if export.state is not ExportState.FROZEN:
+                generation = vm.record.generation_last + 1
+                frozen = replace(export, generation=generation, state=ExportState.FROZEN)
+                await vm.write(replace(vm.record, export=frozen, generation_last=generation))
+            await self._publish(vm)
+            return await self._node.evidence(vm)
+
+    async def transfer(self, fence: Fence, destination_address: str) -> Transferred:
+        """Save the device state into the destination's VMM; done when LOADED is durable there.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: not paused, or saved once already; the fence's.
+            GodwitError: what the destination said.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.TRANSFER):
+            self._require_departing(vm, fence, Command.TRANSFER)
+            record = vm.record
+            if record.transferred is not None and record.transferred.epoch == fence.epoch:
+                return record.transferred
+            export = record.export
+            if export is None or export.state is not ExportState.FROZEN:
+                raise wrong_state(record, Command.TRANSFER, "it is not paused")
+            if vm.transfer is None or _never_began(vm.transfer):
+                vmm = await vm.require_vmm(Command.TRANSFER)
+                work = send_device_state(vmm, fence, export.generation, destination_address)
+                vm.transfer = self._node.start_task(work, f"transfer {vm.vm_id}")
+            transfer = vm.transfer
+        # Without the lock: the destination may be slow, and a Resume must be able to end this.
+        return await transfer
+
+    async def resume(self, fence: Fence) -> pb.Evidence:
+        """Let the guest run on here under a fresh epoch.
+
+        Raises:
+            FailedPreconditionError: DECISION_MISSING; WRONG_STATE: sealed, or the epoch is not
+                fresh; NODE_REBOOTED; the fence's.
+            VmmRefusedError: it does not run: a disk is locked, say.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.RESUME) as fenced:
+            record = vm.record
+            if record.role not in (Role.RESIDENT, Role.DEPARTING):
+                raise wrong_state(record, Command.RESUME, "the guest is not this node's to run")
+            again = record.role is Role.RESIDENT and record.epoch_owned == fence.epoch
+            if not again:
+                self._check_fresh(record, fence)
+            vmm = await vm.require_vmm(Command.RESUME)
+            await vm.stop_transfer()
+            if not again:
+                # Durable before the guest runs under it.
+                await vm.write(
+                    replace(
+                        fenced,
+                        role=Role.RESIDENT,
+                        epoch_owned=fence.epoch,
+                        export=None,
+                        transferred=None,
+                    )
+                )
+            if record.export is not None:
+                # Not a condition: the decision is ABORTED, so nobody installs a page of it.
+                await self._node.images.withdraw(record.export.image_id)
+            if await vm.look() is not VmmState.RUNNING:
+                await vmm.resume()
+                await vmm.announce()
+            return await self._node.evidence(vm)
+
+    async def seal(self, fence: Fence) -> pb.Evidence:
+        """Make sure that the guest never runs here again. Its memory stays, FROZEN.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: it was not paused for this migration; the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.SEAL) as fenced:
+            record = vm.record
+            if record.role is Role.GONE and record.epoch_sealed == fence.epoch:
+                return await self._node.evidence(vm)
+            if record.role is not Role.SEALED:
+                self._require_departing(vm, fence, Command.SEAL)
+                if record.export is None or record.export.state is not ExportState.FROZEN:
+                    raise wrong_state(record, Command.SEAL, "it was not paused: nothing was moved")
+                await reach("agent.seal.before")
+                # Durable before the kill: if we die now, the next agent goes on with it and never
+                # resumes the guest.
+                await vm.write(replace(fenced, role=Role.SEALED, epoch_sealed=fence.epoch))
+            await vm.stop_transfer()
+            if not await reach("agent.seal.before_kill"):
+                await vm.kill_vmm()
+                await vm.write(replace(vm.record, process=None))
+            return await self._node.evidence(vm)
+
+    async def abort(self, fence: Fence) -> pb.Evidence:
+        """Take back what Prepare did. A paused guest stays paused: Resume is another command.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: sealed; DECISION_MISSING: it is paused for a
+                switchover, and the store may still commit it; the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        async with vm.command(fence, Command.ABORT_SOURCE) as fenced:
+            record = vm.record
+            if record.role in (Role.RESIDENT, Role.GONE, Role.UNKNOWN):
+                return await self._node.evidence(vm)
+            if record.role is not Role.DEPARTING:
+                raise wrong_state(record, Command.ABORT_SOURCE, "it is past taking back")
+            export = record.export
+            frozen = export is not None and export.state is ExportState.FROZEN
+            if frozen and fence.decision is not Decision.ABORTED:
+                raise FailedPreconditionError(
+                    "DECISION_MISSING",
+                    f"{vm.vm_id} is paused for its switchover: Abort needs the decision ABORTED",
+                )
+            await reach("agent.abort.before")
+            await vm.stop_transfer()
+            await vm.write(replace(fenced, role=Role.RESIDENT, export=None, transferred=None))
+            if export is not None:
+                await self._node.images.withdraw(export.image_id)
+            return await self._node.evidence(vm)
+
+    async def release(self, fence: Fence, *, memory_complete: bool) -> pb.Evidence:
+        """Free the sealed guest's memory (I3).
+
+        Raises:
+            FailedPreconditionError: MEMORY_INCOMPLETE; WRONG_STATE: not sealed; the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.RELEASE) as fenced:
+            record = vm.record
+            if record.role is Role.GONE and record.epoch_sealed == fence.epoch:
+                return await self._node.evidence(vm)
+            if record.role is not Role.SEALED or record.epoch_sealed != fence.epoch:
+                raise wrong_state(record, Command.RELEASE, "it is not sealed under this epoch")
+            if not memory_complete:
+                raise FailedPreconditionError(
+                    "MEMORY_INCOMPLETE",
+                    f"the memory of {vm.vm_id} is kept until the destination has all of it",
+                    hint="wait for the destination's MEMORY_COMPLETE to be durable",
+                )
+            await reach("agent.release.before")
+            await vm.kill_vmm()
+            await vm.write(replace(fenced, role=Role.GONE, process=None))
+            if record.export is not None:
+                await self._node.images.withdraw(record.export.image_id)
+            await remove_memory(vm)
+            return await self._node.evidence(vm)
+
+    async def _publish(self, vm: Vm) -> None:
+        export = vm.record.export
+        assert export is not None, "a departing VM has an image"
+        await self._node.images.publish(vm.record, export, memory_regions(vm.spec))
+
+    def _require_departing(self, vm: Vm, fence: Fence, command: Command) -> None:
+        record = vm.record
+        if record.role is not Role.DEPARTING or record.epoch_departing != fence.epoch:
+            raise wrong_state(record, command, "no departure was prepared under this epoch")
+
+    def _check_fresh(self, record: Record, fence: Fence) -> None:
+        if record.role is Role.DEPARTING and fence.decision is not Decision.ABORTED:
+            raise FailedPreconditionError(
+                "DECISION_MISSING",
+                f"migration {record.migration_id} of {record.vm_id} is under way: Resume needs"
+                " the decision ABORTED",
+            )
+        used = max(record.epoch_owned, record.epoch_departing)
+        if fence.epoch <= used:
+            raise wrong_state(
+                record, Command.RESUME, f"epoch {fence.epoch} is not fresh, {used} was used"
+            )

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent needs of a VMM. Nothing here decides anything: a VMM obeys."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from services.common.errors import FailedPreconditionError, UnavailableError
+from services.common.vm_spec import VmSpec
+from services.fault_agent.processes import Process
+
+
+class VmmState(enum.StrEnum):
+    """What a look at a VMM says; godwit.agent.v1.VmmState."""
+
+    DEAD = "dead"
+    RUNNING = "running"
+    PAUSED = "paused"
+    INCOMING = "incoming"
+    UNRESPONSIVE = "unresponsive"
+    GUEST_ENDED = "guest_ended"
+
+
+class VmmUnreachableError(UnavailableError):
+    """The VMM's process does not answer, or has gone. Says nothing about what it has done."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "VMM_UNREACHABLE", message, hint="vmm.log in the VM's directory may say why"
+        )
+
+
+class VmmRefusedError(FailedPreconditionError):
+    """The VMM answered with an error, or did something else than it was told."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("VMM_REFUSED", message)
+
+
+class LoadFailedError(FailedPreconditionError):
+    """A VMM did not take a device state. It is of no further use."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            "LOAD_FAILED", message, hint="vmm.log in the VM's directory may say why; prepare again"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What a VMM is started with."""
+
+    spec: VmSpec
+    node: str
+    """Part of the names of what is made on the host, so that nodes can share one."""
+    epoch: int
+    directory: Path
+    """Its working directory: sockets, console-<epoch>.log, vmm.log."""
+    ram_path: Path
+    """The guest's memory: exists, has its full length."""
+    on_spawned: Callable[[Process], Awaitable[None]]
+    """Called as soon as there is a process and before anything else: the journal must know it."""
+
+
+class Vmm(Protocol):
+    """A VMM process. Letting go of it (`close`) leaves it running."""
+
+    @property
+    def process(self) -> Process:
+        """Who it is."""
+        ...
+
+    async def state(self, *, timeout_s: float = 1.0) -> VmmState:
+        """Look, now. Never raises for a VMM that is gone or mute."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop the vCPUs and be sure of it."""
+        ...
+
+    async def resume(self) -> None:
+        """Let the vCPUs run, from any paused state, and be sure of it."""
+        ...
+
+    async def announce(self) -> None:
+        """Tell the network where the guest's addresses are now."""
+        ...
+
+    async def has_saved(self) -> bool:
+        """True after a `save` that came to its end, until `resume`."""
+        ...
+
+    def save(self) -> AsyncGenerator[bytes, None]:
+        """The device state of the paused guest, memory left out. Afterwards it stays paused.
+
+        The iterator ends normally only if the VMM says that the state is complete.
+        """
+        ...
+
+    async def load(self, chunks: AsyncIterator[bytes]) -> None:
+        """Take a device state; paused when it returns. An exception of `chunks` makes it useless.
+
+        May wait for pages that the load touches, for as long as they take to come.
+
+        Raises:
+            LoadFailedError: it did not take it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        ...
+
+
+class Driver(Protocol):
+    """Starts VMMs of one kind."""
+
+    @property
+    def name(self) -> str:
+        """As in VmSpec.driver."""
+        ...
+
+    async def version(self) -> str:
+        """What the VMM calls itself; empty if there is none."""
+        ...
+
+    async def start(self, launch: Launch) -> Vmm:
+        """A VMM whose guest is ready to run and does not run."""
+        ...
+
+    async def start_incoming(self, launch: Launch) -> Vmm:
+        """A VMM that waits for a device state and has not touched the guest's memory."""
+        ...
+
+    async def adopt(self, process: Process, directory: Path) -> Vmm:
+        """Take hold of a VMM that a former agent started.
+
+        Raises:
+            VmmUnreachableError: it is gone, or does not answer yet: the process may live.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRegion:
+    """A range of guest-physical memory and where it lies in the RAM file."""
+
+    gpa: int
+    size_bytes: int
+    file_offset: int
+    page_size_bytes: int
+
+
+def covers(regions: Sequence[tuple[int, int]], size_bytes: int) -> bool:
+    """True if (offset, length) pairs, ascending, make up [0, size_bytes) without a gap."""
+    end = 0
+    for offset, length in regions:
+        if offset != end or length <= 0:
+            return False
+        end += length
+    return end == size_bytes

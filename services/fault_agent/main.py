@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Own the VMs of one node: start them, move them away, receive them.
+
+    python -m services.fault_agent --node NAME --listen 127.0.0.1:0 --state-dir DIR --ram-dir DIR \
+        --images-dir DIR --page-server-control HOST:PORT [--orchestrator HOST:PORT]
+
+One process per node. Its VMMs are not its children in any way that matters: they live on when it
+ends, by whatever signal, and the next agent takes hold of them by its journal. While a guest's
+memory is on its way here, this process answers its page faults: without it the guest waits.
+
+SIGTERM therefore means "take no VM and finish receiving", not "exit": it ends once no arrival needs
+it, after --drain-s seconds, or at a second SIGTERM. Departures need it for nothing: the page server
+serves them.
+
+When it answers it prints one line on stdout: `listening grpc=ADDRESS metrics=ADDRESS`. Exit status:
+0 drained; 2 bad configuration; 3 it ended while guests wait for pages (each is logged; start it
+again at once); 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common import grpc_server, health, hooks, lifecycle, metrics
+from services.common.errors import GodwitError, InvalidArgumentError
+from services.common.lifecycle import ExitStatus
+from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_listen
+from services.fault_agent import registration
+from services.fault_agent.agent_metrics import AgentCollector
+from services.fault_agent.arrival_engine import ArrivalEngines
+from services.fault_agent.drivers.qemu import QemuDriver
+from services.fault_agent.journal import Role
+from services.fault_agent.node import Node, NodeConfig, open_node
+from services.fault_agent.recovery import recover
+from services.fault_agent.servicer import FaultAgentServicer
+from services.pagecore.api import PageCore
+
+log = logging.getLogger(__name__)
+
+PROGRAM = "fault_agent"
+DRAIN_POLL_S = 0.1
+DRAIN_REPORT_S = 10.0
+NODE_NAME_LEN_MAX = 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything the process is told from outside, already checked."""
+
+    node: NodeConfig
+    listen: Address
+    metrics: Address
+    orchestrator: str
+    """host:port where the node registers; empty: it does not."""
+    qemu: str
+    """Name or path of the QEMU to start."""
+    drain_s: float
+    """How long SIGTERM waits for arrivals. Seconds, > 0."""
+
+    @classmethod
+    def from_argv(cls, argv: Sequence[str]) -> Config:
+        """Parse and check the command line; exits with BAD_CONFIG on any error."""
+        parser = argparse.ArgumentParser(
+            prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--node", required=True, metavar="NAME")
+        parser.add_argument("--listen", required=True, metavar="HOST:PORT")
+        parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT")
+        parser.add_argument("--state-dir", required=True, type=Path, metavar="DIR")
+        parser.add_argument("--ram-dir", required=True, type=Path, metavar="DIR")
+        parser.add_argument("--images-dir", type=Path, metavar="DIR")
+        parser.add_argument("--page-server-control", required=True, metavar="HOST:PORT")
+        parser.add_argument("--orchestrator", default="", metavar="HOST:PORT")
+        parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
+        parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
+        parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
+        args = parser.parse_args(argv)
+        if not args.drain_s > 0:
+            parser.error(f"--drain-s must be > 0, got {args.drain_s}")
+        try:
+            return cls(
+                node=NodeConfig(
+                    name=_node_name(args.node),
+                    # A VMM changes its directory: what it is told must not depend on ours.
+                    state_dir=args.state_dir.absolute(),
+                    ram_dir=args.ram_dir.absolute(),
+                    images_dir=(args.images_dir or args.state_dir / "images").absolute(),
+                    page_server_control=str(parse_address(args.page_server_control)),
+                ),
+                listen=parse_listen(args.listen, insecure_plaintext=args.insecure_plaintext),
+                metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),
+                orchestrator=str(parse_address(args.orchestrator)) if args.orchestrator else "",
+                qemu=args.qemu,
+                drain_s=args.drain_s,
+            )
+        except GodwitError as error:
+            parser.error(str(error))
+
+
+def _node_name(text: str) -> str:
+    allowed = set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    if not 0 < len(text) <= NODE_NAME_LEN_MAX or not set(text) <= allowed:
+        raise InvalidArgumentError("FIELD_INVALID", f"--node must be [a-z0-9-], got {text!r}")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """An agent that answers."""
+
+    node: Node
+    grpc: Address
+    metrics: Address
+    health: health.Health
+
+
+@contextlib.asynccontextmanager
+async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
+    """Serve for the length of the block.
+
+    Order: the VMs of the predecessor are taken up before anybody is answered: evidence given
+    earlier would say less than this node can prove.
+
+    Raises:
+        GodwitError: STATE_DIR_LOCKED, LISTEN_FAILED.
+    """
+    registry = metrics.new_registry()
+    drivers = {"qemu": QemuDriver(config.qemu)}
+    async with open_node(
+        config.node,
+        pagecore=core,
+        drivers=drivers,
+        violations=metrics.invariant_violations(registry),
+    ) as node:
+        registry.register(AgentCollector(node))
+        engines = ArrivalEngines(node)
+        await recover(node, engines)
+        service = FaultAgentServicer(node, engines).service()
+        async with (
+            grpc_server.serving(config.listen, [service]) as server,
+            metrics.serving(registry, config.metrics) as metrics_address,
+        ):
+            yield Serving(
+                node=node, grpc=server.address, metrics=metrics_address, health=server.health
+            )
+
+
+def arrivals_in_need(node: Node) -> list[str]:
+    """VMs whose page faults this process has to answer."""
+    return [
+        vm.vm_id
+        for vm in node.known_vms()
+        if vm.record.role in (Role.ARRIVING, Role.ARRIVED)
+        and vm.same_boot
+        and vm.record.arriving is not None
+        and not vm.record.arriving.unregistered
+    ]
+
+
+async def drain(running: Serving, drain_s: float, again: asyncio.Event) -> ExitStatus:
+    """Take no VM and wait until no arrival needs this process, or `again` is set."""
+    node = running.node
+    node.draining = True
+    # Not `drain()`: what is needed to finish an arrival is still answered.
+    await running.health.set_serving(False)
+    deadline = time.monotonic() + drain_s
+    report_at = time.monotonic()
+    while needed := arrivals_in_need(node):
+        now = time.monotonic()
+        if now >= deadline or again.is_set():
+            for vm_id in needed:
+                log.error("%s waits for its memory: start the agent again", vm_id)
+            return ExitStatus.GUESTS_DEPEND
+        if now >= report_at:
+            report_at = now + DRAIN_REPORT_S
+            log.info("draining: %s still arriving", ", ".join(needed))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_POLL_S):
+                await again.wait()
+    log.info("drained")
+    return ExitStatus.OK
+
+
+async def run(config: Config, core: PageCore) -> ExitStatus:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    with lifecycle.stop_on_signal() as stop:
+        async with serving(config, core) as running:
+            tasks = {}
+            if config.orchestrator:
+                tasks["registration"] = lambda: registration.keep_registered(
+                    config.orchestrator, config.node.name, running.grpc
+                )
+            print(  # noqa: T201 - the supervisor and the tests read it
+                f"listening grpc={running.grpc} metrics={running.metrics}", flush=True
+            )
+            async with lifecycle.background(tasks):
+                await stop.wait()
+                again = asyncio.Event()
+                loop = asyncio.get_running_loop()
+                for number in lifecycle.STOP_SIGNALS:
+                    loop.add_signal_handler(signal.Signals(number), again.set)
+                return await drain(running, config.drain_s, again)
+
+
+def main(argv: Sequence[str] | None = None) -> ExitStatus:
+    """Entry point of the container image and of `godwit fault-agent`."""
+    config = Config.from_argv(sys.argv[1:] if argv is None else argv)
+    hooks.hold_gil_on_signal()
+    # After the command line is known to be good: it loads the native module.
+    from services.pagecore.native import NativePageCore
+
+    return lifecycle.run(PROGRAM, lambda: run(config, NativePageCore()))

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all parts of the agent share: who and where it is, its VMs, its journal, its tools."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from godwit.agent.v1 import fault_agent_service_pb2 as pb
+from prometheus_client import Counter
+
+from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from services.common.vm_spec import VM_ID_PATTERN
+from services.fault_agent import processes
+from services.fault_agent.drivers.api import Driver
+from services.fault_agent.evidence import evidence
+from services.fault_agent.images import Images
+from services.fault_agent.journal import Journal, JournalCorruptError, Record
+from services.fault_agent.vms import Vm
+from services.pagecore.api import PageCore
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """What an agent is told from outside."""
+
+    name: str
+    """Of the node in the fleet."""
+    state_dir: Path
+    """Journals, consoles, sockets; a disk that survives a reboot."""
+    ram_dir: Path
+    """Guest memory and page maps; a tmpfs with huge=never."""
+    images_dir: Path
+    """Image records, shared with the page server."""
+    page_server_control: str
+    """host:port of the page server's control port."""
+
+
+class Node:
+    """The agent's state. Made by `open_node`."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        *,
+        pagecore: PageCore,
+        drivers: Mapping[str, Driver],
+        violations: Counter,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.config = config
+        self.pagecore = pagecore
+        self.drivers = drivers
+        self.violations = violations
+        self.boot_id = processes.boot_id()
+        self.incarnation = uuid.uuid4().hex
+        self.journal = Journal(config.state_dir)
+        self.images = Images(config.images_dir, config.page_server_control)
+        self.vms: dict[str, Vm] = {}
+        self.corrupt: dict[str, JournalCorruptError] = {}
+        self.draining = False
+        self._tasks = tasks
+        self._running: set[asyncio.Task[None]] = set()
+
+    def load_journal(self) -> None:
+        """Read every record. Blocks; once, at the start."""
+        records, self.corrupt = self.journal.read_all()
+        for error in self.corrupt.values():
+            log.error("%s", error)
+        for record in records:
+            self.vms[record.vm_id] = self._make(record)
+
+    def vm(self, vm_id: str) -> Vm:
+        """The VM, made up as UNKNOWN if it was never here.
+
+        Raises:
+            JournalCorruptError: its record cannot be read.
+        """
+        vm = self.peek(vm_id)
+        # Two commands about a new VM must meet at one lock.
+        return self.vms.setdefault(vm_id, vm)
+
+    def peek(self, vm_id: str) -> Vm:
+        """The same, leaving no trace of one that was never here.
+
+        Raises:
+            InvalidArgumentError: FIELD_INVALID: no VM can have that id.
+            JournalCorruptError: its record cannot be read.
+        """
+        if not re.fullmatch(VM_ID_PATTERN, vm_id):
+            raise InvalidArgumentError(
+                "FIELD_INVALID", f"vm_id must match {VM_ID_PATTERN}, got {vm_id!r}"
+            )
+        if vm_id in self.corrupt:
+            raise self.corrupt[vm_id]
+        known = self.vms.get(vm_id)
+        return known or self._make(Record(vm_id=vm_id, boot_id=self.boot_id))
+
+    def known_vms(self) -> list[Vm]:
+        """Those with a record, by id."""
+        return [vm for _, vm in sorted(self.vms.items()) if vm.record.epoch_seen > 0]
+
+    def driver(self, name: str) -> Driver:
+        """The driver of that name.
+
+        Raises:
+            InvalidArgumentError: DRIVER_UNKNOWN.
+        """
+        driver = self.drivers.get(name)
+        if driver is None:
+            raise InvalidArgumentError(
+                "DRIVER_UNKNOWN", f"no driver {name!r}, there are {sorted(self.drivers)}"
+            )
+        return driver
+
+    def refuse_if_draining(self) -> None:
+        """Refuse work that would make somebody depend on this process.
+
+        Raises:
+            UnavailableError: DRAINING.
+        """
+        if self.draining:
+            raise UnavailableError(
+                "DRAINING", f"the agent of node {self.config.name} is told to stop and takes no VM"
+            )
+
+    async def evidence(self, vm: Vm) -> pb.Evidence:
+        """What this node can prove about a VM."""
+        state = await vm.look()
+        if vm.watch is not None:
+            vm.watch.refresh()
+        return evidence(
+            vm.record,
+            node=self.config.name,
+            boot_id=self.boot_id,
+            incarnation=self.incarnation,
+            vmm_state=state,
+            counters=vm.counters,
+        )
+
+    def start_task(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Future[_T]:
+        """Run `work` to its end, whoever listens. A failure is in the future, and is logged."""
+        done: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                result = await work
+            except asyncio.CancelledError:
+                done.cancel()
+                raise
+            except Exception as error:  # noqa: BLE001 - handed on, every one
+                if not done.cancelled():
+                    done.set_exception(error)
+                    done.exception()  # seen: a listener may have gone
+            else:
+                if not done.cancelled():
+                    done.set_result(result)
+
+        task = self._tasks.create_task(run(), name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        # Whoever cancels the future ends the work.
+        done.add_done_callback(lambda future: task.cancel() if future.cancelled() else None)
+        return done
+
+    def stop_tasks(self) -> None:
+        """Cancel what still runs: the process ends, and the journal has what was done."""
+        for task in self._running:
+            task.cancel()
+
+    async def run_to_end(self, work: Coroutine[Any, Any, _T], name: str) -> _T:
+        """Await `work`, which a caller that hangs up does not interrupt.
+
+        A command that stopped half way because its caller's deadline passed would leave the
+        journal and the world apart.
+        """
+        return await asyncio.shield(self.start_task(work, name))
+
+    def _make(self, record: Record) -> Vm:
+        vm = Vm(record, journal=self.journal, boot_id=self.boot_id)
+        if record.spec_json:
+            vm.driver = self.drivers.get(vm.spec.driver)
+        return vm
+
+
+@contextlib.contextmanager
+def state_dir_lock(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory: two agents on one journal would each believe their own.
+
+    Raises:
+        FailedPreconditionError: STATE_DIR_LOCKED.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True)
+    fd = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPreconditionError(
+                "STATE_DIR_LOCKED", f"another agent uses {state_dir}", hint="one agent a node"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.asynccontextmanager
+async def open_node(
+    config: NodeConfig,
+    *,
+    pagecore: PageCore,
+    drivers: Mapping[str, Driver],
+    violations: Counter,
+) -> AsyncIterator[Node]:
+    """An agent's state for the length of the block. At its end its VMMs run on.
+
+    Raises:
+        FailedPreconditionError: STATE_DIR_LOCKED.
+    """
+    with state_dir_lock(config.state_dir):
+        config.ram_dir.mkdir(parents=True, exist_ok=True)
+        async with asyncio.TaskGroup() as tasks:
+            node = Node(
+                config,
+                pagecore=pagecore,
+                drivers=drivers,
+                violations=violations,
+                tasks=tasks,
+            )
+            node.load_journal()
+            try:
+                yield node
+            finally:
+                node.stop_tasks()
+                for vm in node.vms.values():
+                    vm.let_go()
+                    if vm.watch is not None:
+                        await vm.watch.close()
+                await node.images.close()

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One VM on this node: its record, its lock, its VMM, its arrival.
+
+Locking: `Vm.lock` is held by every command from its admission to its last write, except while a
+device state travels (TransferDeviceState, LoadDeviceState): those take it at both ends only, so
+that an Abort or Resume can end them. Looks (Describe, WatchProgress, metrics) never take it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+from services.common.errors import FailedPreconditionError, NotFoundError
+from services.common.vm_spec import VmSpec
+from services.fault_agent import processes
+from services.fault_agent.arrival_watch import ArrivalWatch
+from services.fault_agent.drivers.api import Driver, Vmm, VmmState, VmmUnreachableError
+from services.fault_agent.fence import Command, Fence, admit, wrong_state
+from services.fault_agent.journal import Counters, Journal, Record, Role, Transferred
+
+
+class Vm:
+    """What this process holds of a VM. `record` is what is durable, nothing else."""
+
+    def __init__(self, record: Record, *, journal: Journal, boot_id: str) -> None:
+        self._journal = journal
+        self._boot_id = boot_id
+        self.record = record
+        self.lock = asyncio.Lock()
+        self.driver: Driver | None = None
+        self.vmm: Vmm | None = None
+        self.watch: ArrivalWatch | None = None
+        self.loading = False
+        """A device state is on its way into the VMM."""
+        self.transfer: asyncio.Future[Transferred] | None = None
+        """The device state's way out, under way or over."""
+
+    @property
+    def vm_id(self) -> str:
+        """The guest."""
+        return self.record.vm_id
+
+    @property
+    def directory(self) -> Path:
+        """Where its journal, sockets and logs are."""
+        return self._journal.vm_dir(self.vm_id)
+
+    @property
+    def spec(self) -> VmSpec:
+        """Its spec. Only for a VM that has one."""
+        return VmSpec.parse(self.record.spec_json)
+
+    @property
+    def same_boot(self) -> bool:
+        """False: its process and its memory went with the last boot."""
+        return self.record.boot_id == self._boot_id
+
+    @property
+    def counters(self) -> Counters | None:
+        """Of its arrival, now or as it ended."""
+        if self.watch is not None:
+            return self.watch.counters
+        return self.record.arriving.counters if self.record.arriving else None
+
+    async def write(self, record: Record) -> None:
+        """Make a record durable, then believe it. Only under the lock."""
+        if record != self.record:
+            await self._journal.write(record)
+            self.record = record
+
+    @contextlib.asynccontextmanager
+    async def command(self, fence: Fence, command: Command) -> AsyncIterator[Record]:
+        """Admit a command and hold the lock for it; gives the record with the fence in it.
+
+        The handler makes that durable with its own first mark. What it does not write is written
+        at the end: all of it if the handler was content, the epoch alone if it refused.
+        """
+        async with self.lock:
+            known = self.record.epoch_seen > 0
+            fenced = admit(self.record, fence, command)
+            try:
+                yield fenced
+            except BaseException:
+                # A VM never heard of stays so: refused commands make no records.
+                if known:
+                    await self.write(replace(self.record, epoch_seen=fenced.epoch_seen))
+                raise
+            await self.write(
+                replace(
+                    self.record,
+                    epoch_seen=fenced.epoch_seen,
+                    migration_id=fenced.migration_id,
+                    decision=fenced.decision,
+                )
+            )
+
+    def require_known(self) -> None:
+        """Refuse a command about a VM that was never here.
+
+        Raises:
+            NotFoundError: VM_UNKNOWN.
+        """
+        if self.record.role is Role.UNKNOWN:
+            raise NotFoundError("VM_UNKNOWN", f"no VM {self.vm_id} on this node")
+
+    def require_same_boot(self, command: Command) -> None:
+        """Refuse to act on a VM whose memory went with the last boot.
+
+        Raises:
+            FailedPreconditionError: NODE_REBOOTED.
+        """
+        if not self.same_boot:
+            raise FailedPreconditionError(
+                "NODE_REBOOTED",
+                f"{command.value} of {self.vm_id}: the node has been rebooted since; the guest's"
+                " VMM and its memory here are gone",
+                hint="what ran here last is lost; the store knows whether another node has it",
+                metadata={"boot_id": self._boot_id, "boot_id_then": self.record.boot_id},
+            )
+
+    async def look(self) -> VmmState:
+        """What its VMM does, now."""
+        process = self.record.process
+        if process is None or not self.same_boot or not processes.is_alive(process):
+            return VmmState.DEAD
+        if self.vmm is None:
+            with contextlib.suppress(VmmUnreachableError):
+                await self.hold()
+        return VmmState.UNRESPONSIVE if self.vmm is None else await self.vmm.state()
+
+    async def hold(self) -> Vmm:
+        """Its VMM, taken hold of if need be.
+
+        Raises:
+            VmmUnreachableError: there is none, or it does not answer.
+        """
+        if self.vmm is not None:
+            return self.vmm
+        process = self.record.process
+        if process is None or self.driver is None or not self.same_boot:
+            raise VmmUnreachableError(f"{self.vm_id} has no VMM here")
+        vmm = await self.driver.adopt(process, self.directory)
+        if self.vmm is not None:  # somebody else was quicker
+            vmm.close()
+            return self.vmm
+        self.vmm = vmm
+        return vmm
+
+    async def require_vmm(self, command: Command) -> Vmm:
+        """Its VMM, answering, and not ended.
+
+        Raises:
+            VmmUnreachableError: it does not answer.
+            FailedPreconditionError: NODE_REBOOTED; WRONG_STATE: it is dead, or the guest ended.
+        """
+        self.require_same_boot(command)
+        state = await self.look()
+        if state in (VmmState.DEAD, VmmState.GUEST_ENDED):
+            why = "its VMM is dead" if state is VmmState.DEAD else "the guest has shut itself down"
+            raise wrong_state(self.record, command, why)
+        return await self.hold()
+
+    async def kill_vmm(self) -> None:
+        """SIGKILL to its VMM; proved dead on return. The caller writes the record."""
+        process = self.record.process
+        self.let_go()
+        if process is not None and self.same_boot:
+            await processes.kill(process)
+
+    def let_go(self) -> None:
+        """Let go of its VMM, which runs on."""
+        vmm, self.vmm = self.vmm, None
+        if vmm is not None:
+            vmm.close()
+
+    async def stop_transfer(self) -> None:
+        """End a transfer under way; what QEMU still does of it ends by itself."""
+        transfer, self.transfer = self.transfer, None
+        if transfer is not None and not transfer.done():
+            transfer.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await transfer
