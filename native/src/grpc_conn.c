@@ -56,7 +56,9 @@ static int create(const struct gw_grpc_config *config, int fd, bool server,
 	conn->user = config->user;
 	conn->server = server;
 	conn->read_len = config->read_len ? config->read_len : READ_LEN_DEFAULT;
-	conn->read_buffer = malloc(conn->read_len);
+	conn->read_buffer =
+		aligned_alloc(GRPC_BUFFER_ALIGN, (conn->read_len + GRPC_BUFFER_ALIGN - 1) /
+							 GRPC_BUFFER_ALIGN * GRPC_BUFFER_ALIGN);
 	conn->messages = calloc(config->send_queue_count, sizeof(*conn->messages));
 	if (!conn->read_buffer || !conn->messages) {
 		free_conn(conn);

@@ -47,12 +47,16 @@ struct grpc_message {
 	uint8_t head[GRPC_PREFIX_LEN + GW_GRPC_HEAD_LEN_MAX];
 };
 
+/* Copies go fast between aligned buffers, and badly wrong between some others: see grpc_receive.c. */
+#define GRPC_BUFFER_ALIGN 4096u
+
 /* Cuts DATA into messages. */
 struct grpc_receive {
 	uint8_t prefix[GRPC_PREFIX_LEN];
 	size_t prefix_len;  /* of the prefix, how much is here */
 	size_t message_len; /* valid once the prefix is whole */
-	size_t len;	    /* of the message, how much is in `buffer` */
+	size_t len;	    /* of the message, how much is gathered at `message` */
+	uint8_t *message;   /* in `buffer` */
 	uint8_t *buffer;    /* kept from message to message */
 	size_t buffer_len;
 };

@@ -52,22 +52,27 @@ static bool accept_prefix(struct gw_grpc_call *call)
 	return true;
 }
 
+/* Make room for a message of `len` bytes. */
 static bool reserve(struct gw_grpc_call *call, size_t len)
 {
 	struct grpc_receive *receive = &call->receive;
-	uint8_t *buffer;
+	const size_t rounded =
+		(len + GRPC_BUFFER_ALIGN - 1) / GRPC_BUFFER_ALIGN * GRPC_BUFFER_ALIGN;
 
-	if (len <= receive->buffer_len)
-		return true;
-	/* Not realloc: the old content is a message already handed on. */
-	buffer = malloc(len);
-	if (!buffer) {
-		call_fail(call, GW_GRPC_RESOURCE_EXHAUSTED, "MEMORY: no room for a message");
-		return false;
+	if (rounded > receive->buffer_len) {
+		/* Not realloc: the old content is a message already handed on. */
+		uint8_t *buffer = aligned_alloc(GRPC_BUFFER_ALIGN, rounded);
+
+		if (!buffer) {
+			call_fail(call, GW_GRPC_RESOURCE_EXHAUSTED,
+				  "MEMORY: no room for a message");
+			return false;
+		}
+		free(receive->buffer);
+		receive->buffer = buffer;
+		receive->buffer_len = rounded;
 	}
-	free(receive->buffer);
-	receive->buffer = buffer;
-	receive->buffer_len = len;
+	receive->message = receive->buffer + (rounded - len);
 	return true;
 }
 
@@ -124,12 +129,12 @@ void receive_data(struct gw_grpc_call *call, const uint8_t *data, size_t len)
 		const size_t missing = receive->message_len - receive->len;
 		const size_t taken = len < missing ? len : missing;
 
-		memcpy(receive->buffer + receive->len, data, taken);
+		memcpy(receive->message + receive->len, data, taken);
 		receive->len += taken;
 		data += taken;
 		len -= taken;
 		if (receive->len == receive->message_len)
-			deliver(call, receive->buffer, receive->message_len);
+			deliver(call, receive->message, receive->message_len);
 	}
 }
 
