@@ -1,0 +1,322 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * test_inject.c - a stand-in for a VMM is made to create a userfaultfd, goes on with what its
+ * threads were doing, and is as it was where a step fails.
+ *
+ * Threads: the target is a process with two threads, the main one inside a system call.
+ * Errors: a failed check ends the process.
+ * Ownership: each target is killed by the test that started it.
+ * Units: pages.
+ * Source: inject.h.
+ */
+#include "guest.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/eventfd.h>
+#include <time.h>
+
+#include <godwit/inject.h>
+
+#define PAGE_COUNT 16
+#define FEATURES   (GW_UFFD_FEATURE_MISSING_SHMEM | GW_UFFD_FEATURE_EVENT_REMOVE)
+#define CALL_COUNT 7 /* that an injection makes in the target: mmap ... munmap */
+
+/* What the main thread waits in when it is stopped. */
+enum wait_kind { WAIT_READ, WAIT_SLEEP, WAIT_SPIN };
+
+struct target {
+	pid_t pid;
+	int ram_fd;
+	uint8_t *
+		shared; /* counters: [0] turns of the other thread, [1] main is back from its wait */
+	int wake_fd;	/* ends WAIT_READ */
+	int touch_fd;	/* one byte in: the other thread reads page 3 */
+	int value_fd;	/* and writes here what it found */
+};
+
+struct target_threads {
+	struct target *target;
+	uint8_t *memory;
+};
+
+static void *other_thread(void *argument)
+{
+	const struct target_threads *const threads = argument;
+	char byte;
+
+	while (read(threads->target->touch_fd, &byte, 1) == 1) {
+		uint64_t value = *(const volatile uint64_t *)(threads->memory + 3 * PAGE);
+
+		CHECK_EQ(write(threads->target->value_fd, &value, sizeof(value)), sizeof(value));
+	}
+	return NULL;
+}
+
+static void target_main(struct target *target, enum wait_kind kind)
+{
+	struct target_threads threads = {.target = target};
+	void *address = NULL;
+	pthread_t thread;
+	uint64_t value;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	CHECK_EQ(gw_sys_mmap(NULL, PAGE_COUNT * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			     target->ram_fd, 0, &address),
+		 0);
+	threads.memory = address;
+	CHECK_EQ(pthread_create(&thread, NULL, other_thread, &threads), 0);
+	target->shared[0] = 1;
+	if (kind == WAIT_READ) {
+		CHECK_EQ(read(target->wake_fd, &value, sizeof(value)), sizeof(value));
+	} else if (kind == WAIT_SLEEP) {
+		const struct timespec nap = {.tv_nsec = 300000000};
+
+		CHECK_EQ(nanosleep(&nap, NULL), 0);
+	} else {
+		while (*(volatile uint8_t *)&target->shared[2] == 0)
+			continue;
+	}
+	target->shared[1] = 1;
+	for (;;)
+		pause();
+}
+
+static struct target target_start(enum wait_kind kind)
+{
+	struct target target = {.ram_fd = gw_sys_memfd_create("ram", MFD_CLOEXEC),
+				.wake_fd = eventfd(0, 0)};
+	void *shared = NULL;
+	int touch[2];
+	int value[2];
+
+	CHECK_EQ(gw_sys_ftruncate(target.ram_fd, PAGE_COUNT * PAGE), 0);
+	CHECK_EQ(gw_sys_mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0,
+			     &shared),
+		 0);
+	target.shared = shared;
+	CHECK_EQ(pipe(touch), 0);
+	CHECK_EQ(pipe(value), 0);
+	target.pid = fork();
+	CHECK(target.pid >= 0);
+	if (target.pid == 0) {
+		target.touch_fd = touch[0];
+		target.value_fd = value[1];
+		target_main(&target, kind);
+	}
+	target.touch_fd = touch[1];
+	target.value_fd = value[0];
+	while (*(volatile uint8_t *)&target.shared[0] == 0)
+		sched_yield();
+	return target;
+}
+
+static void target_stop(const struct target *target)
+{
+	CHECK_EQ(kill(target->pid, SIGKILL), 0);
+	CHECK_EQ(waitpid(target->pid, NULL, 0), target->pid);
+}
+
+static int fd_count(pid_t pid)
+{
+	char path[64];
+	int count = 0;
+
+	(void)snprintf(path, sizeof(path), "/proc/%d/fd", (int)pid);
+	DIR *const directory = opendir(path);
+
+	CHECK(directory != NULL);
+	while (readdir(directory))
+		count++;
+	closedir(directory);
+	return count;
+}
+
+static int map_count(pid_t pid)
+{
+	char path[64];
+	int count = 0;
+	int byte;
+
+	(void)snprintf(path, sizeof(path), "/proc/%d/maps", (int)pid);
+	FILE *const maps = fopen(path, "r");
+
+	CHECK(maps != NULL);
+	while ((byte = fgetc(maps)) != EOF)
+		count += byte == '\n';
+	(void)fclose(maps);
+	return count;
+}
+
+/* The other thread touches page 3; its fault is answered through `uffd`. */
+static void check_served(const struct target *target, int uffd, uint64_t host_addr)
+{
+	struct guest guest = {.uffd = uffd};
+	uint8_t content[PAGE];
+	uint64_t value = 0;
+	uint64_t done = 0;
+
+	CHECK_EQ(write(target->touch_fd, "t", 1), 1);
+	const struct uffd_msg event = guest_next_event(&guest);
+
+	CHECK_EQ(event.event, UFFD_EVENT_PAGEFAULT);
+	CHECK_EQ(event.arg.pagefault.address & ~(PAGE - 1), host_addr + 3 * PAGE);
+	guest_pattern(3, content);
+	CHECK_EQ(gw_uffd_copy(uffd, host_addr + 3 * PAGE, content, PAGE, &done), GW_UFFD_DONE);
+	CHECK_EQ(gw_uffd_wake(uffd, host_addr + 3 * PAGE, PAGE), 0);
+	CHECK_EQ(read(target->value_fd, &value, sizeof(value)), sizeof(value));
+	CHECK(value == first_word(3));
+}
+
+static void check_back(const struct target *target, enum wait_kind kind)
+{
+	const uint64_t one = 1;
+
+	if (kind == WAIT_READ)
+		CHECK_EQ(write(target->wake_fd, &one, sizeof(one)), sizeof(one));
+	else if (kind == WAIT_SPIN)
+		target->shared[2] = 1;
+	while (*(volatile uint8_t *)&target->shared[1] == 0)
+		sched_yield();
+}
+
+static void inject_while(enum wait_kind kind)
+{
+	const struct target target = target_start(kind);
+	const int map_count_before = map_count(target.pid);
+	struct gw_inject_result result = {0};
+
+	CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING,
+				&result),
+		 0);
+	CHECK_EQ(result.range_count, 1);
+	CHECK_EQ(result.ranges[0].len, PAGE_COUNT * PAGE);
+	CHECK_EQ(result.ranges[0].file_offset, 0);
+	CHECK_EQ(result.features, FEATURES);
+	CHECK(result.stopped_ns > 0);
+	CHECK(fcntl(result.uffd, F_GETFD) & FD_CLOEXEC);
+	CHECK(fcntl(result.uffd, F_GETFL) & O_NONBLOCK);
+	CHECK_EQ(map_count(target.pid), map_count_before);
+	check_back(&target, kind);
+	check_served(&target, result.uffd, result.ranges[0].host_addr);
+	gw_sys_close(result.uffd);
+	target_stop(&target);
+}
+
+static void while_the_main_thread_reads(void)
+{
+	inject_while(WAIT_READ);
+}
+
+/* nanosleep goes on by restart_syscall, and must not fail with EINTR. */
+static void while_the_main_thread_sleeps(void)
+{
+	inject_while(WAIT_SLEEP);
+}
+
+static void while_the_main_thread_computes(void)
+{
+	inject_while(WAIT_SPIN);
+}
+
+/* Our reference is closed: the target's own keeps its threads blocked, and can be taken again. */
+static void taken_again_after_our_death(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	struct gw_inject_result first = {0};
+	struct gw_inject_result again = {0};
+	struct pollfd value = {.fd = target.value_fd, .events = POLLIN};
+
+	CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING,
+				&first),
+		 0);
+	gw_sys_close(first.uffd);
+	CHECK_EQ(write(target.touch_fd, "t", 1), 1);
+	CHECK_EQ(gw_inject_take(target.pid, first.remote_fd, target.ram_fd, &again), 0);
+	CHECK_EQ(again.ranges[0].host_addr, first.ranges[0].host_addr);
+	struct guest guest = {.uffd = again.uffd};
+	const struct uffd_msg event = guest_next_event(&guest);
+
+	CHECK_EQ(event.event, UFFD_EVENT_PAGEFAULT);
+	CHECK_EQ(poll(&value, 1, 0), 0); /* blocked: it has read nothing, least of all zeros */
+	target_stop(&target);
+	gw_sys_close(again.uffd);
+}
+
+static void take_refuses_what_is_no_userfaultfd(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	struct gw_inject_result result = {.uffd = -7};
+
+	CHECK_EQ(gw_inject_take(target.pid, target.wake_fd, target.ram_fd, &result), -EBADF);
+	CHECK_EQ(gw_inject_take(target.pid, 999, target.ram_fd, &result), -EBADF);
+	CHECK_EQ(result.uffd, -7);
+	target_stop(&target);
+}
+
+static void refusals(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	const int other_fd = gw_sys_memfd_create("other", MFD_CLOEXEC);
+	struct gw_inject_result result = {.uffd = -7};
+
+	CHECK_EQ(gw_inject_uffd(target.pid, other_fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING,
+				&result),
+		 -ENXIO);
+	CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, UINT64_C(1) << 40,
+				UFFDIO_REGISTER_MODE_MISSING, &result),
+		 -EINVAL);
+	target_stop(&target);
+	CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING,
+				&result),
+		 -ESRCH);
+	CHECK_EQ(result.uffd, -7);
+	gw_sys_close(other_fd);
+}
+
+/*
+ * Each call in the target fails once: it keeps no fd, and its threads go on. Two of them have
+ * another way (the device cannot be opened, the scratch page cannot be given back): it is armed.
+ */
+static void a_failed_step_leaves_the_target_as_it_was(void)
+{
+	int refused_count = 0;
+
+	for (uint64_t nth = 1; nth <= CALL_COUNT; nth++) {
+		const struct target target = target_start(WAIT_READ);
+		const int fd_count_before = fd_count(target.pid);
+		struct gw_inject_result result = {0};
+
+		gw_sys_fail_nth(GW_SYS_REMOTE, nth, ENOMEM);
+		const int err = gw_inject_uffd(target.pid, target.ram_fd, FEATURES,
+					       UFFDIO_REGISTER_MODE_MISSING, &result);
+
+		gw_sys_fail_none();
+		if (err < 0) {
+			CHECK_EQ(err, -ENOMEM);
+			CHECK_EQ(fd_count(target.pid), fd_count_before);
+			refused_count++;
+		} else {
+			check_served(&target, result.uffd, result.ranges[0].host_addr);
+			gw_sys_close(result.uffd);
+		}
+		check_back(&target, WAIT_READ);
+		target_stop(&target);
+	}
+	/* mmap, UFFDIO_API and UFFDIO_REGISTER have no other way. */
+	CHECK_EQ(refused_count, 3);
+}
+
+int main(void)
+{
+	guest_need_uffd();
+	RUN_FORKED(while_the_main_thread_reads);
+	RUN_FORKED(while_the_main_thread_sleeps);
+	RUN_FORKED(while_the_main_thread_computes);
+	RUN_FORKED(taken_again_after_our_death);
+	RUN_FORKED(take_refuses_what_is_no_userfaultfd);
+	RUN_FORKED(refusals);
+	RUN_FORKED(a_failed_step_leaves_the_target_as_it_was);
+	return 0;
+}
