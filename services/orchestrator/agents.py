@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,10 @@ PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
 
 _Response = TypeVar("_Response", bound=Message)
+
+
+Observe = Callable[[agent_pb2.Evidence], None]
+"""Hears every evidence that any answer carries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +46,12 @@ class Deadlines:
 class AgentClient:
     """Calls to one node's agent. Raises what grpc_client raises."""
 
-    def __init__(self, node: str, address: str, incarnation: str, deadlines: Deadlines) -> None:
+    def __init__(
+        self, node: str, address: str, incarnation: str, deadlines: Deadlines, observe: Observe
+    ) -> None:
         self.node = node
         self.address = address
+        self._observe = observe
         self._incarnation = incarnation
         self._deadlines = deadlines
         self._channel = grpc_client.open_channel(address)
@@ -61,7 +68,7 @@ class AgentClient:
         timeout_s: float,
         traceparent: str = "",
     ) -> _Response:
-        return await grpc_client.call(
+        answer = await grpc_client.call(
             self._channel,
             method,
             request,
@@ -70,6 +77,9 @@ class AgentClient:
             traceparent=traceparent,
             peer=self.node,
         )
+        if "evidence" in answer.DESCRIPTOR.fields_by_name:
+            self._observe(answer.evidence)  # type: ignore[attr-defined]
+        return answer
 
     async def hello(self) -> agent_pb2.HelloResponse:
         """Agree on a version.
@@ -204,6 +214,10 @@ class AgentPool:
         self._deadlines = deadlines or Deadlines()
         self._clients: dict[str, AgentClient] = {}
         self._retired: list[AgentClient] = []
+        self.observe: Observe = lambda _evidence: None
+
+    def _heard(self, evidence: agent_pb2.Evidence) -> None:
+        self.observe(evidence)
 
     def put(self, node: str, address: str) -> AgentClient:
         """Say where a node's agent listens.
@@ -215,7 +229,13 @@ class AgentPool:
             return present
         if present:
             self._retired.append(present)
-        client = AgentClient(node, address, self._incarnation, self._deadlines)
+        client = AgentClient(
+            node,
+            address,
+            self._incarnation,
+            self._deadlines,
+            self._heard,
+        )
         self._clients[node] = client
         return client
 

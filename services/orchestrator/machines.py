@@ -20,7 +20,6 @@ from services.common.grpc_client import outcome_unknown
 from services.common.vm_spec import VmSpec
 from services.orchestrator.evidence import holds_nothing
 from services.orchestrator.move import Context
-from services.orchestrator.nodes import Nodes
 from services.orchestrator.store.rows import VmRow, VmState
 
 log = logging.getLogger(__name__)
@@ -31,9 +30,8 @@ SETTLE_S = 5.0
 class Machines:
     """The VMs' lives outside migrations."""
 
-    def __init__(self, context: Context, nodes: Nodes) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._nodes = nodes
 
     async def start(self, spec: VmSpec, node: str) -> VmRow:
         """Start a VM.
@@ -51,14 +49,11 @@ class Machines:
         agent = self._context.agents.get(vm.node)
         fence = common_pb2.Fence(vm_id=vm.vm_id, epoch=vm.epoch)
         try:
-            evidence = await agent.start_vm(
-                agent_pb2.StartVmRequest(fence=fence, spec_json=vm.spec_json)
-            )
+            await agent.start_vm(agent_pb2.StartVmRequest(fence=fence, spec_json=vm.spec_json))
         except GodwitError as error:
             if not error.retryable and not outcome_unknown(error):
                 await self._refused(vm)
             raise
-        self._nodes.saw(evidence)
 
     async def _refused(self, vm: VmRow) -> None:
         """The agent said no. The record goes only if nothing of the VM runs under its epoch."""
@@ -80,10 +75,7 @@ class Machines:
         fence = common_pb2.Fence(vm_id=vm.vm_id, epoch=vm.epoch)
         # An agent that has never heard of it has nothing to stop.
         with contextlib.suppress(NotFoundError):
-            evidence = await self._context.agents.get(vm.node).stop_vm(
-                agent_pb2.StopVmRequest(fence=fence)
-            )
-            self._nodes.saw(evidence)
+            await self._context.agents.get(vm.node).stop_vm(agent_pb2.StopVmRequest(fence=fence))
         await self._context.store.fleet.forget(vm.vm_id, vm.epoch, VmState.STOPPING)
         self._context.bitmaps.forget(vm.vm_id)
 

@@ -119,7 +119,7 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
             limits=settings.limits,
         )
         nodes = Nodes(context)
-        machines = Machines(context, nodes)
+        machines = Machines(context)
         runner = Runner(context)
         fleet = Fleet(context, nodes, machines, runner)
         await context.bitmaps.load()

@@ -332,16 +332,14 @@ class Mover:
         for delay_s in self._context.backoff():
             failed = ""
             try:
-                await store.decide(self.row, decision, now_ns=self._context.now_ns())
+                self.move.take(
+                    await store.decide(self.row, decision, now_ns=self._context.now_ns())
+                )
             except (StoreError, InternalError) as error:
                 # Written or not: only reading tells.
                 failed = str(error)
                 log.exception("migration %s: decision not written", self.row.migration_id)
-            try:
-                await self.move.reload()
-            except StoreError:
-                log.exception("migration %s: decision not readable", self.row.migration_id)
-            else:
+            if not failed or await self._reloaded():
                 await reach("orchestrator.decision.after")
                 if self.row.decision is Decision.COMMITTED:
                     return CommitRead()
@@ -361,6 +359,14 @@ class Mover:
                 alarm_at += limits.alarm_s
             await asyncio.sleep(delay_s)
         raise AssertionError
+
+    async def _reloaded(self) -> bool:
+        try:
+            await self.move.reload()
+        except StoreError:
+            log.exception("migration %s: decision not readable", self.row.migration_id)
+            return False
+        return True
 
     async def _alarm(self) -> None:
         """A step takes too long. Past the decision this changes nothing but the alarm's counter."""

@@ -37,6 +37,7 @@ class Nodes:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._status: dict[str, NodeStatus] = {}
+        context.agents.observe = self._saw
 
     def status(self, node: str) -> NodeStatus:
         """What is known of a node."""
@@ -47,7 +48,7 @@ class Nodes:
         evidence = self.status(node).vms.get(vm_id)
         return evidence.vmm_state if evidence else agent_pb2.VMM_STATE_UNSPECIFIED
 
-    def saw(self, evidence: agent_pb2.Evidence) -> None:
+    def _saw(self, evidence: agent_pb2.Evidence) -> None:
         """An agent has said this just now."""
         self._status.setdefault(evidence.node, NodeStatus()).vms[evidence.vm_id] = evidence
 

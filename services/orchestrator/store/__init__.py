@@ -57,7 +57,9 @@ async def open_store(path: Path) -> AsyncIterator[Store]:
     """
     database = Database(path)
     try:
-        yield Store(database, await _prepare(database, path))
+        store = Store(database, await _prepare(database, path))
+        await store.migrations.rehearse()
+        yield store
     finally:
         await database.close()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningInsert
 
 from services.common.errors import AlreadyExistsError, NotFoundError
 from services.common.vm_spec import VmSpec
@@ -16,9 +17,9 @@ from services.orchestrator.store.rows import NodeRow, VmRow, VmState
 _vms = schema.vms.c
 
 
-async def next_epoch(connection: AsyncConnection, vm_id: str) -> int:
-    """A fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
-    statement = (
+def next_epoch_statement(vm_id: str) -> ReturningInsert[int]:
+    """Issues a fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
+    return (
         sqlite.insert(schema.epochs)
         .values(vm_id=vm_id, last_epoch=1)
         .on_conflict_do_update(
@@ -27,7 +28,11 @@ async def next_epoch(connection: AsyncConnection, vm_id: str) -> int:
         )
         .returning(schema.epochs.c.last_epoch)
     )
-    return int((await connection.execute(statement)).scalar_one())
+
+
+async def next_epoch(connection: AsyncConnection, vm_id: str) -> int:
+    """A fresh epoch."""
+    return int((await connection.execute(next_epoch_statement(vm_id))).scalar_one())
 
 
 async def active_migration_id(connection: AsyncConnection, vm_id: str) -> str:

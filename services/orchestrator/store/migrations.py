@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from services.common.errors import FailedPreconditionError, InternalError, NotFoundError
 from services.orchestrator.migration import TERMINAL, Decision, Noted, Phase
@@ -16,6 +19,7 @@ from services.orchestrator.store.fleet import (
     active_migration_id,
     migration_active,
     next_epoch,
+    next_epoch_statement,
     vm_unknown,
 )
 from services.orchestrator.store.records import put_idempotency
@@ -34,6 +38,10 @@ _NO_WAIT = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
 
 class PhaseLostError(InternalError):
     """Somebody else has moved the migration on: read it again."""
+
+
+class _RehearsedError(Exception):
+    """Rolls a rehearsal back."""
 
 
 def migration_unknown(migration_id: str) -> NotFoundError:
@@ -140,7 +148,9 @@ class MigrationTable:
                     "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
                 )
             await connection.execute(sa.insert(schema.migrations).values(_values(row)))
-            await _add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
+            await connection.execute(
+                _transition_statement(row.migration_id, row.phase, row.created_at_ns, "")
+            )
             if idempotency:
                 await put_idempotency(connection, idempotency)
 
@@ -184,8 +194,8 @@ class MigrationTable:
                 raise PhaseLostError(
                     "PHASE_LOST", f"migration {row.migration_id} is not {row.phase} any more"
                 )
-            await _add_transition(
-                connection, row.migration_id, phase, now_ns, note.message if note else ""
+            await connection.execute(
+                _transition_statement(row.migration_id, phase, now_ns, note.message if note else "")
             )
             return MigrationRow.of(entered)
 
@@ -200,51 +210,63 @@ class MigrationTable:
             epoch = await next_epoch(connection, row.vm_id)
             return await _update(connection, row.migration_id, {"epoch": epoch})
 
-    async def decide(self, row: MigrationRow, decision: Decision, *, now_ns: int) -> None:
-        """Try to write the decision: one compare-and-swap (I2). Says nothing: read it back.
+    async def decide(self, row: MigrationRow, decision: Decision, *, now_ns: int) -> MigrationRow:
+        """Try to write the decision: one compare-and-swap (I2). Returns what the store says then.
 
         COMMITTED is written only over SWITCHOVER, over no decision, and not once a cancel was
         accepted. The same transaction makes the destination the owner, under its epoch. ABORTED is
         written over no decision in any phase, and issues the epoch under which the source goes on.
+
+        Raises:
+            StoreError: written or not: read again.
         """
-        async with self._database.write() as connection:
-            condition = sa.and_(_m.migration_id == row.migration_id, _m.decision.is_(None))
-            phase = Phase.ABORTED
-            if decision is Decision.COMMITTED:
-                phase = Phase.COMMITTED
-                condition = sa.and_(
-                    condition,
-                    _m.phase == Phase.SWITCHOVER,
-                    _m.cancel_requested == sa.false(),
-                    _m.epoch > 0,
-                )
-            changed = await connection.execute(
-                sa.update(schema.migrations)
-                .where(condition)
-                .values(
-                    decision=decision,
-                    phase=phase,
-                    phase_at_ns=now_ns,
-                    version=_m.version + 1,
-                    **_NO_WAIT,
-                )
-                .returning(schema.migrations)
+        return await self._database.decide(
+            lambda connection: _write_decision(connection, row.migration_id, decision, now_ns),
+            lambda connection: MigrationRow.of(
+                connection.execute(_select_statement(row.migration_id)).one()
+            ),
+        )
+
+    async def rehearse(self) -> None:
+        """Take a decision about a VM that does not exist, and roll it back.
+
+        The first decision of a process would otherwise compile its statements and open its
+        connection while a guest stands still.
+        """
+        vm = VmRow(
+            vm_id="-",
+            node="-",
+            epoch=1,
+            state=VmState.RUNNING,
+            spec_json="",
+            spec_hash="",
+            memory_bytes=0,
+            created_at_ns=0,
+        )
+        row = MigrationRow.new(
+            migration_id="-",
+            vm=vm,
+            destination_node="-",
+            bulk_bytes_per_s_max=0,
+            traceparent="",
+            now_ns=0,
+        )
+        row = replace(row, phase=Phase.SWITCHOVER, epoch=2)
+
+        def write(connection: sa.Connection) -> None:
+            connection.execute(
+                sa.insert(schema.nodes).values(name="-", agent_address="", registered_at_ns=0)
             )
-            written = changed.one_or_none()
-            if written is None:
-                return
-            decided = MigrationRow.of(written)
-            await _add_transition(connection, decided.migration_id, phase, now_ns, "")
-            if decision is Decision.COMMITTED:
-                await _move_vm(connection, decided, decided.destination_node, decided.epoch)
-            elif decided.epoch:
-                epoch = await next_epoch(connection, decided.vm_id)
-                await _update(
-                    connection,
-                    decided.migration_id,
-                    {"resume_epoch": epoch, "destination_owed": True},
-                )
-                await _move_vm(connection, decided, decided.source_node, epoch)
+            connection.execute(
+                sa.insert(schema.vms).values({c.name: getattr(vm, c.name) for c in schema.vms.c})
+            )
+            connection.execute(sa.insert(schema.migrations).values(_values(row)))
+            _write_decision(connection, row.migration_id, Decision.COMMITTED, 0)
+            MigrationRow.of(connection.execute(_select_statement(row.migration_id)).one())
+            raise _RehearsedError
+
+        with contextlib.suppress(_RehearsedError):
+            await self._database.decide(write, lambda _connection: None)
 
     async def request_cancel(self, migration_id: str) -> MigrationRow:
         """Accept a cancel while nothing is decided. From then on COMMITTED cannot be written.
@@ -282,29 +304,44 @@ class MigrationTable:
             return await _update(connection, migration_id, fields)
 
 
-async def _select(connection: AsyncConnection, migration_id: str) -> MigrationRow | None:
-    found = await connection.execute(
-        sa.select(schema.migrations).where(_m.migration_id == migration_id)
-    )
-    row = found.one_or_none()
-    return MigrationRow.of(row) if row else None
-
-
-async def _update(
-    connection: AsyncConnection, migration_id: str, fields: dict[str, Any]
-) -> MigrationRow:
-    changed = await connection.execute(
+def _write_decision(
+    connection: sa.Connection, migration_id: str, decision: Decision, now_ns: int
+) -> None:
+    condition = sa.and_(_m.migration_id == migration_id, _m.decision.is_(None))
+    phase = Phase.ABORTED
+    if decision is Decision.COMMITTED:
+        phase = Phase.COMMITTED
+        condition = sa.and_(
+            condition, _m.phase == Phase.SWITCHOVER, ~_m.cancel_requested, _m.epoch > 0
+        )
+    written = connection.execute(
         sa.update(schema.migrations)
-        .where(_m.migration_id == migration_id)
-        .values(**fields, version=_m.version + 1)
+        .where(condition)
+        .values(
+            decision=decision,
+            phase=phase,
+            phase_at_ns=now_ns,
+            version=_m.version + 1,
+            **_NO_WAIT,
+        )
         .returning(schema.migrations)
-    )
-    return MigrationRow.of(changed.one())
+    ).one_or_none()
+    if written is None:
+        return
+    row = MigrationRow.of(written)
+    connection.execute(_transition_statement(migration_id, phase, now_ns, ""))
+    if decision is Decision.COMMITTED:
+        _check_moved(connection.execute(_move_vm(row, row.destination_node, row.epoch)), row)
+    elif row.epoch:
+        epoch = int(connection.execute(next_epoch_statement(row.vm_id)).scalar_one())
+        fields = {"resume_epoch": epoch, "destination_owed": True}
+        connection.execute(_update_statement(migration_id, fields))
+        _check_moved(connection.execute(_move_vm(row, row.source_node, epoch)), row)
 
 
-async def _move_vm(connection: AsyncConnection, row: MigrationRow, node: str, epoch: int) -> None:
-    """Change the owner; the transaction fails if the owner is not who it was at admission (I1)."""
-    moved = await connection.execute(
+def _move_vm(row: MigrationRow, node: str, epoch: int) -> sa.Update:
+    """Changes the owner, if it is still who it was at admission."""
+    return (
         sa.update(schema.vms)
         .where(
             schema.vms.c.vm_id == row.vm_id,
@@ -313,6 +350,9 @@ async def _move_vm(connection: AsyncConnection, row: MigrationRow, node: str, ep
         )
         .values(node=node, epoch=epoch)
     )
+
+
+def _check_moved(moved: sa.CursorResult[Any], row: MigrationRow) -> None:
     if moved.rowcount != 1:
         raise InternalError(
             "OWNER_CHANGED",
@@ -320,19 +360,40 @@ async def _move_vm(connection: AsyncConnection, row: MigrationRow, node: str, ep
         )
 
 
-async def _add_transition(
-    connection: AsyncConnection, migration_id: str, phase: Phase, at_ns: int, message: str
-) -> None:
+def _select_statement(migration_id: str) -> sa.Select[Any]:
+    return sa.select(schema.migrations).where(_m.migration_id == migration_id)
+
+
+async def _select(connection: AsyncConnection, migration_id: str) -> MigrationRow | None:
+    row = (await connection.execute(_select_statement(migration_id))).one_or_none()
+    return MigrationRow.of(row) if row else None
+
+
+def _update_statement(migration_id: str, fields: dict[str, Any]) -> ReturningUpdate[Any]:
+    return (
+        sa.update(schema.migrations)
+        .where(_m.migration_id == migration_id)
+        .values(**fields, version=_m.version + 1)
+        .returning(schema.migrations)
+    )
+
+
+async def _update(
+    connection: AsyncConnection, migration_id: str, fields: dict[str, Any]
+) -> MigrationRow:
+    changed = await connection.execute(_update_statement(migration_id, fields))
+    return MigrationRow.of(changed.one())
+
+
+def _transition_statement(migration_id: str, phase: Phase, at_ns: int, message: str) -> sa.Insert:
     table = schema.transitions
-    last = (
+    sequence = (
         sa.select(sa.func.coalesce(sa.func.max(table.c.sequence), 0) + 1)
         .where(table.c.migration_id == migration_id)
         .scalar_subquery()
     )
-    await connection.execute(
-        sa.insert(table).values(
-            migration_id=migration_id, sequence=last, phase=phase, at_ns=at_ns, message=message
-        )
+    return sa.insert(table).values(
+        migration_id=migration_id, sequence=sequence, phase=phase, at_ns=at_ns, message=message
     )
 
 

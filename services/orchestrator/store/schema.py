@@ -134,16 +134,16 @@ idempotency = sa.Table(
 )
 
 _TRIGGERS = (
-    """CREATE TRIGGER decision_is_final BEFORE UPDATE OF decision ON migrations
+    """CREATE TRIGGER IF NOT EXISTS decision_is_final BEFORE UPDATE OF decision ON migrations
        WHEN OLD.decision IS NOT NULL AND NEW.decision IS NOT OLD.decision
        BEGIN SELECT RAISE(ABORT, 'I2: a decision is never changed'); END""",
-    """CREATE TRIGGER terminal_is_final BEFORE UPDATE OF phase ON migrations
+    """CREATE TRIGGER IF NOT EXISTS terminal_is_final BEFORE UPDATE OF phase ON migrations
        WHEN OLD.terminal AND NEW.phase IS NOT OLD.phase
        BEGIN SELECT RAISE(ABORT, 'I7: a terminal phase is never left'); END""",
-    """CREATE TRIGGER epochs_only_grow BEFORE UPDATE ON epochs
+    """CREATE TRIGGER IF NOT EXISTS epochs_only_grow BEFORE UPDATE ON epochs
        WHEN NEW.last_epoch <= OLD.last_epoch
        BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never reused'); END""",
-    """CREATE TRIGGER epochs_stay BEFORE DELETE ON epochs
+    """CREATE TRIGGER IF NOT EXISTS epochs_stay BEFORE DELETE ON epochs
        BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never forgotten'); END""",
 )
 for _trigger in _TRIGGERS:

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An orchestrator, as it is, over fake agents, all in one process and over real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from services.common.listen import Address
+from services.orchestrator.agents import Deadlines
+from services.orchestrator.main import Running, Settings, orchestrating
+from services.orchestrator.move import Limits
+from tests.harness.fake_agent import FakeAgent, World, spec
+
+VM = "vm-1"
+LOOPBACK = Address(host="127.0.0.1", port=0)
+LIMITS = Limits(
+    validating_s=5,
+    preparing_s=5,
+    patience_s=0.5,
+    switchover_s=3,
+    doubt_s=0.3,
+    destination_proof_s=0.3,
+    alarm_s=0.5,
+    retry_s_min=0.01,
+    retry_s_max=0.1,
+    progress_ms=10,
+    progress_write_s=0.02,
+    source_check_s=0.05,
+    drain_s=0,
+)
+DEADLINES = Deadlines(
+    hello_s=1,
+    describe_s=1,
+    pause_s=1,
+    transfer_s=2,
+    activate_s=1,
+    seal_s=1,
+    undo_s=1,
+    release_s=1,
+    connect_s=0.3,
+)
+WAIT_S = 20.0
+"""A test that waits longer has hung. Never part of what a test asserts."""
+
+
+async def eventually(
+    what: Callable[[], Awaitable[Any]] | Callable[[], Any], *, wait_s: float = WAIT_S
+) -> Any:
+    """Wait until `what` is true and return it."""
+    async with asyncio.timeout(wait_s):
+        while True:
+            answer = what()
+            if isinstance(answer, Awaitable):
+                answer = await answer
+            if answer:
+                return answer
+            await asyncio.sleep(0.005)
+
+
+class FakeFleet:
+    """Agents a, b and c, and an orchestrator that can be crashed and started again."""
+
+    def __init__(self, directory: Path, *, limits: Limits = LIMITS) -> None:
+        self.world = World()
+        self.agents = {name: FakeAgent(name, self.world) for name in "abc"}
+        self.store = directory / "godwit.db"
+        self.limits = limits
+        self._stop = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.running: Running | None = None
+        self.http: httpx.AsyncClient | None = None
+
+    @property
+    def a(self) -> FakeAgent:
+        """The source in most tests."""
+        return self.agents["a"]
+
+    @property
+    def b(self) -> FakeAgent:
+        """The destination in most tests."""
+        return self.agents["b"]
+
+    async def start(self) -> None:
+        """Start an orchestrator on the store."""
+        started: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self._task = asyncio.create_task(self._serve(started, self._stop))
+        waiting: set[asyncio.Future[Any]] = {self._task, started}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            await self._task
+        self.running = started.result()
+        self.http = httpx.AsyncClient(base_url=f"http://{self.running.rest}", timeout=WAIT_S)
+
+    async def _serve(self, started: asyncio.Future[Running], stop: asyncio.Event) -> None:
+        settings = Settings(
+            store=self.store,
+            rest=LOOPBACK,
+            grpc=LOOPBACK,
+            nodes=tuple((name, str(agent.address)) for name, agent in self.agents.items()),
+            limits=self.limits,
+            deadlines=DEADLINES,
+        )
+        async with orchestrating(settings) as running:
+            started.set_result(running)
+            await stop.wait()
+
+    async def stop(self) -> None:
+        """End the orchestrator: every task is cancelled where it stands; nothing is written."""
+        if self.http:
+            await self.http.aclose()
+            self.http = None
+        if self._task:
+            self._stop.set()
+            await self._task
+            self._task = self.running = None
+
+    async def restart(self) -> None:
+        """Another orchestrator takes over the same store."""
+        await self.stop()
+        await self.start()
+
+    async def get(self, path: str) -> Any:
+        """GET, which must succeed."""
+        assert self.http
+        response = await self.http.get(path)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        """POST."""
+        assert self.http
+        return await self.http.post(path, json=body, headers=headers)
+
+    async def start_vm(self, vm_id: str = VM, node: str = "a") -> None:
+        """Start a VM."""
+        response = await self.post("/v1/vms", {"node": node, "spec": spec(vm_id)})
+        assert response.status_code == 201, response.text
+
+    async def migrate(self, to: str = "b", vm_id: str = VM) -> str:
+        """Ask for a move; its id."""
+        response = await self.post("/v1/migrations", {"vm": vm_id, "destination_node": to})
+        assert response.status_code == 202, response.text
+        return str(response.json()["migration_id"])
+
+    async def migration(self, migration_id: str) -> Any:
+        """A migration as REST shows it."""
+        return await self.get(f"/v1/migrations/{migration_id}")
+
+    async def ended(self, migration_id: str) -> Any:
+        """A migration once it is terminal."""
+        return await self.until(
+            migration_id, lambda each: each["phase"] in ("succeeded", "failed", "cancelled", "lost")
+        )
+
+    async def in_phase(self, migration_id: str, phase: str) -> Any:
+        """A migration once it is in a phase."""
+        return await self.until(migration_id, lambda each: each["phase"] == phase)
+
+    async def until(self, migration_id: str, holds: Callable[[Any], bool]) -> Any:
+        """A migration once something holds of it."""
+
+        async def look() -> Any:
+            found = await self.migration(migration_id)
+            return found if holds(found) else None
+
+        return await eventually(look)
+
+    async def dump(self) -> list[str]:
+        """Every row of the store, except what idempotent reads may touch: proof of no change."""
+        import aiosqlite
+
+        async with aiosqlite.connect(self.store) as connection:
+            return [line async for line in connection.iterdump()]
+
+
+@contextlib.asynccontextmanager
+async def fake_fleet(directory: Path, *, limits: Limits = LIMITS) -> AsyncIterator[FakeFleet]:
+    """A fleet with a running orchestrator and VM `vm-1` on node a."""
+    fleet = FakeFleet(directory, limits=limits)
+    try:
+        for agent in fleet.agents.values():
+            await agent.start()
+        await fleet.start()
+        await fleet.start_vm()
+        yield fleet
+    finally:
+        await fleet.stop()
+        for agent in fleet.agents.values():
+            await agent.kill()

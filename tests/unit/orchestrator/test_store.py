@@ -1,0 +1,558 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store: one decision, one active migration, epochs that only grow, failures that are typed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.common.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InternalError,
+    NotFoundError,
+)
+from services.common.vm_spec import VmSpec
+from services.orchestrator.migration import Decision, Phase, StepFailed
+from services.orchestrator.store import (
+    PhaseLostError,
+    Store,
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreReadOnlyError,
+    open_store,
+)
+from services.orchestrator.store.records import IDEMPOTENCY_NS
+from services.orchestrator.store.rows import (
+    BitmapRow,
+    IdempotencyRow,
+    MigrationRow,
+    VmRow,
+    VmState,
+)
+
+SPEC = VmSpec(vm_id="vm-1", memory_bytes=64 << 20, kernel="/boot/vmlinuz")
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    async with fleet_store(tmp_path / "s.db") as opened:
+        yield opened
+
+
+@contextlib.asynccontextmanager
+async def fleet_store(path: Path) -> AsyncIterator[Store]:
+    """A store with nodes a and b and vm-1 on a."""
+    async with open_store(path) as opened:
+        for node in "ab":
+            await opened.fleet.put_node(node, f"127.0.0.1:{1000 + ord(node)}", now_ns=1)
+        await start(opened, SPEC)
+        yield opened
+
+
+async def start(store: Store, spec: VmSpec, node: str = "a") -> VmRow:
+    vm = await store.fleet.begin_start(spec, node, now_ns=1)
+    started = await store.fleet.finish_start(vm.vm_id, vm.epoch)
+    assert started is not None
+    return started
+
+
+async def admit(store: Store, migration_id: str = "m1", **fields: Any) -> MigrationRow:
+    vm = await store.fleet.vm("vm-1")
+    assert vm is not None
+    row = MigrationRow.new(
+        migration_id=migration_id,
+        vm=vm,
+        destination_node="b",
+        bulk_bytes_per_s_max=0,
+        traceparent="",
+        now_ns=1,
+    )
+    row = replace(row, **fields)
+    await store.migrations.create(row, None)
+    return row
+
+
+async def switchover(store: Store, migration_id: str = "m1") -> MigrationRow:
+    row = await store.migrations.reserve_epoch(await admit(store, migration_id))
+    return await store.migrations.enter(row, Phase.SWITCHOVER, now_ns=2)
+
+
+async def test_survives_being_opened_again(tmp_path: Path) -> None:
+    """Everything, and the incarnation, is in the file."""
+    async with fleet_store(tmp_path / "s.db") as store:
+        row = await switchover(store)
+        await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+        incarnation = store.incarnation
+    async with open_store(tmp_path / "s.db") as again:
+        assert again.incarnation == incarnation
+        found = await again.migrations.get("m1")
+        assert found is not None
+        assert (found.phase, found.decision) == (Phase.COMMITTED, Decision.COMMITTED)
+        assert [each.migration_id for each in await again.migrations.unfinished()] == ["m1"]
+
+
+async def test_is_durable_by_its_settings(tmp_path: Path) -> None:
+    """I2: WAL, and every commit is synced, on the connections that write."""
+    async with fleet_store(tmp_path / "s.db") as store, store.database.write() as connection:
+        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)):
+            found = await connection.exec_driver_sql(f"PRAGMA {pragma}")
+            assert found.scalar_one() == value
+
+    async def ask(store: Store) -> Any:
+        return await store.database.decide(
+            lambda _connection: None,
+            lambda connection: connection.exec_driver_sql("PRAGMA synchronous").scalar_one(),
+        )
+
+    async with open_store(tmp_path / "s.db") as store:
+        assert await ask(store) == 2
+
+
+async def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    """A store that a later release wrote is left alone."""
+    async with open_store(tmp_path / "s.db"):
+        pass
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
+        connection.commit()
+    with pytest.raises(FailedPreconditionError, match="STORE_TOO_NEW"):
+        async with open_store(tmp_path / "s.db"):
+            pass
+
+
+# --- the decision ---
+
+
+async def test_commit_changes_the_owner_in_the_same_write(store: Store) -> None:
+    row = await switchover(store)
+    decided = await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    vm = await store.fleet.vm("vm-1")
+    assert vm is not None
+    assert (decided.phase, decided.decision) == (Phase.COMMITTED, Decision.COMMITTED)
+    assert (vm.node, vm.epoch) == ("b", row.epoch)
+    history = (await store.migrations.transitions(["m1"]))["m1"]
+    assert [each.phase for each in history] == [Phase.PENDING, Phase.SWITCHOVER, Phase.COMMITTED]
+
+
+async def test_abort_issues_a_fresh_epoch_for_the_source(store: Store) -> None:
+    row = await switchover(store)
+    decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+    vm = await store.fleet.vm("vm-1")
+    assert vm is not None
+    assert decided.phase is Phase.ABORTED
+    assert decided.resume_epoch > row.epoch > row.source_epoch
+    assert (vm.node, vm.epoch) == ("a", decided.resume_epoch)
+    assert decided.destination_owed
+
+
+async def test_abort_before_any_agent_heard_costs_no_epoch(store: Store) -> None:
+    row = await admit(store)
+    before = await store.fleet.last_epoch("vm-1")
+    decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+    assert (decided.decision, decided.resume_epoch) == (Decision.ABORTED, 0)
+    assert not decided.destination_owed
+    assert await store.fleet.last_epoch("vm-1") == before
+
+
+@pytest.mark.parametrize("first", list(Decision))
+@pytest.mark.parametrize("second", list(Decision))
+async def test_second_decision_changes_nothing(
+    store: Store, first: Decision, second: Decision
+) -> None:
+    row = await switchover(store)
+    once = await store.migrations.decide(row, first, now_ns=3)
+    twice = await store.migrations.decide(row, second, now_ns=4)
+    assert twice == once
+    assert twice.decision is first
+
+
+@pytest.mark.parametrize(
+    "phase", [Phase.PENDING, Phase.PREPARING, Phase.READY, Phase.ROLLING_BACK, Phase.CANCELLING]
+)
+async def test_commit_is_written_over_switchover_alone(store: Store, phase: Phase) -> None:
+    row = await switchover(store)
+    if phase is not Phase.PENDING:
+        row = await store.migrations.enter(row, phase, now_ns=2)
+    else:
+        row = await store.migrations.enter(row, Phase.PENDING, now_ns=2)
+    decided = await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    assert (decided.phase, decided.decision) == (phase, None)
+
+
+async def test_accepted_cancel_forbids_the_commit(store: Store) -> None:
+    """Whoever wins the race, an accepted cancel is never followed by COMMITTED."""
+    row = await switchover(store)
+    await store.migrations.request_cancel("m1")
+    decided = await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    assert decided.decision is None
+    assert decided.cancel_requested
+
+
+async def test_cancel_past_commit_is_refused(store: Store) -> None:
+    row = await switchover(store)
+    await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    with pytest.raises(FailedPreconditionError, match="PAST_COMMIT"):
+        await store.migrations.request_cancel("m1")
+    with pytest.raises(NotFoundError, match="MIGRATION_UNKNOWN"):
+        await store.migrations.request_cancel("m2")
+
+
+async def test_race_of_two_stores_has_one_winner(tmp_path: Path) -> None:
+    """I2: two processes' worth of connections, COMMITTED against ABORTED, many times."""
+    path = tmp_path / "s.db"
+    async with fleet_store(path) as one, open_store(path) as two:
+        winners = set()
+        for turn in range(12):
+            vm = await one.fleet.vm("vm-1")
+            assert vm is not None
+            destination = "b" if vm.node == "a" else "a"
+            row = await admit(one, f"m{turn:02}", destination_node=destination)
+            row = await one.migrations.reserve_epoch(row)
+            row = await one.migrations.enter(row, Phase.SWITCHOVER, now_ns=2)
+            pair = [(one, Decision.COMMITTED), (two, Decision.ABORTED)]
+            if turn % 2:
+                pair.reverse()
+            said = await asyncio.gather(
+                *(each.migrations.decide(row, decision, now_ns=3) for each, decision in pair)
+            )
+            assert said[0].decision is said[1].decision
+            assert said[0].decision is not None
+            winners.add(said[0].decision)
+            final = {Decision.COMMITTED: Phase.SUCCEEDED, Decision.ABORTED: Phase.FAILED}
+            await two.migrations.enter(said[1], final[said[0].decision], now_ns=4)
+            vm = await two.fleet.vm("vm-1")
+            assert vm is not None
+            owner = destination if said[0].decision is Decision.COMMITTED else row.source_node
+            assert vm.node == owner
+    assert winners  # which of them wins is the scheduler's business
+
+
+async def test_decision_fails_whole_if_the_owner_changed(store: Store) -> None:
+    """I1: nothing is half written."""
+    row = await switchover(store)
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("UPDATE vms SET node = 'b'")
+    with pytest.raises(InternalError, match="OWNER_CHANGED"):
+        await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    found = await store.migrations.get("m1")
+    assert found is not None
+    assert (found.phase, found.decision) == (Phase.SWITCHOVER, None)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE migrations SET decision = 'aborted'",
+        "UPDATE migrations SET decision = NULL",
+        "UPDATE migrations SET phase = 'failed'",
+        "UPDATE epochs SET last_epoch = last_epoch - 1",
+        "UPDATE epochs SET last_epoch = last_epoch",
+        "DELETE FROM epochs",
+    ],
+)
+async def test_file_itself_refuses(store: Store, statement: str) -> None:
+    """Decisions and epochs are kept against a person with a shell too."""
+    row = await switchover(store)
+    await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+    with pytest.raises(sa.exc.IntegrityError):
+        async with store.database.write() as connection:
+            await connection.exec_driver_sql(statement)
+
+
+async def test_terminal_phase_is_never_left(store: Store) -> None:
+    """I7, in the file."""
+    row = await switchover(store)
+    row = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+    row = await store.migrations.enter(row, Phase.FAILED, now_ns=4)
+    assert row.terminal
+    with pytest.raises(sa.exc.IntegrityError):
+        await store.migrations.enter(row, Phase.ABORTED, now_ns=5)
+
+
+# --- admission and phases ---
+
+
+async def test_one_active_migration_a_vm(store: Store) -> None:
+    await admit(store)
+    with pytest.raises(AlreadyExistsError, match="MIGRATION_ACTIVE") as refused:
+        await admit(store, "m2")
+    assert refused.value.metadata["migration_id"] == "m1"
+    assert await store.migrations.get("m2") is None
+
+
+async def test_unique_index_stands_behind_the_check(store: Store) -> None:
+    """I7: also against a writer that does not look first."""
+    await admit(store)
+    with pytest.raises(sa.exc.IntegrityError):
+        async with store.database.write() as connection:
+            await connection.exec_driver_sql(
+                "INSERT INTO migrations SELECT 'm2', vm_id, source_node, destination_node, "
+                + ", ".join(column.name for column in list(sa.inspect(_migrations()).columns)[4:])
+                + " FROM migrations"
+            )
+
+
+def _migrations() -> sa.Table:
+    from services.orchestrator.store import schema
+
+    return schema.migrations
+
+
+async def test_race_of_two_admissions_has_one_winner(tmp_path: Path) -> None:
+    async with fleet_store(tmp_path / "s.db") as one, open_store(tmp_path / "s.db") as two:
+        said = await asyncio.gather(admit(one, "m1"), admit(two, "m2"), return_exceptions=True)
+        assert sorted(isinstance(each, AlreadyExistsError) for each in said) == [False, True]
+
+
+async def test_vm_that_moved_meanwhile_is_not_admitted(store: Store) -> None:
+    with pytest.raises(FailedPreconditionError, match="VM_MOVED"):
+        await admit(store, source_epoch=99)
+    with pytest.raises(NotFoundError, match="VM_UNKNOWN"):
+        await admit(store, vm_id="vm-2")
+
+
+async def test_phase_is_entered_from_the_phase_in_hand(store: Store) -> None:
+    """A deposed orchestrator's write fails."""
+    row = await admit(store)
+    await store.migrations.enter(row, Phase.VALIDATING, now_ns=2)
+    with pytest.raises(PhaseLostError):
+        await store.migrations.enter(row, Phase.VALIDATING, now_ns=3)
+
+
+async def test_phase_clears_what_was_waited_for(store: Store) -> None:
+    row = await admit(store)
+    row = await store.migrations.record("m1", wait_reason="X", wait_message="x", wait_hint="y")
+    note = StepFailed(reason="R", message="m", hint="h")
+    row = await store.migrations.enter(row, Phase.ROLLING_BACK, now_ns=2, note=note)
+    assert (row.wait_reason, row.wait_message, row.wait_hint) == ("", "", "")
+    assert (row.reason, row.message, row.hint) == ("R", "m", "h")
+    assert row.version == 3
+
+
+async def test_pages_of_the_list(store: Store) -> None:
+    for turn in range(5):
+        row = await admit(store, f"m{turn}")
+        row = await store.migrations.decide(row, Decision.ABORTED, now_ns=2)
+        await store.migrations.enter(row, Phase.FAILED, now_ns=3)
+    first = await store.migrations.page("", before="", count=3)
+    rest = await store.migrations.page("vm-1", before=first[-1].migration_id, count=3)
+    assert [each.migration_id for each in first + rest] == ["m4", "m3", "m2", "m1", "m0"]
+    assert await store.migrations.page("vm-2", before="", count=3) == []
+
+
+# --- epochs and VMs ---
+
+
+async def test_epochs_are_never_reused(store: Store) -> None:
+    """Not after an abort, and not when the VM's id comes back after a stop."""
+    seen = []
+    for turn in range(3):
+        row = await switchover(store, f"m{turn}")
+        decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+        seen += [row.source_epoch, row.epoch, decided.resume_epoch][1 if turn else 0 :]
+        await store.migrations.enter(decided, Phase.FAILED, now_ns=4)
+    stopping = await store.fleet.begin_stop("vm-1")
+    await store.fleet.forget("vm-1", stopping.epoch, VmState.STOPPING)
+    assert await store.fleet.vm("vm-1") is None
+    again = await start(store, SPEC)
+    seen += [stopping.epoch, again.epoch]
+    assert seen == sorted(set(seen))
+
+
+async def test_reserving_twice_is_one_epoch(store: Store) -> None:
+    row = await admit(store)
+    once = await store.migrations.reserve_epoch(row)
+    assert (await store.migrations.reserve_epoch(row)).epoch == once.epoch
+
+
+async def test_epochs_of_two_stores_never_meet(tmp_path: Path) -> None:
+    """Concurrent issuers of one file."""
+    async with open_store(tmp_path / "s.db") as one, open_store(tmp_path / "s.db") as two:
+        await one.fleet.put_node("a", "127.0.0.1:1", now_ns=1)
+        vms = [SPEC.model_copy(update={"vm_id": f"v{turn}"}) for turn in range(3)]
+        for vm in vms:
+            await start(one, vm)
+
+        async def issue(store: Store, vm_id: str) -> int:
+            stopping = await store.fleet.begin_stop(vm_id)
+            await store.fleet.forget(vm_id, stopping.epoch, VmState.STOPPING)
+            spec = SPEC.model_copy(update={"vm_id": vm_id})
+            return (await start(store, spec)).epoch
+
+        for vm in vms:
+            said = [await issue(each, vm.vm_id) for each in (one, two, one, two)]
+            assert said == sorted(set(said))
+
+
+async def test_start_goes_on_where_it_stopped(store: Store) -> None:
+    spec = SPEC.model_copy(update={"vm_id": "vm-2"})
+    vm = await store.fleet.begin_start(spec, "a", now_ns=1)
+    assert await store.fleet.begin_start(spec, "a", now_ns=2) == vm
+    with pytest.raises(AlreadyExistsError, match="VM_EXISTS"):
+        await store.fleet.begin_start(spec, "b", now_ns=2)
+    await store.fleet.finish_start("vm-2", vm.epoch)
+    with pytest.raises(AlreadyExistsError, match="VM_EXISTS"):
+        await store.fleet.begin_start(spec, "a", now_ns=2)
+
+
+async def test_vm_in_a_migration_is_not_stopped(store: Store) -> None:
+    await admit(store)
+    with pytest.raises(AlreadyExistsError, match="MIGRATION_ACTIVE"):
+        await store.fleet.begin_stop("vm-1")
+    vm = await store.fleet.vm("vm-1")
+    assert vm is not None
+    assert vm.state is VmState.RUNNING
+
+
+async def test_vm_that_is_stopping_is_not_moved(store: Store) -> None:
+    await store.fleet.begin_stop("vm-1")
+    with pytest.raises(FailedPreconditionError, match="VM_NOT_RUNNING"):
+        await admit(store)
+
+
+# --- records ---
+
+
+async def test_answers_are_kept_for_a_day(store: Store) -> None:
+    row = IdempotencyRow(key="k", request_hash="h", response=b"r", created_at_ns=10)
+    await store.idempotency.put(row)
+    await store.idempotency.put(replace(row, response=b"other"))
+    assert await store.idempotency.get("k", now_ns=10 + IDEMPOTENCY_NS) == row
+    assert await store.idempotency.get("k", now_ns=11 + IDEMPOTENCY_NS) is None
+    later = replace(row, created_at_ns=11 + IDEMPOTENCY_NS, response=b"new")
+    await store.idempotency.put(later)
+    assert await store.idempotency.get("k", now_ns=later.created_at_ns) == later
+
+
+async def test_bitmap_of_an_older_epoch_does_not_overwrite(store: Store) -> None:
+    row = BitmapRow(
+        vm_id="vm-1", epoch=5, page_size_bytes=4096, page_count=8, absent_count=2, packed=b"x"
+    )
+    await store.bitmaps.put(row)
+    await store.bitmaps.put(replace(row, epoch=4, absent_count=8))
+    assert await store.bitmaps.all() == [row]
+
+
+# --- failures ---
+
+
+async def test_full_disk_is_typed_and_loses_nothing(store: Store) -> None:
+    row = await switchover(store)
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    with pytest.raises(StoreFullError, match="STORE_FULL") as full:
+        await store.migrations.record("m1", counters=b"x" * 2_000_000)
+    assert full.value.hint
+    assert full.value.retryable
+    # Reading and the decision's own connection go on.
+    assert (await store.migrations.get("m1")) is not None
+    decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+    assert decided.decision is Decision.ABORTED
+
+
+async def test_decision_on_a_full_disk_is_undecided(store: Store) -> None:
+    row = await switchover(store)
+
+    def fill(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        connection.exec_driver_sql("UPDATE migrations SET counters = zeroblob(1000000)")
+
+    with pytest.raises(StoreFullError):
+        await store.database.decide(fill, lambda _connection: None)
+    found = await store.migrations.get("m1")
+    assert found is not None
+    assert found.decision is None
+    assert row.version == found.version
+
+
+async def test_read_only_store_is_typed(store: Store) -> None:
+    await admit(store)
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("PRAGMA query_only = ON")
+    with pytest.raises(StoreReadOnlyError, match="STORE_READ_ONLY"):
+        await store.migrations.record("m1", reason="x")
+
+
+async def test_locked_store_is_typed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that holds the lock is told apart from a broken disk."""
+    async with store.database.write() as connection:
+        await connection.exec_driver_sql("PRAGMA busy_timeout = 1")
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusyError, match="STORE_BUSY"):
+            await store.fleet.put_node("c", "127.0.0.1:1", now_ns=1)
+        # Readers do not care.
+        assert len(await store.fleet.nodes()) == 2
+        other.execute("ROLLBACK")
+    await store.fleet.put_node("c", "127.0.0.1:1", now_ns=1)
+
+
+async def test_file_that_is_no_store_is_typed(tmp_path: Path) -> None:
+    (tmp_path / "s.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StoreError, match="STORE_FAILED"):
+        async with open_store(tmp_path / "s.db"):
+            pass
+
+
+async def test_rehearsal_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Opening a store takes no decision in it."""
+    async with open_store(tmp_path / "s.db") as store:
+        assert await store.fleet.nodes() == []
+        assert await store.migrations.unfinished() == []
+        assert await store.fleet.last_epoch("-") == 0
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from(list(Decision)), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_history_has_one_owner_and_growing_epochs(
+    moves: list[tuple[Decision, bool, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Decisions tried in any order, repeated, with cancels between: owner and epoch agree."""
+
+    async def run(path: Path) -> None:
+        async with fleet_store(path) as store:
+            last = 0
+            for turn, (wanted, again, cancelled) in enumerate(moves):
+                vm = await store.fleet.vm("vm-1")
+                assert vm is not None
+                to = "b" if vm.node == "a" else "a"
+                row = await admit(store, f"m{turn}", destination_node=to)
+                row = await store.migrations.reserve_epoch(row)
+                row = await store.migrations.enter(row, Phase.SWITCHOVER, now_ns=2)
+                if cancelled:
+                    await store.migrations.request_cancel(row.migration_id)
+                decided = await store.migrations.decide(row, wanted, now_ns=3)
+                if again or not decided.decision:
+                    decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
+                owner = await store.fleet.vm("vm-1")
+                assert owner is not None
+                committed = decided.decision is Decision.COMMITTED
+                assert not (committed and cancelled)
+                assert owner.node == (to if committed else vm.node)
+                assert owner.epoch == (decided.epoch if committed else decided.resume_epoch)
+                assert owner.epoch > last
+                last = owner.epoch
+                final = Phase.SUCCEEDED if committed else Phase.FAILED
+                await store.migrations.enter(decided, final, now_ns=4)
+
+    asyncio.run(run(tmp_path_factory.mktemp("store") / "s.db"))
