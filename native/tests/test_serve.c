@@ -120,6 +120,7 @@ static void set_up(struct fixture *fixture, uint32_t heartbeat_ms)
 	fixture->port = (uint32_t)gw_serve_port(fixture->serve);
 	CHECK(fixture->port > 0);
 	put(fixture, 5, 2, GW_IMAGE_FROZEN);
+	CHECK_EQ(gw_serve_start(fixture->serve), 0);
 }
 
 static void tear_down(struct fixture *fixture)
@@ -687,6 +688,8 @@ static void connections_are_bounded(void)
 	CHECK_EQ(gw_serve_create(&config, &fixture.serve), 0);
 	fixture.port = (uint32_t)gw_serve_port(fixture.serve);
 	put(&fixture, 5, 2, GW_IMAGE_FROZEN);
+	CHECK_EQ(gw_serve_start(fixture.serve), 0);
+	CHECK_EQ(gw_serve_start(fixture.serve), -EALREADY);
 	client_start(&clients[0], fixture.port, "img", 6, GW_PAGE_LANE_DEMAND);
 	client_start(&clients[1], fixture.port, "img", 6, GW_PAGE_LANE_BULK);
 	client_open(&clients[2], fixture.port, 1u << 20);
