@@ -160,6 +160,9 @@ class Arrivals:
         try:
             async with contextlib.aclosing(incoming.chunks()) as chunks:
                 await vmm.load(chunks)
+        except BaseException:
+            await self._give_up(vm, fence)
+            raise
         finally:
             vm.loading = False
         load_ns = time.monotonic_ns() - incoming.first_byte_ns
@@ -308,6 +311,14 @@ class Arrivals:
         self._engines.require(vm).arrival.start_bulk()
         await vm.write(replace(vm.record, role=Role.ARRIVED))
         self._engines.check_complete(vm)
+
+    async def _give_up(self, vm: Vm, fence: Fence) -> None:
+        """A shell that got a wrong state, or half of one, is of no use: nobody shall wonder."""
+        async with vm.lock:
+            record = vm.record
+            if record.role is Role.ARRIVING and record.epoch_prepared == fence.epoch:
+                await vm.kill_vmm()
+                await vm.write(replace(vm.record, process=None))
 
     async def _needs_nobody(self, vm: Vm) -> bool:
         """True if no fault can come any more."""

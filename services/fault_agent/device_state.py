@@ -4,7 +4,8 @@
     source VMM -pipe-> agent -gRPC-> agent -pipe-> destination VMM
 
 It is loaded while it is still being saved. The last chunk is held back until length and hash are
-known to be right: a VMM whose state is wrong or cut short has never finished loading it.
+known to be right, so that a VMM has not finished loading a state that is not what was saved. QEMU
+itself would not notice: it takes a stream that ends in the description behind its devices.
 """
 
 from __future__ import annotations

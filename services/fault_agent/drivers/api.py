@@ -34,6 +34,17 @@ class VmmUnreachableError(UnavailableError):
         )
 
 
+class VmmStartError(FailedPreconditionError):
+    """A VMM ended while it was being started."""
+
+    def __init__(self, last_words: str) -> None:
+        super().__init__(
+            "VMM_START_FAILED",
+            f"the VMM ended at once: {last_words or 'it said nothing'}",
+            hint="vmm.log in the VM's directory has all of it",
+        )
+
+
 class VmmRefusedError(FailedPreconditionError):
     """The VMM answered with an error, or did something else than it was told."""
 

@@ -29,6 +29,7 @@ from services.fault_agent.drivers.api import (
     LoadFailedError,
     Vmm,
     VmmRefusedError,
+    VmmStartError,
     VmmState,
     VmmUnreachableError,
 )
@@ -50,6 +51,7 @@ from services.fault_agent.processes import Process
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 20.0
+DYING_S = 1.0
 ADOPT_TIMEOUT_S = 2.0
 SAVE_TIMEOUT_S = 30.0
 QUERY_TIMEOUT_S = 20.0
@@ -59,6 +61,8 @@ NON_SHARED_BYTES_MAX = 64 << 20
 """Memory that may travel in the device state: ROMs and such. More means that RAM does."""
 PIPE_BYTES = 1 << 20
 _BANDWIDTH_BYTES_PER_S = 16 << 30
+VMM_LOG = "vmm.log"
+"""What QEMU says on stdout and stderr, of every run."""
 _MADE_BY_QEMU = (MONITOR_SOCKET, INSPECTION_SOCKET, PID_FILE)
 _STATE_FD = "godwit-state"
 _T = TypeVar("_T")
@@ -106,7 +110,8 @@ class QemuDriver:
         """A QEMU in `prelaunch`.
 
         Raises:
-            VmmUnreachableError: it ended, or did not get there in time.
+            VmmStartError: it ended.
+            VmmUnreachableError: it did not get there in time.
             TapError: a tap of the spec cannot be made.
         """
         vmm = await self._launch(launch, incoming=False)
@@ -119,7 +124,8 @@ class QemuDriver:
         """A QEMU in `inmigrate`, deferred: no byte of guest memory is touched before the load.
 
         Raises:
-            VmmUnreachableError: it ended, or did not get there in time.
+            VmmStartError: it ended.
+            VmmUnreachableError: it did not get there in time.
             TapError: a tap of the spec cannot be made.
         """
         vmm = await self._launch(launch, incoming=True)
@@ -160,7 +166,7 @@ class QemuDriver:
             process = processes.spawn(
                 command_line(launch.spec, wiring),
                 directory=launch.directory,
-                log=launch.directory / "vmm.log",
+                log=launch.directory / VMM_LOG,
                 pass_fds=[tap for tap in taps if tap is not None],
             )
         except OSError as error:
@@ -170,6 +176,18 @@ class QemuDriver:
                 if tap is not None:
                     os.close(tap)
         await launch.on_spawned(process)
+        try:
+            return await self._connect(launch, process)
+        except VmmUnreachableError as error:
+            # Its sockets are closed a moment before it is dead.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DYING_S):
+                    await processes.wait_dead(process)
+            if processes.is_alive(process):
+                raise
+            raise VmmStartError(_last_words(launch.directory / VMM_LOG)) from error
+
+    async def _connect(self, launch: Launch, process: Process) -> QemuVmm:
         monitor = await QmpClient.connect(
             launch.directory / MONITOR_SOCKET,
             timeout_s=START_TIMEOUT_S,
@@ -274,6 +292,9 @@ class QemuVmm:
             VmmRefusedError: it failed, or memory is in it.
             VmmUnreachableError: it is gone or mute.
         """
+        run_state = await self._run_state()
+        if run_state != "paused" and run_state != "prelaunch":
+            raise VmmRefusedError(f"it is {run_state}: a paused guest is saved, and only once")
         with self.monitor.events("MIGRATION") as events, PipeReader(PIPE_BYTES) as pipe:
             await self._pass_fd(pipe.other_end)
             pipe.close_other_end()
@@ -290,10 +311,15 @@ class QemuVmm:
             pipe.close_other_end()
             await self.monitor.execute("migrate-incoming", {"uri": f"fd:{_STATE_FD}"})
             # It may have said that it failed before it closed its end: the events tell why.
+            len_bytes = 0
             with contextlib.suppress(BrokenPipeError):
                 async for chunk in chunks:
+                    len_bytes += len(chunk)
                     await pipe.write(chunk)
             pipe.close()
+            if not len_bytes:
+                # QEMU waits for the first byte, and an end is none.
+                raise LoadFailedError("its device state is empty")
             try:
                 # No deadline: it may wait for pages of a source that is out of reach for now, and
                 # whoever does not want to wait kills it.
@@ -358,6 +384,11 @@ async def _migration_ends(events: EventQueue) -> str:
         status = str((await events.next()).get("status"))
         if status in {"completed", "failed", "cancelled"}:
             return status
+
+
+def _last_words(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def _make_files(launch: Launch) -> None:

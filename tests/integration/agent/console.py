@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what the demo's guest says on its console."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from pathlib import Path
+
+_BEAT = re.compile(r"^HB (\d+) ", re.MULTILINE)
+_ERROR = re.compile(r"^(?:WL ERR|.*Kernel panic|.*BUG:).*$", re.MULTILINE)
+POLL_S = 0.02
+
+
+class Console:
+    """One console log."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def text(self) -> str:
+        """All of it."""
+        return (
+            self._path.read_text(errors="replace").replace("\r", "") if self._path.exists() else ""
+        )
+
+    def beats(self) -> list[int]:
+        """Numbers of the heartbeats."""
+        return [int(number) for number in _BEAT.findall(self.text())]
+
+    def first_beat(self) -> int:
+        """The first heartbeat."""
+        return self.beats()[0]
+
+    def last_beat(self) -> int:
+        """The last heartbeat so far."""
+        return self.beats()[-1]
+
+    def reached(self) -> int:
+        """The last heartbeat so far; -1 before the first."""
+        return max(self.beats(), default=-1)
+
+    def errors(self) -> list[str]:
+        """What the guest found wrong, and what it did that it should not."""
+        beats = self.beats()
+        gaps = [f"{a} -> {b}" for a, b in itertools.pairwise(beats) if b != a + 1]
+        return [*_ERROR.findall(self.text()), *gaps]
+
+    async def wait_beat(self, number: int) -> None:
+        """Return once the guest has come that far; the test's timeout ends a wait in vain."""
+        while self.reached() < number:  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(POLL_S)
