@@ -24,8 +24,6 @@ from services.orchestrator.store.rows import VmRow, VmState
 
 log = logging.getLogger(__name__)
 
-SETTLE_S = 5.0
-
 
 class Machines:
     """The VMs' lives outside migrations."""
@@ -88,7 +86,7 @@ class Machines:
                         await self._settle_one(vm)
             except GodwitError:
                 log.exception("VMs could not be listed")
-            await asyncio.sleep(SETTLE_S)
+            await asyncio.sleep(self._context.limits.settle_s)
 
     async def _settle_one(self, vm: VmRow) -> None:
         try:

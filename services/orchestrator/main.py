@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from services.common import grpc_server, lifecycle
 from services.common.errors import InvalidArgumentError, UnavailableError
@@ -52,15 +53,24 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """An orchestrator at work."""
+class Core:
+    """An orchestrator at work, whoever may call it."""
 
-    rest: Address
-    grpc: Address
+    app: FastAPI
+    """REST, to be served."""
     fleet: Fleet
     context: Context
     runner: Runner
     nodes: Nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """An orchestrator that can be called."""
+
+    rest: Address
+    grpc: Address
+    core: Core
 
 
 class _Uvicorn(uvicorn.Server):
@@ -72,7 +82,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _http(app: object, listen: Address) -> AsyncIterator[Address]:
+async def _http(app: FastAPI, listen: Address) -> AsyncIterator[Address]:
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -84,7 +94,7 @@ async def _http(app: object, listen: Address) -> AsyncIterator[Address]:
             ) from error
         server = _Uvicorn(
             uvicorn.Config(
-                app,  # type: ignore[arg-type]
+                app,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -100,11 +110,11 @@ async def _http(app: object, listen: Address) -> AsyncIterator[Address]:
 
 
 @contextlib.asynccontextmanager
-async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
-    """Run an orchestrator for the length of the block.
+async def working(settings: Settings) -> AsyncIterator[Core]:
+    """Move what is to be moved for the length of the block.
 
-    At the end nothing is admitted any more, watches end, guests that stand still get a moment, and
-    every migration that has not ended is left to the next start.
+    At the end watches end, guests that stand still get a moment, and every migration that has not
+    ended is left to the next start.
     """
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(open_store(settings.store))
@@ -131,19 +141,21 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
         )
         await stack.enter_async_context(runner.running())
         app = rest.build_app(fleet, context.metrics.registry, lambda: _ready(store, runner))
-        http = await stack.enter_async_context(_http(app, settings.rest))
-        grpc = await stack.enter_async_context(
-            grpc_server.serving(settings.grpc, rpc.services(fleet))
-        )
-        stack.callback(context.changes.close)
-        yield Running(
-            rest=http,
-            grpc=grpc.address,
-            fleet=fleet,
-            context=context,
-            runner=runner,
-            nodes=nodes,
-        )
+        yield Core(app=app, fleet=fleet, context=context, runner=runner, nodes=nodes)
+
+
+@contextlib.asynccontextmanager
+async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
+    """`working`, and served over REST and gRPC. At the end nothing is admitted any more, first."""
+    async with (
+        working(settings) as core,
+        _http(core.app, settings.rest) as http,
+        grpc_server.serving(settings.grpc, rpc.services(core.fleet)) as grpc,
+    ):
+        try:
+            yield Running(rest=http, grpc=grpc.address, core=core)
+        finally:
+            core.context.changes.close()
 
 
 async def _ready(store: Store, runner: Runner) -> None:

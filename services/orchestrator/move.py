@@ -53,6 +53,10 @@ class Limits:
     progress_write_s: float = 0.5
     source_check_s: float = 2.0
     """How often a lost link makes us ask whether the source still has the memory."""
+    poll_s: float = 3.0
+    """How often each node is asked whether it is there."""
+    settle_s: float = 5.0
+    """How often starts and stops without an answer, and owed proofs, are tried again."""
     drain_s: float = 5.0
     """At SIGTERM: how long a guest that stands still may take to run on."""
 

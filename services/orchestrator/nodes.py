@@ -16,8 +16,6 @@ from services.orchestrator.store.rows import NodeRow
 
 log = logging.getLogger(__name__)
 
-POLL_S = 3.0
-
 
 @dataclass(slots=True, kw_only=True)
 class NodeStatus:
@@ -103,7 +101,7 @@ class Nodes:
                         group.create_task(self._poll_one(row.name))
             except GodwitError:
                 log.exception("nodes could not be listed")
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(self._context.limits.poll_s)
 
     async def _poll_one(self, name: str) -> None:
         was = self.status(name).reachable

@@ -18,8 +18,6 @@ from services.orchestrator.undo import abort_destination
 
 log = logging.getLogger(__name__)
 
-REAP_INTERVAL_S = 5.0
-
 
 class Runner:
     """One task a migration. `async with runner.running()` is its life."""
@@ -120,7 +118,7 @@ class Runner:
             with contextlib.suppress(GodwitError):
                 for row in await self._context.store.migrations.owing():
                     await self._collect(row)
-            await asyncio.sleep(REAP_INTERVAL_S)
+            await asyncio.sleep(self._context.limits.settle_s)
 
     async def _collect(self, row: MigrationRow) -> None:
         with contextlib.suppress(GodwitError):

@@ -138,6 +138,7 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.failed_checks: list[common_pb2.Check] = []
         self._before: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
         self._after: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
+        self._stalled: dict[str, Gate] = {}
         self._stack: contextlib.AsyncExitStack | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -227,9 +228,16 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.before(rpc, gate)
         return gate
 
+    def stall(self, rpc: str) -> Gate:
+        """Every one waits before its act, until the gate is opened."""
+        gate = self._stalled[rpc] = Gate()
+        return gate
+
     async def _do(self, rpc: str, context: _Context, act: Callable[[], Awaitable[_T] | _T]) -> _T:
         self.calls[rpc] += 1
         try:
+            if rpc in self._stalled:
+                await self._stalled[rpc]()
             if self._before[rpc]:
                 await self._before[rpc].pop(0)()
             result = act()

@@ -13,7 +13,7 @@ import httpx
 
 from services.common.listen import Address
 from services.orchestrator.agents import Deadlines
-from services.orchestrator.main import Running, Settings, orchestrating
+from services.orchestrator.main import Core, Settings, orchestrating, working
 from services.orchestrator.move import Limits
 from tests.harness.fake_agent import FakeAgent, World, spec
 
@@ -32,6 +32,8 @@ LIMITS = Limits(
     progress_ms=10,
     progress_write_s=0.02,
     source_check_s=0.05,
+    poll_s=0.5,
+    settle_s=0.1,
     drain_s=0,
 )
 DEADLINES = Deadlines(
@@ -49,6 +51,9 @@ WAIT_S = 20.0
 """A test that waits longer has hung. Never part of what a test asserts."""
 
 
+POLL_S = 0.01
+
+
 async def eventually(
     what: Callable[[], Awaitable[Any]] | Callable[[], Any], *, wait_s: float = WAIT_S
 ) -> Any:
@@ -60,21 +65,27 @@ async def eventually(
                 answer = await answer
             if answer:
                 return answer
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(POLL_S)
 
 
 class FakeFleet:
     """Agents a, b and c, and an orchestrator that can be crashed and started again."""
 
-    def __init__(self, directory: Path, *, limits: Limits = LIMITS) -> None:
+    def __init__(
+        self, directory: Path, *, limits: Limits = LIMITS, listening: bool = False
+    ) -> None:
+        """Not `listening`: REST is called in process, gRPC not at all."""
         self.world = World()
         self.agents = {name: FakeAgent(name, self.world) for name in "abc"}
         self.store = directory / "godwit.db"
         self.limits = limits
+        self.grpc: Address | None = None
+        """Where gRPC is served, if it is."""
+        self._listening = listening
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.running: Running | None = None
-        self.http: httpx.AsyncClient | None = None
+        self._core: Core | None = None
+        self._http: httpx.AsyncClient | None = None
 
     @property
     def a(self) -> FakeAgent:
@@ -86,19 +97,34 @@ class FakeFleet:
         """The destination in most tests."""
         return self.agents["b"]
 
+    @property
+    def core(self) -> Core:
+        """The orchestrator that runs."""
+        assert self._core is not None
+        return self._core
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """A client of its REST."""
+        assert self._http is not None
+        return self._http
+
     async def start(self) -> None:
         """Start an orchestrator on the store."""
-        started: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
+        started: asyncio.Future[tuple[Core, httpx.AsyncClient]] = (
+            asyncio.get_running_loop().create_future()
+        )
         self._stop = asyncio.Event()
         self._task = asyncio.create_task(self._serve(started, self._stop))
         waiting: set[asyncio.Future[Any]] = {self._task, started}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             await self._task
-        self.running = started.result()
-        self.http = httpx.AsyncClient(base_url=f"http://{self.running.rest}", timeout=WAIT_S)
+        self._core, self._http = started.result()
 
-    async def _serve(self, started: asyncio.Future[Running], stop: asyncio.Event) -> None:
+    async def _serve(
+        self, started: asyncio.Future[tuple[Core, httpx.AsyncClient]], stop: asyncio.Event
+    ) -> None:
         settings = Settings(
             store=self.store,
             rest=LOOPBACK,
@@ -107,19 +133,28 @@ class FakeFleet:
             limits=self.limits,
             deadlines=DEADLINES,
         )
-        async with orchestrating(settings) as running:
-            started.set_result(running)
-            await stop.wait()
+        if self._listening:
+            async with orchestrating(settings) as running:
+                self.grpc = running.grpc
+                url = f"http://{running.rest}"
+                async with httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client:
+                    started.set_result((running.core, client))
+                    await stop.wait()
+        else:
+            async with working(settings) as core:
+                transport = httpx.ASGITransport(core.app, raise_app_exceptions=False)
+                async with httpx.AsyncClient(
+                    base_url="http://fleet", transport=transport
+                ) as client:
+                    started.set_result((core, client))
+                    await stop.wait()
 
     async def stop(self) -> None:
         """End the orchestrator: every task is cancelled where it stands; nothing is written."""
-        if self.http:
-            await self.http.aclose()
-            self.http = None
         if self._task:
             self._stop.set()
             await self._task
-            self._task = self.running = None
+            self._task = self._core = self._http = None
 
     async def restart(self) -> None:
         """Another orchestrator takes over the same store."""
@@ -128,14 +163,12 @@ class FakeFleet:
 
     async def get(self, path: str) -> Any:
         """GET, which must succeed."""
-        assert self.http
         response = await self.http.get(path)
         assert response.status_code == 200, response.text
         return response.json()
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """POST."""
-        assert self.http
         return await self.http.post(path, json=body, headers=headers)
 
     async def start_vm(self, vm_id: str = VM, node: str = "a") -> None:
@@ -181,9 +214,11 @@ class FakeFleet:
 
 
 @contextlib.asynccontextmanager
-async def fake_fleet(directory: Path, *, limits: Limits = LIMITS) -> AsyncIterator[FakeFleet]:
+async def fake_fleet(
+    directory: Path, *, limits: Limits = LIMITS, listening: bool = False
+) -> AsyncIterator[FakeFleet]:
     """A fleet with a running orchestrator and VM `vm-1` on node a."""
-    fleet = FakeFleet(directory, limits=limits)
+    fleet = FakeFleet(directory, limits=limits, listening=listening)
     try:
         for agent in fleet.agents.values():
             await agent.start()

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet of fake agents under a real orchestrator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.fake_fleet import FakeFleet, fake_fleet
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[FakeFleet]:
+    """Nodes a, b and c; vm-1 runs on a. No invariant may be broken by the end of a test."""
+    async with fake_fleet(tmp_path) as running:
+        yield running
+        assert running.world.broken == []
+
+
+@pytest.fixture
+def hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of hook files."""
+    directory = tmp_path / "hooks"
+    directory.mkdir()
+    monkeypatch.setenv("GODWIT_HOOKS_DIR", str(directory))
+    yield directory
+    for hold in directory.glob("*.hold"):
+        hold.unlink()
