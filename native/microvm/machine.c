@@ -1,0 +1,595 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * machine.c - see machine.h.
+ *
+ * Threads, Errors, Ownership, Units, Source: see machine.h.
+ */
+#include "machine.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "accel.h"
+#include "guest/workload.h"
+
+#define NS_PER_S    1000000000ull
+#define US_PER_S    1000000ull
+#define RULE_COUNT  (2u + MV_ACCEL_RULE_COUNT_MAX)
+#define TICK_US_MIN 200u /* KVM's own lower limit for the LAPIC timer */
+#define TICK_US_MAX 1000000u
+#define SWEEP_MAX   0x7FFFFFFFull /* a hypercall's answer has 32 bits */
+
+const char *mv_state_name(enum mv_state state)
+{
+	switch (state) {
+	case MV_INCOMING:
+		return "incoming";
+	case MV_PAUSED:
+		return "paused";
+	case MV_RUNNING:
+		return "running";
+	case MV_FAILED:
+		return "failed";
+	}
+	return "unknown";
+}
+
+/* --- events ------------------------------------------------------------------------------------- */
+
+void mv_machine_notify(struct mv_machine *machine)
+{
+	const uint64_t one = 1;
+	/* Fails only when the counter is full: then it is readable anyway. */
+	const ssize_t written = write(machine->notify_fd, &one, sizeof(one));
+
+	(void)written;
+}
+
+void mv_machine_event(struct mv_machine *machine, const char *format, ...)
+{
+	struct mv_events *events = &machine->events;
+	va_list args;
+
+	if (events->count == MV_EVENT_COUNT_MAX) {
+		events->lost_count++;
+		return;
+	}
+	va_start(args, format);
+	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): false when one run checks many files */
+	(void)vsnprintf(events->lines[(events->first + events->count) % MV_EVENT_COUNT_MAX],
+			MV_EVENT_LEN_MAX, format, args);
+	va_end(args);
+	events->count++;
+	mv_machine_notify(machine);
+}
+
+bool mv_machine_take_event(struct mv_machine *machine, char ret_line[MV_EVENT_LEN_MAX])
+{
+	struct mv_events *events = &machine->events;
+	bool there;
+
+	pthread_mutex_lock(&machine->lock);
+	there = events->count > 0;
+	if (there) {
+		memcpy(ret_line, events->lines[events->first], MV_EVENT_LEN_MAX);
+		events->first = (events->first + 1) % MV_EVENT_COUNT_MAX;
+		events->count--;
+	}
+	pthread_mutex_unlock(&machine->lock);
+	return there;
+}
+
+/* --- stopping and going on, under the lock -------------------------------------------------------- */
+
+static void kick_all(struct mv_machine *machine)
+{
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		mv_vcpu_kick(&machine->vcpus[i]);
+}
+
+static void release_all(struct mv_machine *machine)
+{
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		mv_vcpu_release(&machine->vcpus[i]);
+}
+
+void mv_machine_fail(struct mv_machine *machine, const struct mv_vcpu *vcpu, const char *why)
+{
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state != MV_FAILED) {
+		(void)snprintf(machine->failure, sizeof(machine->failure), "vCPU %u: %s", vcpu->id,
+			       why);
+		machine->state = MV_FAILED;
+		/* The reason is our own text: nothing in it needs escaping. */
+		mv_machine_event(machine, "{\"event\":\"failed\",\"reason\":\"%s\"}",
+				 machine->failure);
+		kick_all(machine);
+		pthread_cond_broadcast(&machine->changed);
+	}
+	pthread_mutex_unlock(&machine->lock);
+}
+
+static int refuse_state(const struct mv_machine *machine, const char *what, struct mv_error *error)
+{
+	if (machine->state == MV_FAILED)
+		return mv_refuse(error, -EBUSY, "%s: the machine has failed: %s", what,
+				 machine->failure);
+	return mv_refuse(error, -EBUSY, "%s: the machine is %s", what,
+			 mv_state_name(machine->state));
+}
+
+bool mv_machine_failed(struct mv_machine *machine, struct mv_error *ret_why)
+{
+	bool failed;
+
+	pthread_mutex_lock(&machine->lock);
+	failed = machine->state == MV_FAILED;
+	if (failed)
+		memcpy(ret_why->text, machine->failure, sizeof(ret_why->text));
+	pthread_mutex_unlock(&machine->lock);
+	return failed;
+}
+
+static int wait_parked(struct mv_machine *machine, uint64_t timeout_ns, struct mv_error *error)
+{
+	const uint64_t end_ns = mv_now_ns() + timeout_ns;
+	const struct timespec end = {
+		.tv_sec = (time_t)(end_ns / NS_PER_S),
+		.tv_nsec = (long)(end_ns % NS_PER_S),
+	};
+	int rc = 0;
+
+	while (rc == 0 && machine->state == MV_PAUSED &&
+	       machine->parked_count < machine->config.vcpu_count)
+		rc = pthread_cond_timedwait(&machine->changed, &machine->lock, &end);
+	if (machine->state == MV_FAILED)
+		return refuse_state(machine, "pause", error);
+	if (machine->parked_count == machine->config.vcpu_count)
+		return 0;
+	return mv_refuse(error, -ETIMEDOUT,
+			 "pause: %u of %u vCPUs stopped in %llu ms; the others may wait for memory",
+			 machine->parked_count, machine->config.vcpu_count,
+			 (unsigned long long)(timeout_ns / 1000000));
+}
+
+int mv_machine_pause(struct mv_machine *machine, uint64_t timeout_ns, struct mv_error *error)
+{
+	const uint64_t start_ns = mv_now_ns();
+	int rc = 0;
+
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state == MV_RUNNING) {
+		machine->state = MV_PAUSED;
+		kick_all(machine);
+		rc = wait_parked(machine, timeout_ns, error);
+		if (rc == -ETIMEDOUT) {
+			machine->state = MV_RUNNING;
+			release_all(machine);
+		}
+		machine->pause_ns = mv_now_ns() - start_ns;
+	} else if (machine->state != MV_PAUSED) {
+		rc = refuse_state(machine, "pause", error);
+	}
+	pthread_mutex_unlock(&machine->lock);
+	return rc;
+}
+
+int mv_machine_resume(struct mv_machine *machine, struct mv_error *error)
+{
+	int rc = 0;
+
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state == MV_PAUSED) {
+		machine->state = MV_RUNNING;
+		release_all(machine);
+	} else if (machine->state != MV_RUNNING) {
+		rc = refuse_state(machine, "resume", error);
+	}
+	pthread_mutex_unlock(&machine->lock);
+	return rc;
+}
+
+/* --- sweeps -------------------------------------------------------------------------------------- */
+
+static bool swept_by_all(const struct mv_machine *machine, uint64_t number)
+{
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		if (machine->vcpus[i].told.sweep_number < number)
+			return false;
+	return true;
+}
+
+int mv_machine_ask_sweep(struct mv_machine *machine, uint64_t *ret_number, struct mv_error *error)
+{
+	int rc = 0;
+
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state != MV_RUNNING) {
+		rc = refuse_state(machine, "verify", error);
+	} else if (machine->sweep_asked >= SWEEP_MAX) {
+		rc = mv_refuse(error, -EBUSY, "verify: no sweep numbers left");
+	} else {
+		/* A sweep is a meeting of all vCPUs: a new one only when the last is over everywhere. */
+		if (swept_by_all(machine, machine->sweep_asked))
+			machine->sweep_asked++;
+		*ret_number = machine->sweep_asked;
+	}
+	pthread_mutex_unlock(&machine->lock);
+	return rc;
+}
+
+bool mv_machine_swept(struct mv_machine *machine, uint64_t number)
+{
+	bool swept;
+
+	pthread_mutex_lock(&machine->lock);
+	swept = swept_by_all(machine, number);
+	pthread_mutex_unlock(&machine->lock);
+	return swept;
+}
+
+/* --- save and load ------------------------------------------------------------------------------- */
+
+static void save_books(const struct mv_machine *machine, struct mv_blob_writer *writer)
+{
+	const struct mv_machine_book book = {.sweep_asked = machine->sweep_asked};
+
+	mv_blob_add(writer, MV_SECTION_MACHINE, 0, &book, sizeof(book));
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
+		const struct mv_told *told = &machine->vcpus[i].told;
+		const struct mv_vcpu_book vcpu_book = {
+			.beat_number = told->last_beat.number,
+			.op_count = told->op_count,
+			.error_count = told->error_count,
+			.tick_count = told->tick_count,
+			.sweep_number = told->sweep_number,
+			.sweep_page_count = told->sweep_page_count,
+			.sweep_error_count = told->sweep_error_count,
+			.sweep_op_count = told->sweep_op_count,
+		};
+
+		mv_blob_add(writer, MV_SECTION_VCPU, i, &vcpu_book, sizeof(vcpu_book));
+	}
+}
+
+int mv_machine_save(struct mv_machine *machine, uint8_t **ret_bytes, size_t *ret_len,
+		    struct mv_error *error)
+{
+	const struct mv_blob_header identity = {
+		.memory_bytes = machine->memory.size,
+		.accel = (uint32_t)machine->accel->id,
+		.vcpu_count = machine->config.vcpu_count,
+		.guest_abi = GM_ABI_VERSION,
+	};
+	struct mv_blob_writer writer = {0};
+	int rc;
+
+	/* Every vCPU is parked and only this thread can resume it: the lock need not be held. */
+	pthread_mutex_lock(&machine->lock);
+	rc = machine->state == MV_PAUSED ? 0 : refuse_state(machine, "save", error);
+	pthread_mutex_unlock(&machine->lock);
+	if (rc < 0)
+		return rc;
+	save_books(machine, &writer);
+	rc = machine->accel->save(machine, &writer, error);
+	if (rc < 0) {
+		free(writer.bytes);
+		return rc;
+	}
+	rc = mv_blob_finish(&writer, &identity, ret_bytes, ret_len);
+	return rc < 0 ? mv_refuse_errno(error, rc, "save") : 0;
+}
+
+static int check_identity(const struct mv_machine *machine, const struct mv_blob_header *header,
+			  struct mv_error *error)
+{
+	if (header->accel != (uint32_t)machine->accel->id)
+		return mv_refuse(error, -EBADMSG, "state of accelerator %u, this machine runs %s",
+				 header->accel, machine->accel->name);
+	if (header->guest_abi != GM_ABI_VERSION)
+		return mv_refuse(error, -EBADMSG, "state of guest ABI %u, this program has %u",
+				 header->guest_abi, GM_ABI_VERSION);
+	if (header->memory_bytes != machine->memory.size)
+		return mv_refuse(error, -EBADMSG, "state of %llu bytes of memory, this has %llu",
+				 (unsigned long long)header->memory_bytes,
+				 (unsigned long long)machine->memory.size);
+	if (header->vcpu_count != machine->config.vcpu_count)
+		return mv_refuse(error, -EBADMSG, "state of %u vCPUs, this machine has %u",
+				 header->vcpu_count, machine->config.vcpu_count);
+	return 0;
+}
+
+static int check_books(const struct mv_machine *machine, const struct mv_blob_reader *reader,
+		       struct mv_error *error)
+{
+	static const uint64_t zeros[7];
+	size_t len;
+	const struct mv_machine_book *book = mv_blob_find(reader, MV_SECTION_MACHINE, 0, &len);
+
+	if (book->sweep_asked > SWEEP_MAX || memcmp(book->reserved, zeros, sizeof(zeros)) != 0)
+		return mv_refuse(error, -EBADMSG, "the machine's section is not valid");
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
+		const struct mv_vcpu_book *vcpu = mv_blob_find(reader, MV_SECTION_VCPU, i, &len);
+
+		if (vcpu->sweep_number > book->sweep_asked)
+			return mv_refuse(error, -EBADMSG, "vCPU %u finished a sweep too many", i);
+	}
+	return 0;
+}
+
+static int check_blob(const struct mv_machine *machine, const struct mv_blob_reader *reader,
+		      struct mv_error *error)
+{
+	struct mv_blob_rule rules[RULE_COUNT] = {
+		{MV_SECTION_MACHINE, 1, sizeof(struct mv_machine_book),
+		 sizeof(struct mv_machine_book), 8},
+		{MV_SECTION_VCPU, machine->config.vcpu_count, sizeof(struct mv_vcpu_book),
+		 sizeof(struct mv_vcpu_book), 8},
+	};
+	int rc = check_identity(machine, &reader->header, error);
+
+	if (rc == 0)
+		rc = mv_blob_check(reader, rules, 2 + machine->accel->rules(machine, rules + 2),
+				   error);
+	if (rc == 0)
+		rc = check_books(machine, reader, error);
+	if (rc == 0)
+		rc = machine->accel->check(machine, reader, error);
+	return rc;
+}
+
+static void load_books(struct mv_machine *machine, const struct mv_blob_reader *reader)
+{
+	size_t len;
+	const struct mv_machine_book *book = mv_blob_find(reader, MV_SECTION_MACHINE, 0, &len);
+
+	machine->sweep_asked = book->sweep_asked;
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
+		const struct mv_vcpu_book *vcpu = mv_blob_find(reader, MV_SECTION_VCPU, i, &len);
+
+		machine->vcpus[i].told = (struct mv_told){
+			.op_count = vcpu->op_count,
+			.error_count = vcpu->error_count,
+			.tick_count = vcpu->tick_count,
+			.last_beat = {.number = vcpu->beat_number},
+			.sweep_number = vcpu->sweep_number,
+			.sweep_page_count = vcpu->sweep_page_count,
+			.sweep_error_count = vcpu->sweep_error_count,
+			.sweep_op_count = vcpu->sweep_op_count,
+		};
+	}
+}
+
+int mv_machine_load(struct mv_machine *machine, const uint8_t *bytes, size_t len,
+		    struct mv_error *error)
+{
+	struct mv_blob_reader reader;
+	int rc;
+
+	pthread_mutex_lock(&machine->lock);
+	rc = machine->state == MV_INCOMING ? 0 : refuse_state(machine, "load", error);
+	pthread_mutex_unlock(&machine->lock);
+	if (rc == 0)
+		rc = mv_blob_open(bytes, len, &reader, error);
+	if (rc == 0)
+		rc = check_blob(machine, &reader, error);
+	if (rc < 0)
+		return rc;
+	rc = machine->accel->load(machine, &reader, error);
+	pthread_mutex_lock(&machine->lock);
+	if (rc == 0) {
+		load_books(machine, &reader);
+		machine->state = MV_PAUSED;
+	} else {
+		/* Half a state is worse than none: this process will not run it, another may. */
+		memcpy(machine->failure, error->text, sizeof(machine->failure));
+		machine->state = MV_FAILED;
+	}
+	pthread_mutex_unlock(&machine->lock);
+	return rc;
+}
+
+/* --- birth and death ----------------------------------------------------------------------------- */
+
+static uint64_t work_offset(const struct mv_machine_config *config)
+{
+	return config->work_offset > 0 ? config->work_offset : GM_WORK_OFFSET;
+}
+
+static uint64_t work_bytes(const struct mv_machine_config *config)
+{
+	return config->work_bytes > 0 ? config->work_bytes : config->memory.size / 2;
+}
+
+static int check_work(const struct mv_machine_config *config, struct mv_error *error)
+{
+	const uint64_t offset = work_offset(config);
+
+	if (config->memory.size < GM_MEMORY_BYTES_MIN)
+		return 0; /* memory.c has words for that */
+	if (offset < GM_WORK_OFFSET || offset % GM_PAGE_SIZE != 0 || offset > config->memory.size)
+		return mv_refuse(error, -EINVAL,
+				 "the workload begins at a page between %llu and %llu",
+				 (unsigned long long)GM_WORK_OFFSET,
+				 (unsigned long long)config->memory.size);
+	if (work_bytes(config) > config->memory.size - offset)
+		return mv_refuse(error, -EINVAL, "the workload does not fit: at most %llu bytes",
+				 (unsigned long long)(config->memory.size - offset));
+	if (work_bytes(config) / GM_PAGE_SIZE < 4ull * config->vcpu_count)
+		return mv_refuse(error, -EINVAL, "the workload needs 4 pages a vCPU at least");
+	return 0;
+}
+
+static int check_config(const struct mv_machine_config *config, struct mv_error *error)
+{
+	if (config->vcpu_count < 1 || config->vcpu_count > GM_VCPU_COUNT_MAX)
+		return mv_refuse(error, -EINVAL, "1 to %u vCPUs, not %u", GM_VCPU_COUNT_MAX,
+				 config->vcpu_count);
+	if (config->memory.incoming)
+		return 0;
+	if (config->workload < GM_WORKLOAD_VERIFY || config->workload > GM_WORKLOAD_IDLE)
+		return mv_refuse(error, -EINVAL, "no workload %u", config->workload);
+	if (config->tick_us < TICK_US_MIN || config->tick_us > TICK_US_MAX)
+		return mv_refuse(error, -EINVAL, "a tick is %u to %u microseconds, not %u",
+				 TICK_US_MIN, TICK_US_MAX, config->tick_us);
+	return check_work(config, error);
+}
+
+static void write_boot(struct mv_machine *machine)
+{
+	const struct mv_machine_config *config = &machine->config;
+	const uint64_t page_count = work_bytes(config) / GM_PAGE_SIZE;
+	const uint64_t ops = config->op_count_per_s * config->tick_us / US_PER_S;
+	struct gm_boot *boot = (struct gm_boot *)(machine->memory.base + GM_BOOT_GPA);
+
+	*boot = (struct gm_boot){
+		.magic = GM_BOOT_MAGIC,
+		.abi_version = GM_ABI_VERSION,
+		.vcpu_count = config->vcpu_count,
+		.workload = config->workload,
+		.tick_us = config->tick_us,
+		.memory_bytes = machine->memory.size,
+		.work_offset = work_offset(config),
+		.work_page_count = page_count,
+		.shared_page_count = page_count / 4,
+		/* At least one a tick: a limit must not become "no limit". */
+		.op_count_per_tick = config->op_count_per_s > 0 && ops == 0 ? 1 : ops,
+		.seed = config->seed,
+	};
+}
+
+static int init_sync(struct mv_machine *machine)
+{
+	pthread_condattr_t attr;
+
+	pthread_mutex_init(&machine->lock, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&machine->changed, &attr);
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
+		machine->vcpus[i].machine = machine;
+		machine->vcpus[i].id = i;
+		pthread_cond_init(&machine->vcpus[i].wake, &attr);
+	}
+	pthread_condattr_destroy(&attr);
+	machine->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	return machine->notify_fd < 0 ? -errno : 0;
+}
+
+static struct mv_machine *allocate(const struct mv_machine_config *config)
+{
+	struct mv_machine *machine = calloc(1, sizeof(*machine));
+
+	if (!machine)
+		return NULL;
+	machine->vcpus = calloc(config->vcpu_count, sizeof(*machine->vcpus));
+	if (!machine->vcpus) {
+		free(machine);
+		return NULL;
+	}
+	machine->config = *config;
+	machine->memory.fd = -1;
+	machine->notify_fd = -1;
+	machine->state = config->memory.incoming ? MV_INCOMING : MV_PAUSED;
+	return machine;
+}
+
+/* The accelerator that was asked for, or the first that can be used. */
+static int choose_accel(struct mv_machine *machine, struct mv_error *error)
+{
+	const enum mv_accel wanted = machine->config.accel;
+	int rc;
+
+	if (wanted != MV_ACCEL_THREAD) {
+		machine->accel = &mv_accel_kvm;
+		rc = machine->accel->create(machine, error);
+		if (rc == 0 || wanted == MV_ACCEL_KVM)
+			return rc;
+		machine->accel->destroy(machine);
+		memcpy(machine->accel_reason, error->text, sizeof(machine->accel_reason));
+	}
+	machine->accel = &mv_accel_thread;
+	return machine->accel->create(machine, error);
+}
+
+static int start_threads(struct mv_machine *machine, struct mv_error *error)
+{
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
+		const int rc = mv_vcpu_start(&machine->vcpus[i]);
+
+		if (rc < 0)
+			return mv_refuse_errno(error, rc, "start the thread of vCPU %u", i);
+	}
+	return 0;
+}
+
+static int build(struct mv_machine *machine, struct mv_error *error)
+{
+	int rc = init_sync(machine);
+
+	if (rc < 0)
+		return mv_refuse_errno(error, rc, "eventfd");
+	rc = mv_memory_create(&machine->config.memory, &machine->memory, error);
+	if (rc == 0)
+		rc = choose_accel(machine, error);
+	if (rc == 0 && machine->state != MV_INCOMING) {
+		write_boot(machine);
+		rc = machine->accel->boot(machine, error);
+	}
+	if (rc == 0)
+		rc = start_threads(machine, error);
+	return rc;
+}
+
+int mv_machine_create(const struct mv_machine_config *config, struct mv_machine **ret_machine,
+		      struct mv_error *error)
+{
+	struct mv_machine *machine;
+	int rc = check_config(config, error);
+
+	if (rc < 0)
+		return rc;
+	machine = allocate(config);
+	if (!machine)
+		return mv_refuse_errno(error, -ENOMEM, "make the machine");
+	rc = build(machine, error);
+	if (rc == 0 && machine->state == MV_PAUSED && !config->paused)
+		rc = mv_machine_resume(machine, error);
+	if (rc < 0) {
+		mv_machine_destroy(machine);
+		return rc;
+	}
+	*ret_machine = machine;
+	return 0;
+}
+
+void mv_machine_destroy(struct mv_machine *machine)
+{
+	if (!machine)
+		return;
+	pthread_mutex_lock(&machine->lock);
+	machine->quitting = true;
+	if (machine->accel)
+		kick_all(machine);
+	pthread_mutex_unlock(&machine->lock);
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		if (machine->vcpus[i].started)
+			pthread_join(machine->vcpus[i].thread, NULL);
+	if (machine->accel)
+		machine->accel->destroy(machine);
+	mv_memory_destroy(&machine->memory);
+	if (machine->notify_fd >= 0)
+		close(machine->notify_fd);
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		pthread_cond_destroy(&machine->vcpus[i].wake);
+	pthread_cond_destroy(&machine->changed);
+	pthread_mutex_destroy(&machine->lock);
+	free(machine->vcpus);
+	free(machine);
+}
