@@ -260,6 +260,17 @@ static bool accept_all(struct gw_serve *serve)
 	}
 }
 
+/* Listen, or look again after ACCEPT_PAUSE_MS. Returns what is so now: it is tried again. */
+static bool pause_listening(struct gw_serve *serve, bool paused, bool pause)
+{
+	struct epoll_event listen = {.events = pause ? 0 : EPOLLIN, .data.fd = serve->listen_fd};
+
+	if (pause != paused &&
+	    gw_sys_epoll_ctl(serve->epoll_fd, EPOLL_CTL_MOD, serve->listen_fd, &listen) == 0)
+		return pause;
+	return paused;
+}
+
 static void drain_wakes(int wake_fd)
 {
 	uint64_t count;
@@ -281,14 +292,8 @@ static void *accept_thread(void *argument)
 		if (got > 0 && event.data.fd == serve->wake_fd)
 			drain_wakes(serve->wake_fd);
 		reap(serve, false);
-		if (got == 0 || (got > 0 && event.data.fd == serve->listen_fd)) {
-			struct epoll_event listen = {.data.fd = serve->listen_fd};
-
-			paused = !accept_all(serve);
-			listen.events = paused ? 0 : EPOLLIN;
-			(void)gw_sys_epoll_ctl(serve->epoll_fd, EPOLL_CTL_MOD, serve->listen_fd,
-					       &listen);
-		}
+		if (got == 0 || (got > 0 && event.data.fd == serve->listen_fd))
+			paused = pause_listening(serve, paused, !accept_all(serve));
 	}
 	reap(serve, true);
 	return NULL;
