@@ -150,9 +150,12 @@ class Arrivals:
                 await incoming.drain()
                 return pb.LoadDeviceStateResponse(evidence=await self._node.evidence(vm))
             self._require_arriving(vm, fence, Command.LOAD)
-            if vm.loading or await vm.look() is not VmmState.INCOMING:
-                raise wrong_state(vm.record, Command.LOAD, "a device state was begun before")
-            vmm = await vm.require_vmm(Command.LOAD)
+            state = await vm.look()
+            if vm.loading or state is not VmmState.INCOMING:
+                raise wrong_state(
+                    vm.record, Command.LOAD, f"its shell is {state.value}: it was used, or died"
+                )
+            vmm = await vm.hold()
             # Before any byte of state: the load touches pages, and they come on demand.
             self._engines.require(vm).arrival.open_gate(header.generation)
             vm.loading = True
@@ -172,7 +175,8 @@ class Arrivals:
             self._require_arriving(vm, fence, Command.LOAD)
             await vm.write(replace(vm.record, epoch_loaded=fence.epoch))
         await reach("agent.load.after_loaded")
-        return pb.LoadDeviceStateResponse(evidence=await self._node.evidence(vm), load_ns=load_ns)
+        evidence = await self._node.evidence(vm, VmmState.PAUSED)
+        return pb.LoadDeviceStateResponse(evidence=evidence, load_ns=load_ns)
 
     async def activate(self, fence: Fence) -> pb.Evidence:
         """Let the guest run here: fsync ACTIVATING, `cont`, announce, start the bulk lane.
@@ -202,7 +206,7 @@ class Arrivals:
             await vm.write(replace(fenced, epoch_activating=fence.epoch, epoch_owned=fence.epoch))
             await reach("agent.activate.after_activating")
             await self._let_run(vm)
-            return await self._node.evidence(vm)
+            return await self._node.evidence(vm, VmmState.RUNNING)
 
     async def abort(self, fence: Fence) -> pb.Evidence:
         """Prove the shell dead and forget the arrival. One that never came is remembered.
@@ -226,6 +230,8 @@ class Arrivals:
     async def release(self, fence: Fence) -> pb.Evidence:
         """End the arrival's bookkeeping: from now on the VM simply lives here.
 
+        A guest that has ended needs no memory: what is left of it here is removed.
+
         Raises:
             FailedPreconditionError: MEMORY_INCOMPLETE, WRONG_STATE; the fence's.
         """
@@ -233,20 +239,27 @@ class Arrivals:
         vm.require_known()
         async with vm.command(fence, Command.RELEASE) as fenced:
             record = vm.record
-            if record.role is Role.RESIDENT and record.epoch_owned == fence.epoch:
+            over = record.role in (Role.RESIDENT, Role.GONE)
+            if over and record.epoch_owned == fence.epoch:
                 return await self._node.evidence(vm)
             if record.role is not Role.ARRIVED or record.epoch_owned != fence.epoch:
                 raise wrong_state(record, Command.RELEASE, "it did not arrive under this epoch")
             arriving = record.arriving
             complete = record.epoch_memory_complete == fence.epoch
-            if not complete or arriving is None or not await self._needs_nobody(vm):
+            needs_nobody = complete and arriving is not None and arriving.unregistered
+            ended = await vm.look() in (VmmState.DEAD, VmmState.GUEST_ENDED)
+            if not needs_nobody and not ended:
                 raise FailedPreconditionError(
                     "MEMORY_INCOMPLETE", f"pages of {vm.vm_id} are still at the source"
                 )
             await reach("agent.release.before")
-            await self._engines.stop(vm)
-            await vm.write(replace(fenced, role=Role.RESIDENT, arriving=None))
-            remove_file(arriving.page_map_path)
+            if needs_nobody:
+                await self._engines.stop(vm)
+                await vm.write(replace(fenced, role=Role.RESIDENT, arriving=None))
+                remove_file(arriving.page_map_path if arriving else "")
+            else:
+                await vm.write(fenced)
+                await self._take_back(vm)
             return await self._node.evidence(vm)
 
     async def _make_shell(self, vm: Vm, fenced: Record, fence: Fence, order: ArrivalOrder) -> None:
@@ -320,13 +333,6 @@ class Arrivals:
                 await vm.kill_vmm()
                 await vm.write(replace(vm.record, process=None))
 
-    async def _needs_nobody(self, vm: Vm) -> bool:
-        """True if no fault can come any more."""
-        arriving = vm.record.arriving
-        if arriving is not None and arriving.unregistered:
-            return True
-        return await vm.look() is VmmState.DEAD
-
     async def _redirect(self, vm: Vm, order: ArrivalOrder) -> None:
         arriving = vm.record.arriving
         if arriving is None or arriving.page_address == order.page_address:
@@ -337,7 +343,7 @@ class Arrivals:
         await self._engines.redirect(vm)
 
     async def _take_back(self, vm: Vm) -> None:
-        """Undo an arrival that was not activated. Idempotent."""
+        """Remove what an arrival made here. Idempotent."""
         await vm.write(replace(vm.record, role=Role.GONE))
         await vm.kill_vmm()
         await self._engines.stop(vm)

@@ -108,7 +108,7 @@ class Departures:
                 frozen = replace(export, generation=generation, state=ExportState.FROZEN)
                 await vm.write(replace(vm.record, export=frozen, generation_last=generation))
             await self._publish(vm)
-            return await self._node.evidence(vm)
+            return await self._node.evidence(vm, VmmState.PAUSED)
 
     async def transfer(self, fence: Fence, destination_address: str) -> Transferred:
         """Save the device state into the destination's VMM; done when LOADED is durable there.

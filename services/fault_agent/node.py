@@ -21,7 +21,7 @@ from prometheus_client import Counter
 from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from services.common.vm_spec import VM_ID_PATTERN
 from services.fault_agent import processes
-from services.fault_agent.drivers.api import Driver
+from services.fault_agent.drivers.api import Driver, VmmState
 from services.fault_agent.evidence import evidence
 from services.fault_agent.images import Images
 from services.fault_agent.journal import Journal, JournalCorruptError, Record
@@ -137,9 +137,9 @@ class Node:
                 "DRAINING", f"the agent of node {self.config.name} is told to stop and takes no VM"
             )
 
-    async def evidence(self, vm: Vm) -> pb.Evidence:
-        """What this node can prove about a VM."""
-        state = await vm.look()
+    async def evidence(self, vm: Vm, state: VmmState | None = None) -> pb.Evidence:
+        """What this node can prove about a VM; `state`: what its VMM said a moment ago."""
+        state = state or await vm.look()
         if vm.watch is not None:
             vm.watch.refresh()
         return evidence(

@@ -45,8 +45,9 @@ def has_data(path: Path) -> bool:
 
 
 def remove_file(path: str) -> None:
-    """Unlink, on tmpfs. Idempotent."""
-    Path(path).unlink(missing_ok=True)
+    """Unlink, on tmpfs. Idempotent; nothing for an empty path."""
+    if path:
+        Path(path).unlink(missing_ok=True)
 
 
 async def remove_memory(vm: Vm) -> None:
@@ -56,8 +57,7 @@ async def remove_memory(vm: Vm) -> None:
     """
     record = vm.record
     for path in (record.ram_path, record.arriving.page_map_path if record.arriving else ""):
-        if path:
-            remove_file(path)
+        remove_file(path)
     await vm.write(
         replace(record, ram_path="", ram_inode=0, process=None, arriving=None, export=None)
     )

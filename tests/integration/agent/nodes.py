@@ -143,8 +143,10 @@ class Host:
 
 
 @contextlib.asynccontextmanager
-async def running_host(name: str, parent: Path, ram_parent: Path) -> AsyncIterator[Host]:
-    """A node without its agent: directories and a page server."""
+async def running_host(
+    name: str, parent: Path, ram_parent: Path, page_core: PageCore | None = None
+) -> AsyncIterator[Host]:
+    """A node without its agent: directories and a page server, on a fake page core or another."""
     host = Host(name=name, directory=parent / name, ram_dir=ram_parent / name)
     host.directory.mkdir(parents=True)
     host.ram_dir.mkdir(parents=True)
@@ -156,7 +158,7 @@ async def running_host(name: str, parent: Path, ram_parent: Path) -> AsyncIterat
         drain_s=1,
         connection_count_max=16,
     )
-    async with page_server_main.serving(config, FakePageCore()) as serving:
+    async with page_server_main.serving(config, page_core or FakePageCore()) as serving:
         host.control = str(serving.control)
         try:
             yield host

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
 
@@ -14,6 +15,8 @@ from services.common import grpc_client
 from services.common.errors import GodwitError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
+from services.fault_agent.drivers.command_line import INSPECTION_SOCKET
+from services.fault_agent.drivers.qmp import QmpClient
 from services.fault_agent.processes import Process
 from tests.integration.agent import nodes
 from tests.integration.agent.console import Console
@@ -302,3 +305,35 @@ async def test_hello_and_inventory(a: Agent, make_spec: MakeSpec) -> None:
     await nodes.start_vm(a, make_spec(), epoch=1)
     answer = await grpc_client.call(a.channel, a.stub.ListVms, pb.ListVmsRequest(), timeout_s=10)
     assert [vm.vm_id for vm in answer.vms] == ["guest"]
+
+
+async def test_a_guest_that_ends_on_arrival_leaves_nothing(
+    a: Agent, b: Agent, core: CopyingPageCore, make_spec: MakeSpec
+) -> None:
+    """It needs no memory any more: both sides are released although pages were never fetched."""
+    core.complete_at_once = False
+    orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
+    await nodes.start_vm(a, make_spec(), epoch=1)
+    await nodes.prepare(a, b, orders)
+    await nodes.pause(a, orders)
+    await nodes.transfer(a, b, orders)
+    await nodes.activate(b, orders)
+    await nodes.seal(a, orders)
+    vm = b.serving.node.vm("guest")
+    inspector = await QmpClient.connect(
+        vm.directory / INSPECTION_SOCKET, timeout_s=5, alive=lambda: True
+    )
+    with inspector.events("SHUTDOWN") as ended:
+        await inspector.execute("system_reset")
+        await ended.next()
+    inspector.close()
+    # The event comes first, the state a moment later.
+    while (await nodes.describe(b, "guest")).vmm_state == pb.VMM_STATE_RUNNING:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert (await nodes.describe(b, "guest")).vmm_state == pb.VMM_STATE_GUEST_ENDED
+    await nodes.release(a, orders, pb.SIDE_SOURCE)
+    for _ in range(2):
+        gone = await nodes.release(b, orders, pb.SIDE_DESTINATION)
+        assert (gone.role, gone.vmm_state) == (pb.VM_ROLE_GONE, pb.VMM_STATE_DEAD)
+    for agent in (a, b):
+        assert list(agent.serving.node.config.ram_dir.iterdir()) == []
