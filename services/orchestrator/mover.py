@@ -82,6 +82,7 @@ class Mover:
         self.move = Move(context, row)
         self._context = context
         self._rejoined = rejoined
+        self._entered = row
         self._cancel = row.cancel_requested
         self._scope: asyncio.Timeout | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -94,6 +95,11 @@ class Mover:
         """As last written or read."""
         return self.move.row
 
+    @property
+    def phase(self) -> Phase:
+        """The phase in hand. The row is ahead of it between a decision and its being acted on."""
+        return self._entered.phase
+
     def cancel(self) -> None:
         """The store has accepted a cancel: stop what is being done before the decision."""
         self._cancel = True
@@ -102,11 +108,16 @@ class Mover:
 
     async def run(self) -> None:
         """Go on until the migration is terminal."""
+        needs_attention = self._context.metrics.needs_attention
         async with asyncio.TaskGroup() as group:
             self._group = group
+            if self.phase is Phase.NEEDS_ATTENTION:
+                needs_attention.inc()
             try:
                 await self._drive()
             finally:
+                if self.phase is Phase.NEEDS_ATTENTION:
+                    needs_attention.dec()
                 self._group = None
                 for task in (self._sealing, self._following):
                     if task:
@@ -115,10 +126,10 @@ class Mover:
     async def _drive(self) -> None:
         if self._rejoined and self.row.phase in UNDECIDED:
             await self._thawed()
-        actions = deque(entry(self.row.phase))
-        while self.row.phase not in TERMINAL:
+        actions = deque(entry(self.phase))
+        while self.phase not in TERMINAL:
             if not actions:
-                actions.extend(entry(self.row.phase))
+                actions.extend(entry(self.phase))
             event = await self._perform(actions.popleft())
             if event:
                 next_actions = await self._apply(event)
@@ -144,7 +155,7 @@ class Mover:
 
     async def _apply(self, event: Event) -> tuple[Action, ...]:
         """Let the table say what `event` does, write it, return what is to be done."""
-        phase = self.row.phase
+        phase = self.phase
         step = handle(phase, event)
         name = type(event).__name__
         if step.kind is Kind.VIOLATION:
@@ -159,7 +170,7 @@ class Mover:
         return step.actions
 
     async def _enter(self, phase: Phase, event: Event) -> None:
-        before = self.row
+        before = self._entered
         await reach(f"orchestrator.{before.phase}.done")
         if isinstance(event, CommitRead | AbortRead):
             pass  # written by the decision itself, and read back: self.row has it
@@ -172,6 +183,7 @@ class Mover:
                 **await self._fields(phase, event),
             )
             self.move.take(entered)
+        self._entered = self.row
         self._observe(before)
         self._context.changes.publish(before.migration_id)
         log.info(

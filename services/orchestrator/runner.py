@@ -90,8 +90,8 @@ class Runner:
                 try:
                     await mover.run()
                 except Exception:
-                    log.exception("migration %s stopped in %s", row.migration_id, mover.row.phase)
-                if mover.row.phase in TERMINAL:
+                    log.exception("migration %s stopped in %s", row.migration_id, mover.phase)
+                if mover.phase in TERMINAL:
                     return
                 await asyncio.sleep(delay_s)
                 rejoined = True
@@ -110,7 +110,7 @@ class Runner:
             await asyncio.sleep(delay_s)
 
     def _guests_stand_still(self) -> bool:
-        return any(mover.row.phase in GUEST_STANDS_STILL for mover in self._movers.values())
+        return any(mover.phase in GUEST_STANDS_STILL for mover in self._movers.values())
 
     async def _reap(self) -> None:
         """Collect the proofs that destinations still owe after a rollback."""
