@@ -186,7 +186,9 @@ int gw_inject_uffd(int32_t pid, int32_t ram_fd, uint64_t features, uint64_t regi
 
 	if (err < 0)
 		return err;
-	const pid_t child = fork();
+	/* Not fork(): that runs the handlers of every library in the process, and gRPC's, called
+	 * while its threads are busy, killed the child once in seven. */
+	const pid_t child = _Fork();
 
 	if (child == 0) {
 		/* Of a process with threads only this one is here: no allocation, no stdio locks. */
