@@ -17,6 +17,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 
@@ -53,19 +54,33 @@ def hold_gil_on_signal() -> None:
 
     It lasts as many milliseconds as the file `gil.hold_ms` says, else two seconds, and touches
     `gil.held.reached` before and `gil.released.reached` after: what a peer saw answered in
-    between was answered without Python. Call it from main(), in the main thread.
+    between was answered without Python. `gil.released.reached` says how often another thread got
+    the GIL meanwhile: a few times would be many too many. Call it from main(), in the main thread.
     """
     if not os.environ.get("GODWIT_HOOKS_DIR"):
         return
-    # A PyDLL call keeps the GIL; poll(2) on nothing sleeps.
+    # A PyDLL call keeps the GIL, a CDLL call would let it go; poll(2) on nothing sleeps.
     poll = ctypes.PyDLL(None).poll
 
     def hold(_number: int, _frame: FrameType | None) -> None:
         base = Path(os.environ["GODWIT_HOOKS_DIR"])
         wanted = base / "gil.hold_ms"
         hold_ms = int(wanted.read_text()) if wanted.exists() else HOLD_GIL_MS
+        over = threading.Event()
+        ticks: list[None] = []
+
+        def tick() -> None:
+            while not over.wait(0.001):
+                ticks.append(None)
+
+        witness = threading.Thread(target=tick)
+        witness.start()
         (base / "gil.held.reached").touch()
+        before = len(ticks)
         poll(None, ctypes.c_ulong(0), ctypes.c_int(hold_ms))
-        (base / "gil.released.reached").touch()
+        during = len(ticks) - before
+        over.set()
+        witness.join()
+        (base / "gil.released.reached").write_text(str(during))
 
     signal.signal(signal.SIGUSR2, hold)
