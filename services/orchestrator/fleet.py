@@ -24,7 +24,11 @@ from google.protobuf.message import Message
 from ulid import ULID
 
 from services.common import telemetry
-from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.common.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+)
 from services.common.listen import parse_address
 from services.common.vm_spec import VM_ID_PATTERN, VmSpec
 from services.orchestrator.agents import node_unknown
@@ -184,14 +188,16 @@ class Fleet:
         )
         if answer := await self._answered(key, request):
             return types_pb2.Migration.FromString(answer)
-        row = await self._admissible(vm_id, destination_node, bulk_bytes_per_s_max)
-        view = migration_view(row, ())
         try:
+            row = await self._admissible(vm_id, destination_node, bulk_bytes_per_s_max)
+            view = migration_view(row, ())
             await self._context.store.migrations.create(row, self._idempotency(key, request, view))
-        except sa.exc.IntegrityError:
-            # The same key won the race, or the same VM did: both are answered by looking again.
+        except (AlreadyExistsError, sa.exc.IntegrityError) as error:
+            # What is in the way may be this very request, given twice at once.
             if answer := await self._answered(key, request):
                 return types_pb2.Migration.FromString(answer)
+            if isinstance(error, AlreadyExistsError):
+                raise
             active = await self._context.store.migrations.active_of(vm_id)
             raise migration_active(vm_id, active) from None
         self._runner.admit(row)

@@ -176,6 +176,14 @@ class FakeFleet:
         response = await self.post("/v1/vms", {"node": node, "spec": spec(vm_id)})
         assert response.status_code == 201, response.text
 
+    async def reachable(self, node: str) -> None:
+        """Wait until a node that came back was seen."""
+
+        async def look() -> bool:
+            return bool((await self.get(f"/v1/nodes/{node}"))["reachable"])
+
+        await eventually(look)
+
     async def migrate(self, to: str = "b", vm_id: str = VM) -> str:
         """Ask for a move; its id."""
         response = await self.post("/v1/migrations", {"vm": vm_id, "destination_node": to})
