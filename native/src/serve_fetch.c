@@ -215,8 +215,10 @@ static enum outcome send_ready(struct serve_stream *stream, const struct gw_imag
 		return ENDED;
 	}
 	outcome = outcome_of(serve_send_block(stream, data, (size_t)len));
-	if (outcome == QUEUED)
+	if (outcome == QUEUED) {
 		stream->state = SERVE_OPEN;
+		stream->sent_ns = stream->conn->now_ns;
+	}
 	return outcome;
 }
 

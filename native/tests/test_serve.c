@@ -625,6 +625,22 @@ static void lost_memory_is_data_loss_of_one_image(void)
 	tear_down(&fixture);
 }
 
+static void nobody_who_is_answered_gets_heartbeats(void)
+{
+	struct fixture fixture;
+	struct client client;
+
+	set_up(&fixture, 60000);
+	client_start(&client, fixture.port, "img", 6, GW_PAGE_LANE_DEMAND);
+	for (uint64_t page = 0; page < 20; page++) {
+		client_want(&client, page * PAGE, PAGE, 2);
+		CLIENT_UNTIL(&client, client.pages_count == page + 1);
+	}
+	CHECK_EQ(client.heartbeat_count, 0);
+	client_close(&client);
+	tear_down(&fixture);
+}
+
 static void silence_is_answered_with_heartbeats_and_then_given_up(void)
 {
 	const struct gw_fetch_request beat = BEAT;
@@ -806,6 +822,7 @@ int main(void)
 	RUN(put_image_waits_for_the_message);
 	RUN(a_removed_image_ends_its_streams);
 	RUN(lost_memory_is_data_loss_of_one_image);
+	RUN(nobody_who_is_answered_gets_heartbeats);
 	RUN(silence_is_answered_with_heartbeats_and_then_given_up);
 	RUN(a_draining_server_finishes_what_is_open);
 	RUN(connections_are_bounded);

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C core held against implementations that are not ours."""
