@@ -26,6 +26,7 @@
 #define MV_ACCEL_RULE_COUNT_MAX 16u
 #define MV_EVENT_COUNT_MAX	64u
 #define MV_EVENT_LEN_MAX	320u
+#define MV_SWEEP_MAX		0x7FFFFFFFull /* a hypercall's answer has 32 bits */
 
 enum mv_accel {
 	MV_ACCEL_AUTO = 0, /* KVM, or threads where KVM cannot be used */
@@ -154,6 +155,9 @@ bool mv_machine_take_event(struct mv_machine *machine, char ret_line[MV_EVENT_LE
 void mv_machine_destroy(struct mv_machine *machine);
 
 const char *mv_state_name(enum mv_state state);
+
+/* Under the lock: -EBUSY, and that `what` cannot be in this state. */
+int mv_machine_refuse(const struct mv_machine *machine, const char *what, struct mv_error *error);
 
 /* --- called by vCPU threads --------------------------------------------------------------------- */
 
