@@ -33,8 +33,8 @@ from services.fault_agent.residents import (
     make_launch,
     make_ram_file,
     ram_path,
-    remove_file,
     remove_memory,
+    remove_page_map,
 )
 from services.fault_agent.vms import Vm
 
@@ -253,10 +253,10 @@ class Arrivals:
                     "MEMORY_INCOMPLETE", f"pages of {vm.vm_id} are still at the source"
                 )
             await reach("agent.release.before")
-            if needs_nobody:
+            if needs_nobody and arriving is not None:
                 await self._engines.stop(vm)
                 await vm.write(replace(fenced, role=Role.RESIDENT, arriving=None))
-                remove_file(arriving.page_map_path if arriving else "")
+                remove_page_map(arriving.page_map_path)
             else:
                 await vm.write(fenced)
                 await self._take_back(vm)
@@ -295,7 +295,7 @@ class Arrivals:
             )
         )
         await vm.write(replace(vm.record, ram_inode=make_ram_file(path, order.spec.memory_bytes)))
-        vm.vmm = await driver.start_incoming(make_launch(node, vm, order.spec, fence.epoch))
+        await vm.launch(driver.start_incoming, make_launch(node, vm, order.spec, fence.epoch))
         if has_data(path):
             raise FailedPreconditionError(
                 "MEMORY_TOUCHED",

@@ -50,14 +50,21 @@ def remove_file(path: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
+def remove_page_map(path: str) -> None:
+    """A page map and the userfault bitmap that the page core keeps beside it. Idempotent."""
+    for name in (path, f"{path}.bitmap"):
+        remove_file(name)
+
+
 async def remove_memory(vm: Vm) -> None:
     """Free what a VM's memory was in. Idempotent; the VMM is proved dead by then.
 
     The record says GONE already, so that an agent that dies in between goes on here.
     """
     record = vm.record
-    for path in (record.ram_path, record.arriving.page_map_path if record.arriving else ""):
-        remove_file(path)
+    remove_file(record.ram_path)
+    if record.arriving is not None:
+        remove_page_map(record.arriving.page_map_path)
     await vm.write(
         replace(record, ram_path="", ram_inode=0, process=None, arriving=None, export=None)
     )
@@ -158,8 +165,8 @@ class Residents:
         )
         try:
             await vm.write(replace(vm.record, ram_inode=make_ram_file(path, spec.memory_bytes)))
-            vm.vmm = await driver.start(make_launch(self._node, vm, spec, fence.epoch))
-            await vm.vmm.resume()
+            await vm.launch(driver.start, make_launch(self._node, vm, spec, fence.epoch))
+            await (await vm.hold()).resume()
         except BaseException:
             await vm.write(replace(vm.record, role=Role.GONE))
             await vm.kill_vmm()

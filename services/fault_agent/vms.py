@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from services.common.errors import FailedPreconditionError, NotFoundError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
 from services.fault_agent.arrival_watch import ArrivalWatch
-from services.fault_agent.drivers.api import Driver, Vmm, VmmState, VmmUnreachableError
+from services.fault_agent.drivers.api import Driver, Launch, Vmm, VmmState, VmmUnreachableError
 from services.fault_agent.fence import Command, Fence, admit, wrong_state
 from services.fault_agent.journal import Counters, Journal, Record, Role, Transferred
 
@@ -34,6 +34,9 @@ class Vm:
         self.driver: Driver | None = None
         self.vmm: Vmm | None = None
         self.watch: ArrivalWatch | None = None
+        self.connecting = asyncio.Lock()
+        """Held while somebody connects to the monitor: a VMM serves one client, and a second one
+        would keep the first from ever being served."""
         self.loading = False
         """A device state is on its way into the VMM."""
         self.transfer: asyncio.Future[Transferred] | None = None
@@ -127,10 +130,15 @@ class Vm:
         process = self.record.process
         if process is None or not self.same_boot or not processes.is_alive(process):
             return VmmState.DEAD
-        if self.vmm is None:
+        if self.vmm is None and not self.connecting.locked():
             with contextlib.suppress(VmmUnreachableError):
                 await self.hold()
         return VmmState.UNRESPONSIVE if self.vmm is None else await self.vmm.state()
+
+    async def launch(self, start: Callable[[Launch], Awaitable[Vmm]], launch: Launch) -> None:
+        """Start its VMM and hold it; nobody else connects meanwhile."""
+        async with self.connecting:
+            self.vmm = await start(launch)
 
     async def hold(self) -> Vmm:
         """Its VMM, taken hold of if need be.
@@ -138,17 +146,13 @@ class Vm:
         Raises:
             VmmUnreachableError: there is none, or it does not answer.
         """
-        if self.vmm is not None:
+        async with self.connecting:
+            if self.vmm is None:
+                process = self.record.process
+                if process is None or self.driver is None or not self.same_boot:
+                    raise VmmUnreachableError(f"{self.vm_id} has no VMM here")
+                self.vmm = await self.driver.adopt(process, self.directory)
             return self.vmm
-        process = self.record.process
-        if process is None or self.driver is None or not self.same_boot:
-            raise VmmUnreachableError(f"{self.vm_id} has no VMM here")
-        vmm = await self.driver.adopt(process, self.directory)
-        if self.vmm is not None:  # somebody else was quicker
-            vmm.close()
-            return self.vmm
-        self.vmm = vmm
-        return vmm
 
     async def require_vmm(self, command: Command) -> Vmm:
         """Its VMM, answering, and not ended.

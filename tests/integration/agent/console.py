@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 _BEAT = re.compile(r"^HB (\d+) ", re.MULTILINE)
+_SWEEP = re.compile(r"^SWEEP (\d+) (begin|end) ", re.MULTILINE)
 _ERROR = re.compile(r"^(?:WL ERR|.*Kernel panic|.*BUG:).*$", re.MULTILINE)
 POLL_S = 0.02
 
@@ -50,4 +51,16 @@ class Console:
     async def wait_beat(self, number: int) -> None:
         """Return once the guest has come that far; the test's timeout ends a wait in vain."""
         while self.reached() < number:  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(POLL_S)
+
+    def sweeps(self) -> int:
+        """Passes over all pages that began and ended on this console."""
+        seen = {"begin": set[int](), "end": set[int]()}
+        for number, what in _SWEEP.findall(self.text()):
+            seen[what].add(int(number))
+        return len(seen["begin"] & seen["end"])
+
+    async def wait_sweeps(self, count: int) -> None:
+        """Return once the guest has verified all its pages that often."""
+        while self.sweeps() < count:  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(POLL_S)

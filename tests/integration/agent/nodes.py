@@ -241,7 +241,13 @@ async def start_vm(agent: Agent, spec: VmSpec, epoch: int) -> pb.Evidence:
     return answer.evidence
 
 
-async def prepare(source: Agent, destination: Agent, orders: Orders) -> pb.Evidence:
+async def prepare(
+    source: Agent,
+    destination: Agent,
+    orders: Orders,
+    bulk_bytes_per_s_max: int = 0,
+    page_address: str = "",
+) -> pb.Evidence:
     """Prepare on both sides; the destination's evidence."""
     departure = await grpc_client.call(
         source.channel,
@@ -258,7 +264,8 @@ async def prepare(source: Agent, destination: Agent, orders: Orders) -> pb.Evide
                 spec_json=departure.spec_json,
                 spec_hash=departure.spec_hash,
                 image=departure.evidence.image,
-                page_address=departure.page_address,
+                page_address=page_address or departure.page_address,
+                bulk_bytes_per_s_max=bulk_bytes_per_s_max,
             ),
         ),
         timeout_s=CALL_S,

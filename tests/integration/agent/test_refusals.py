@@ -265,6 +265,27 @@ async def test_a_wrong_device_state_ends_the_shell(
     assert await reason_of(nodes.activate(b, orders)) == "WRONG_STATE"
 
 
+async def test_looking_never_gets_in_the_way(a: Agent, b: Agent, make_spec: MakeSpec) -> None:
+    """A VMM's monitor serves one client: a Describe in the middle must not be that client."""
+    orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
+    over = asyncio.Event()
+
+    async def look(agent: Agent) -> None:
+        while not over.is_set():
+            await nodes.describe(agent, "guest")
+
+    async with asyncio.TaskGroup() as group:
+        for agent in (a, b, a, b):
+            group.create_task(look(agent))
+        await nodes.start_vm(a, make_spec(), epoch=1)
+        await nodes.prepare(a, b, orders)
+        await nodes.pause(a, orders)
+        await nodes.transfer(a, b, orders)
+        await nodes.activate(b, orders)
+        await nodes.seal(a, orders)
+        over.set()
+
+
 async def test_a_vm_that_cannot_start_leaves_nothing(a: Agent, make_spec: MakeSpec) -> None:
     spec = make_spec(cpu="no-such-cpu")
     assert await reason_of(nodes.start_vm(a, spec, epoch=1)) == "VMM_START_FAILED"
