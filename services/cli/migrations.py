@@ -82,7 +82,7 @@ def migrations(
         now.output,
         answer=answer.json,
         table=columns(
-            ["MIGRATION", "VM", "FROM", "TO", "PHASE", "MEMORY", "PAUSE", "TOTAL", "REASON"],
+            ["MIGRATION", "VM", "FROM", "TO", "PHASE", "PROGRESS", "PAUSE", "TOTAL", "REASON"],
             [_row(migration) for migration in answer.value],
             empty="no migrations",
         ),
@@ -184,7 +184,7 @@ def _print_one(form: OutputFormat, answer: Answer[Migration]) -> None:
         ("message", one.message),
         ("hint", one.hint),
         ("epoch", str(one.epoch or "")),
-        ("memory", quantities.percent(one.progress)),
+        ("progress", quantities.percent(one.progress)),
         ("pause", quantities.duration(one.pause_ns)),
         ("total", quantities.duration(one.total_ns)),
     ]

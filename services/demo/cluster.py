@@ -16,7 +16,9 @@ from pathlib import Path
 
 from godwit.client import AsyncClient
 from godwit.errors import GodwitClientError
+from godwit.models import Node
 
+from services.common.errors import UnavailableError
 from services.demo import leftovers
 from services.demo.part import START_TIMEOUT_S, Part, base_environment
 from services.fault_agent import journal
@@ -194,12 +196,19 @@ async def _start_node(
 
 
 async def _wait_reachable(cluster: Cluster) -> None:
-    async with AsyncClient(cluster.rest_url) as client, asyncio.timeout(START_TIMEOUT_S):
-        while True:
-            reachable = {node.name for node in await client.nodes() if node.reachable}
-            if reachable >= set(cluster.nodes):
-                return
-            await asyncio.sleep(0.05)
+    nodes: list[Node] = []
+    try:
+        async with AsyncClient(cluster.rest_url) as client, asyncio.timeout(START_TIMEOUT_S):
+            while {node.name for node in nodes if node.reachable} != set(cluster.nodes):
+                await asyncio.sleep(0.05)
+                nodes = await client.nodes()
+    except TimeoutError:
+        known = ", ".join(f"{node.name}: {node.message or 'reachable'}" for node in nodes)
+        raise UnavailableError(
+            "NODES_UNREACHABLE",
+            f"after {START_TIMEOUT_S:g} s the orchestrator knows {known or 'no node'}",
+            hint=f"see {cluster.directory / 'logs'}",
+        ) from None
 
 
 async def _stop_vms(cluster: Cluster) -> None:

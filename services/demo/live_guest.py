@@ -25,10 +25,14 @@ from services.demo.verdict import MigrationReport, Setup, evidence_missing
 BOOT_S_MAX = 240.0
 MOVE_S_MAX = 300.0
 PROOF_S_MAX = 240.0
-SILENCE_S_MAX = 30.0
+SILENCE_S_MAX = 15.0
 """A guest that beats each 10 ms and says nothing for so long is dead."""
 MAC = "52:54:00:67:77:01"
 _LINES_SHOWN = 5
+_LATEST_LINES = 100
+
+_NEVER_RAN = frozenset({MigrationPhase.FAILED, MigrationPhase.CANCELLED})
+"""Ends of a migration after which the guest is where it was."""
 
 OnStep = Callable[[Migration], Awaitable[bool]]
 """Told of each change of a migration; True = there is nothing more to wait for."""
@@ -159,6 +163,8 @@ class LiveGuest:
             raise DeadlineExceededError(
                 "MOVE_STALLED", f"{last.migration_id} is {last.phase} after {MOVE_S_MAX:g} s"
             ) from None
+        if followed and last.phase in _NEVER_RAN:
+            self.consoles.pop()
         return last
 
     async def prove(self) -> list[str]:
@@ -176,12 +182,15 @@ class LiveGuest:
                     await asyncio.sleep(0.05)
         return missing
 
-    def _is_dead(self) -> bool:
+    @property
+    def is_silent(self) -> bool:
+        """It spoke in the run begun last, and has not for longer than a living guest would."""
         lines = self.console.lines
-        if lines and isinstance(parse(lines[-1].text), Panic):
-            return True
-        began_ns = lines[-1].t_ns if lines else None
-        return began_ns is not None and time.monotonic_ns() - began_ns > SILENCE_S_MAX * 1e9
+        return bool(lines) and time.monotonic_ns() - lines[-1].t_ns > SILENCE_S_MAX * 1e9
+
+    def _is_dead(self) -> bool:
+        latest = self.console.lines[-_LATEST_LINES:]
+        return self.is_silent or any(isinstance(parse(line.text), Panic) for line in latest)
 
     def _not_up(self, why: str) -> DeadlineExceededError:
         said = "; ".join(line.text for line in self.console.lines[-_LINES_SHOWN:])

@@ -25,7 +25,9 @@ _ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """A table with a column per move, then the verdict and its reasons."""
-    console.print(f"{report['guest']}, {report['memory_bytes'] >> 20} MiB, {report['vmm']}")
+    console.print(
+        f"{report['guest']}, {report['memory_bytes'] >> 20} MiB, {report['vmm']}", soft_wrap=True
+    )
     moves = report["migrations"]
     if moves:
         table = Table(show_edge=False, pad_edge=False)
@@ -42,7 +44,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     ok = report["verdict"] == "ok"
     console.print(Text(f"verdict: {report['verdict']}", style="bold green" if ok else "bold red"))
     for reason in report["reasons"]:
-        console.print(Text(f"  {reason}", style="red"))
+        console.print(Text(f"  {reason}", style="red"), soft_wrap=True)
 
 
 def _ms(value: float | None) -> str:

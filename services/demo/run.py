@@ -99,7 +99,8 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         network = _enter_network(stack, narrator)
         place = await stack.enter_async_context(_placed(options, narrator))
-        disk = await asyncio.to_thread(_make_disk, place.path)
+        has_disk = options.harm is None or not options.harm.spares_disk
+        disk = await asyncio.to_thread(_make_disk, place.path) if has_disk else None
         narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
         cluster = await stack.enter_async_context(running_cluster(place.path / "cluster"))
         client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
@@ -107,7 +108,7 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
         workload = Workload(
             mib=options.workload_mib,
             dirty_rate=options.dirty_rate,
-            disk="vda",
+            disk="vda" if disk else None,
             address=network.guest_address if network else None,
             peer=network.bridge_address if network else None,
         )
@@ -117,6 +118,7 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
             f"{options.workload_mib} MiB at {options.dirty_rate or 'unlimited'} pages/s, TCG",
             memory_bytes=options.memory_bytes,
             page_count=workload.page_count,
+            disk=disk is not None,
             net=network is not None,
         )
         spec = make_spec(
@@ -145,14 +147,15 @@ async def _travel(guest: LiveGuest, options: Options, narrator: Narrator, course
     if missing := await guest.prove():
         course.trouble += [f"before the first move: {what}" for what in missing]
         return
-    sabotage = Sabotage(options.harm, guest.cluster, guest.vm_id) if options.harm else None
+    sabotage = Sabotage(options.harm, guest) if options.harm else None
     legs = [("a", "b")] if sabotage else [("a", "b"), ("b", "a")]
     for source, destination in legs:
         narrator.step(f"move: {source} to {destination}")
         migration = await _move(guest, source, destination, narrator, sabotage, course)
         if migration is None:
             return
-        course.reports.append(report_of(migration))
+        if guest.console.node == destination:
+            course.reports.append(report_of(migration))
         if migration.phase != MigrationPhase.SUCCEEDED:
             why = ": ".join(part for part in (migration.reason, migration.message) if part)
             course.trouble.append(
@@ -163,6 +166,8 @@ async def _travel(guest: LiveGuest, options: Options, narrator: Narrator, course
             return
         narrator.step(f"proof: {destination} verifies every page, disk, network")
         await guest.prove()
+        if guest.is_silent:
+            course.trouble.append(f"the guest says nothing any more on {destination}")
 
 
 async def _move(

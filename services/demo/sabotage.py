@@ -16,7 +16,7 @@ from pathlib import Path
 from godwit.models import Migration, MigrationPhase
 
 from services.common.errors import InternalError
-from services.demo.cluster import Cluster
+from services.demo.live_guest import LiveGuest
 from services.demo.remote_close import close_in
 from services.fault_agent import processes
 from services.fault_agent.drivers.qmp import QmpClient
@@ -26,6 +26,8 @@ _PAGE_MAGIC = b"GW_PAGE1"
 _SCAN_BYTES = 1 << 20
 _SLOW_BYTES_PER_S = 4 << 20
 _MONITOR_TIMEOUT_S = 10.0
+_SETTLED_LINES = 30
+"""So much said, its kernel has the pages that it needs to tell of the loss of others."""
 _SEAL_POINT = "agent.seal.before_kill"
 
 
@@ -37,16 +39,23 @@ class Harm(StrEnum):
     DROP_UFFD = "drop-uffd"
     """In post-copy the agent dies and the VMM loses its own userfaultfd: absent pages read zero."""
     DOUBLE_RUN = "double-run"
-    """The source's VMM is spared by the seal and let run on after the destination runs."""
+    """The source's VMM is spared by the seal and let run on after the destination runs. Without a
+    disk: its lock, which the destination has by then, keeps QEMU from running on."""
+
+    @property
+    def spares_disk(self) -> bool:
+        """The guest must have no disk."""
+        return self is Harm.DOUBLE_RUN
 
 
 class Sabotage:
     """One harm to one move. Called by the demo at the points of the move; acts at its own, once."""
 
-    def __init__(self, harm: Harm, cluster: Cluster, vm_id: str) -> None:
+    def __init__(self, harm: Harm, guest: LiveGuest) -> None:
         self.harm = harm
-        self._cluster = cluster
-        self._vm_id = vm_id
+        self._guest = guest
+        self._cluster = guest.cluster
+        self._vm_id = guest.vm_id
         self._done = False
 
     @property
@@ -63,7 +72,7 @@ class Sabotage:
         """The migration has changed; True: it will not end any more, do not wait for it."""
         if self._done or migration.phase != MigrationPhase.POSTCOPY:
             return False
-        if self.harm is Harm.DROP_UFFD:
+        if self.harm is Harm.DROP_UFFD and len(self._guest.console.lines) >= _SETTLED_LINES:
             self._done = True
             await self._drop_uffd(migration.destination_node)
             return True

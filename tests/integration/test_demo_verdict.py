@@ -41,10 +41,11 @@ async def test_one_corrupt_page_is_seen(tmp_path: Path) -> None:
 
 
 async def test_a_dropped_userfaultfd_is_seen(tmp_path: Path) -> None:
-    """Absent pages read as zeros: the workload says so, or the guest's kernel dies of it."""
+    """Absent pages read as zeros: the workload says so, or the kernel dies, perhaps mutely."""
     report = await harmed(Harm.DROP_UFFD, tmp_path / "demo")
     text = " ".join(report["reasons"])
-    assert report["corrupt_pages"] > 0 or "panic" in text or "Oops" in text or "BUG" in text
+    signs = ("corrupt pages", "panic", "BUG", "Oops", "says nothing any more")
+    assert any(sign in text for sign in signs), text
 
 
 async def test_two_running_guests_are_seen(tmp_path: Path) -> None:
