@@ -32,6 +32,15 @@
 #define PAGE	   ((size_t)4096)
 #define TIMEOUT_MS 20000
 
+#ifdef __SANITIZE_THREAD__
+/* A child that a threaded test forks has threads of its own: it is killed or exits, never cleans up. */
+const char *__tsan_default_options(void);
+const char *__tsan_default_options(void)
+{
+	return "die_after_fork=0";
+}
+#endif
+
 struct guest {
 	int ram_fd;
 	int uffd;

@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * arrival_demand.c - the demand thread: faults in, wants out, pages in, guests on.
+ *
+ * Threads    One. It never waits for anything but epoll, and for an event that holds back an
+ *            install, which it is itself the one to read.
+ * Errors, Ownership, Units: see arrival_internal.h.
+ * Source     DESIGN 3.1 and 3.3.
+ */
+#include "arrival_internal.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <string.h>
+
+#include <godwit/sys.h>
+
+enum { TAG_UFFD, TAG_WAKE, TAG_LINK };
+
+static int on_again(void *user)
+{
+	struct arrival_demand *const demand = user;
+
+	if (atomic_load_explicit(&demand->arrival->stopping, memory_order_relaxed))
+		return -ECANCELED;
+	demand_read_events(demand);
+	/* Read, and held back still: the guest's thread has to come out of its madvise. */
+	(void)sched_yield();
+	return 0;
+}
+
+static void on_up(void *owner)
+{
+	struct arrival_demand *const demand = owner;
+
+	demand_send_faults(demand, gw_sys_now_ns());
+}
+
+static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t *data)
+{
+	struct arrival_demand *const demand = owner;
+	struct gw_arrival *const arrival = demand->arrival;
+	const int outcome =
+		data ? gw_install_run(&arrival->install, first, count, data, &demand->again)
+		     : gw_install_zero_run(&arrival->install, first, count, &demand->again);
+
+	if (outcome != GW_INSTALL_DONE)
+		arrival_on_outcome(arrival, outcome);
+	demand_answered(demand, first, count);
+}
+
+static void on_down(void *owner)
+{
+	/* They stay REQUESTED_DEMAND, in the table, and go first when there is a link again. */
+	demand_forget_sent(owner);
+}
+
+static const struct link_handler handler = {
+	.on_up = on_up,
+	.on_pages = on_pages,
+	.on_down = on_down,
+};
+
+static int watch(struct arrival_demand *demand, int fd, uint32_t tag)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.u32 = tag};
+
+	return gw_sys_epoll_ctl(demand->epoll_fd, EPOLL_CTL_ADD, fd, &event);
+}
+
+int demand_init(struct arrival_demand *demand, struct gw_arrival *arrival)
+{
+	int err;
+
+	demand->arrival = arrival;
+	demand->again = (struct gw_install_again){.on_again = on_again, .user = demand};
+	demand->epoll_fd = gw_sys_epoll_create();
+	if (demand->epoll_fd < 0)
+		return demand->epoll_fd;
+	err = watch(demand, arrival->uffd, TAG_UFFD);
+	if (err == 0)
+		err = watch(demand, arrival->wake_fd, TAG_WAKE);
+	if (err < 0)
+		return err;
+	return link_init(&demand->link, arrival, 0, GW_PAGE_LANE_DEMAND, demand->epoll_fd, TAG_LINK,
+			 &handler, demand);
+}
+
+void demand_fini(struct arrival_demand *demand)
+{
+	link_fini(&demand->link);
+	if (demand->epoll_fd >= 0)
+		(void)gw_sys_close(demand->epoll_fd);
+}
+
+/* --- the phase -------------------------------------------------------------------------------- */
+
+static uint32_t phase_now(struct gw_arrival *arrival)
+{
+	const uint32_t all = (UINT32_C(1) << (arrival->bulk_count + 1)) - 1;
+	const uint32_t up_mask = atomic_load(&arrival->up_mask);
+
+	if (gw_page_map_is_violated(arrival->map))
+		return GW_ARRIVAL_VIOLATION;
+	if (atomic_load(&arrival->gone))
+		return GW_ARRIVAL_ENDED;
+	if (gw_bitmap_absent_count(gw_page_map_bitmap(arrival->map)) == 0)
+		return GW_ARRIVAL_COMPLETE;
+	if (atomic_load(&arrival->refused_mask) != 0)
+		return GW_ARRIVAL_REFUSED;
+	if (gw_page_map_generation(arrival->map) != 0)
+		return up_mask & 1U ? GW_ARRIVAL_FETCHING : GW_ARRIVAL_LINK_LOST;
+	if (up_mask == all)
+		return GW_ARRIVAL_ARMED;
+	/* The gate is closed: LINK_LOST is for what was once there. */
+	return (up_mask & 1U) == 0 && atomic_load(&arrival->demand_was_up) ? GW_ARRIVAL_LINK_LOST
+									   : GW_ARRIVAL_CONNECTING;
+}
+
+static void tell_phase(struct gw_arrival *arrival)
+{
+	const uint32_t phase = phase_now(arrival);
+	const uint64_t one = 1;
+
+	if (phase == atomic_load(&arrival->phase))
+		return;
+	if (phase == GW_ARRIVAL_COMPLETE)
+		gw_page_map_set_complete(arrival->map);
+	atomic_store(&arrival->phase, phase);
+	(void)gw_sys_write(arrival->wait_fd, &one, sizeof(one));
+	/* Bulk threads end with it, or begin. */
+	arrival_wake_bulk(arrival);
+}
+
+/* --- the loop --------------------------------------------------------------------------------- */
+
+static uint64_t on_time(struct arrival_demand *demand, uint64_t now_ns)
+{
+	struct gw_arrival *const arrival = demand->arrival;
+	const uint64_t wake_all_ns = atomic_load(&arrival->wake_all_ns);
+	uint64_t due_ns = demand_removal_due_ns(demand);
+
+	if (arrival_is_over(arrival)) {
+		if (demand->link.conn)
+			link_close(&demand->link, LINK_BROKEN, now_ns);
+	} else {
+		const uint64_t link_ns = link_on_time(&demand->link, now_ns);
+
+		due_ns = link_ns < due_ns ? link_ns : due_ns;
+	}
+	if (wake_all_ns != 0 && wake_all_ns < due_ns)
+		due_ns = wake_all_ns;
+	return due_ns;
+}
+
+static int timeout_ms(uint64_t due_ns, uint64_t now_ns)
+{
+	if (due_ns <= now_ns)
+		return 0;
+	const uint64_t ms = (due_ns - now_ns + 999999) / 1000000;
+
+	return ms < ARRIVAL_WAIT_MS_MAX ? (int)ms : ARRIVAL_WAIT_MS_MAX;
+}
+
+void *demand_main(void *argument)
+{
+	struct arrival_demand *const demand = argument;
+	struct gw_arrival *const arrival = demand->arrival;
+	uint64_t now_ns = gw_sys_now_ns();
+	uint64_t due_ns = on_time(demand, now_ns);
+
+	while (!atomic_load(&arrival->stopping)) {
+		struct epoll_event events[3];
+		uint32_t link_events = 0;
+		const int count =
+			gw_sys_epoll_wait(demand->epoll_fd, events, 3, timeout_ms(due_ns, now_ns));
+
+		now_ns = gw_sys_now_ns();
+		for (int i = 0; i < count; i++) {
+			if (events[i].data.u32 == TAG_UFFD)
+				demand_read_events(demand);
+			else if (events[i].data.u32 == TAG_WAKE)
+				(void)arrival_drain_fd(arrival->wake_fd);
+			else
+				link_events = events[i].events;
+		}
+		demand_take_settled(demand);
+		/* Wants first: the network works on them while we install what has come. */
+		demand_handle_events(demand);
+		demand_send_faults(demand, now_ns);
+		link_flush(&demand->link, now_ns);
+		if (link_events)
+			link_on_event(&demand->link, link_events, now_ns);
+		demand_look_at_removals(demand, now_ns);
+		demand_wake_dropped(demand, now_ns);
+		due_ns = on_time(demand, now_ns);
+		tell_phase(arrival);
+	}
+	return NULL;
+}
