@@ -128,6 +128,31 @@ async def test_the_agent_goes_and_the_guest_waits_for_the_next(
             assert console.errors() == []
 
 
+async def test_an_image_that_is_not_served_for_a_while_is_asked_for_again(
+    native: PageCore, hosts: tuple[Host, Host], make_spec: MakeSpec
+) -> None:
+    """A guest that runs here has no other source: a refusal is never the last word."""
+    orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
+    async with running_agent(hosts[0], native) as a, running_agent(hosts[1], native) as b:
+        await nodes.start_vm(a, make_spec(), epoch=1)
+        await Console(a.vm_dir("guest") / "console-1.log").wait_beat(10)
+        console = await hand_over(a, b, orders, SLOW_BYTES_PER_S)
+        (record,) = hosts[0].images_dir.glob("*.json")
+        saved = record.read_bytes()
+        record.unlink()
+        await a.serving.node.images.reload()
+        lost = await nodes.wait_phase(b, orders, pb.ARRIVAL_PHASE_LINK_LOST)
+        assert lost.reason.startswith("REFUSED")
+        record.write_bytes(saved)
+        await a.serving.node.images.reload()
+        await nodes.wait_phase(b, orders, pb.ARRIVAL_PHASE_FETCHING)
+        b.serving.node.vm("guest").watch.arrival.set_bulk_rate(0)  # type: ignore[union-attr]
+        complete = await finish(a, b, orders)
+        assert complete.counters.reconnect_count > 0
+        await console.wait_sweeps(1)
+        assert console.errors() == []
+
+
 async def test_the_end_of_a_vmm_is_told(
     native: PageCore, hosts: tuple[Host, Host], make_spec: MakeSpec
 ) -> None:
@@ -135,8 +160,11 @@ async def test_the_end_of_a_vmm_is_told(
     orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
     async with running_agent(hosts[0], native) as a, running_agent(hosts[1], native) as b:
         await nodes.start_vm(a, make_spec(), epoch=1)
-        await Console(a.vm_dir("guest") / "console-1.log").wait_beat(10)
-        await hand_over(a, b, orders, SLOW_BYTES_PER_S)
+        await nodes.prepare(a, b, orders, SLOW_BYTES_PER_S)
+        await nodes.pause(a, orders)
+        await nodes.transfer(a, b, orders)
+        await nodes.activate(b, orders)
+        await nodes.seal(a, orders)
         process = b.serving.node.vm("guest").record.process
         assert process is not None
         await processes.kill(process)
