@@ -47,6 +47,21 @@ async def run_demo(directory: Path, *arguments: str) -> tuple[int, list[str], st
     return process.returncode or 0, out.decode().splitlines(), err.decode()
 
 
+async def started(directory: Path, until: str) -> asyncio.subprocess.Process:
+    """A small demo that has come as far as to say `until`."""
+    process = await asyncio.create_subprocess_exec(
+        *DEMO,
+        *("--dir", str(directory), "--memory", "192M", "--workload-mib", "64"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    async with asyncio.timeout(120):
+        while until.encode() not in (line := await process.stderr.readline()):
+            assert line, f"the demo ended before {until!r}"
+    return process
+
+
 def left_behind(directory: Path) -> list[str]:
     """What a run in `directory` has left on this machine, but for the directory itself."""
     left = [str(path) for path in RAM.glob(f"{PREFIX}cluster-*") if names(path, directory)]
@@ -100,16 +115,7 @@ async def test_demo_end_to_end(tmp_path: Path) -> None:
 async def test_interrupted_demo_cleans_up(tmp_path: Path) -> None:
     """Ctrl-C in the middle, twice: VMMs, processes, namespaces and memory are gone."""
     directory = tmp_path / "demo"
-    process = await asyncio.create_subprocess_exec(
-        *DEMO,
-        *("--dir", str(directory), "--memory", "192M", "--workload-mib", "64"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    async with asyncio.timeout(120):
-        while b"move: a to b" not in (line := await process.stderr.readline()):
-            assert line, "the demo ended before its first move"
+    process = await started(directory, "move: a to b")
     namespace = NAMESPACES / f"{NETNS_PREFIX}{process.pid}"
     assert left_behind(directory) != []
     process.send_signal(signal.SIGINT)
@@ -123,23 +129,17 @@ async def test_interrupted_demo_cleans_up(tmp_path: Path) -> None:
 
 async def test_demo_that_was_killed_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     """Kill -9 leaves everything; the next run ends it before it begins."""
-    directory = tmp_path / "first"
-    process = await asyncio.create_subprocess_exec(
-        *DEMO,
-        *("--dir", str(directory), "--memory", "192M", "--workload-mib", "64"),
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    async with asyncio.timeout(120):
-        while b"guest: boots" not in (line := await process.stderr.readline()):
-            assert line, "the demo ended before it started its guest"
+    first, second = tmp_path / "first", tmp_path / "second"
+    process = await started(first, "guest: boots")
     process.kill()
     await process.communicate()
-    assert left_behind(directory) != []
-    status, _, err = await run_demo(tmp_path / "second", "--memory", "192M", "--workload-mib", "64")
-    assert status == ExitStatus.OK, err
-    assert left_behind(directory) == []
+    assert left_behind(first) != []
+    process = await started(second, "guest: boots")
+    assert left_behind(first) == []
+    process.send_signal(signal.SIGTERM)
+    await process.communicate()
+    assert process.returncode == ExitStatus.INTERRUPTED
+    assert left_behind(second) == []
 
 
 @pytest.mark.parametrize(
