@@ -109,7 +109,6 @@ class Arrivals:
             FailedPreconditionError: PREFLIGHT_FAILED, SPEC_MISMATCH, WRONG_STATE; the fence's.
             UnavailableError: PAGE_SERVER_UNREACHABLE, VMM_UNREACHABLE, DRAINING.
         """
-        self._node.refuse_if_draining()
         vm = self._node.vm(fence.vm_id)
         async with vm.command(fence, Command.PREPARE_ARRIVAL) as fenced:
             order = ArrivalOrder.read(fence, message)
@@ -118,6 +117,7 @@ class Arrivals:
             if under_way and record.epoch_prepared == fence.epoch:
                 await self._redirect(vm, order)
                 return await self._node.evidence(vm)
+            self._node.refuse_if_draining()
             if record.role is Role.ARRIVING:
                 # Only of this migration, by the fence: an attempt that died half way.
                 await self._take_back(vm)

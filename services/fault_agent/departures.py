@@ -50,12 +50,12 @@ class Departures:
             FailedPreconditionError: PREFLIGHT_FAILED, WRONG_STATE, and the fence's.
             PageServerUnreachableError: the image is not served.
         """
-        self._node.refuse_if_draining()
         vm = self._node.vm(fence.vm_id)
         vm.require_known()
         async with vm.command(fence, Command.PREPARE_DEPARTURE) as fenced:
             record = vm.record
             if record.role is Role.RESIDENT:
+                self._node.refuse_if_draining()
                 vm.require_same_boot(Command.PREPARE_DEPARTURE)
                 require(await self._preflight.source(vm))
                 vm.transfer = None
