@@ -111,6 +111,7 @@ static int open_state(struct request *request, int flags, struct mv_error *error
 static int command_save(struct request *request, struct mv_error *error)
 {
 	const int fd = open_state(request, O_WRONLY | O_CREAT | O_TRUNC, error);
+	const uint64_t start_ns = mv_now_ns();
 	uint8_t *bytes;
 	size_t len;
 	int rc;
@@ -120,7 +121,7 @@ static int command_save(struct request *request, struct mv_error *error)
 	rc = mv_machine_save(request->control->machine, &bytes, &len, error);
 	if (rc == 0) {
 		mv_text_add(&request->control->reply, ",\"bytes\":%zu,\"gathered_ns\":%" PRIu64,
-			    len, mv_now_ns() - request->start_ns);
+			    len, mv_now_ns() - start_ns);
 		rc = write_state(fd, bytes, len, error);
 		free(bytes);
 	}
