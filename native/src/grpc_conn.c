@@ -112,10 +112,8 @@ static int die(struct gw_grpc *conn, int err, const char *text)
 		struct gw_grpc_call *call = conn->calls;
 
 		/* A client's call that failed before its stream could say so keeps its reason; what
-		 * a server wanted to answer has not been sent. */
-		if (!conn->server && call->status >= 0)
-			call_finish(call, call->status, call->status_text);
-		else if (conn->server && call->status_sent)
+		 * a server wanted to answer counts only if it has been sent. */
+		if (conn->server ? call->status_sent : call->status >= 0)
 			call_finish(call, call->status, call->status_text);
 		else
 			call_finish(call, GW_GRPC_UNAVAILABLE, text);

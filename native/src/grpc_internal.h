@@ -33,7 +33,7 @@
 /* Pieces that one DATA frame may have, beside its header. */
 #define FRAME_PIECE_COUNT_MAX 16
 /* Frame headers and whole control frames between two sendmsg. */
-#define OUT_CONTROL_LEN_MAX (32u * 1024)
+#define OUT_CONTROL_LEN_MAX 32768ul
 
 /* One queued message: the head is ours, the payload the owner's. */
 struct grpc_message {

@@ -32,12 +32,12 @@
 
 /* A want up to this long is read without asking first whether it is a hole: a pread of a hole costs
  * less than the lseek, whose lock other threads of the image contend for. */
-#define SEEK_LEN_MIN (64u * 1024)
+#define SEEK_LEN_MIN 65536ul
 /* Zeros within an answer become a message of their own from this length on: shorter ones cost more
  * as a message than as bytes. A want that is zero throughout always does. */
-#define ZERO_RUN_LEN_MIN (16u * 1024)
+#define ZERO_RUN_LEN_MIN 16384ul
 /* Touched before the first page is waited for: a first touch costs more than the answer. */
-#define DEMAND_BUFFER_LEN (64u * 1024)
+#define DEMAND_BUFFER_LEN 65536ul
 
 /* --- hello ----------------------------------------------------------------------------------- */
 

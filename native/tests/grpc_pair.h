@@ -237,7 +237,7 @@ static inline void pair_run(struct pair *pair)
 	size_t steps = 0;
 
 	while (pair_step(pair))
-		CHECK(++steps < 50u * 1000 * 1000);
+		CHECK(++steps < 50000000);
 }
 
 static inline struct gw_grpc_call *pair_call(struct pair *pair)

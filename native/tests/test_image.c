@@ -13,8 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define PAGE 4096u
-#define MIB  (1u << 20)
+#define PAGE 4096ul
+#define MIB  (1ul << 20)
 
 static int new_memory(size_t len)
 {

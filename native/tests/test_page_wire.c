@@ -137,7 +137,7 @@ static void pages_are_a_head_and_then_their_data(void)
 {
 	static uint8_t message[GW_PAGES_HEAD_LEN_MAX + 8192];
 	static uint8_t page[8192];
-	struct gw_pages pages = {.offset = 3 * 4096,
+	struct gw_pages pages = {.offset = 12288,
 				 .len = sizeof(page),
 				 .generation = 4,
 				 .encoding = GW_PAGE_ENCODING_RAW,

@@ -13,8 +13,8 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#define PAGE 4096u
-#define MIB  (1u << 20)
+#define PAGE 4096ul
+#define MIB  (1ul << 20)
 
 /* Image offset of the second region: the file has a gap before it. */
 #define MEMORY_LEN   (16u * MIB)
@@ -164,7 +164,7 @@ static void check_content(struct client *client, const struct gw_pages *pages)
 
 static void every_page_is_served_as_it_is(void)
 {
-	static const uint64_t lens[] = {PAGE, 3 * PAGE, 64 * 1024, 17 * PAGE, MIB};
+	static const uint64_t lens[] = {PAGE, 3 * PAGE, 16 * PAGE, 17 * PAGE, MIB};
 	struct fixture fixture;
 	struct client client;
 
@@ -535,7 +535,7 @@ static void *put_generation_3(void *argument)
  */
 static void put_image_waits_for_the_message(void)
 {
-	const struct timespec while_wrong = {.tv_nsec = 1000 * 1000};
+	const struct timespec while_wrong = {.tv_nsec = 1000000};
 	struct fixture fixture;
 	struct putter putter = {.fixture = &fixture};
 	struct client client;

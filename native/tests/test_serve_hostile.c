@@ -12,8 +12,8 @@
 #include <sched.h>
 #include <sys/mman.h>
 
-#define PAGE	   4096u
-#define MIB	   (1u << 20)
+#define PAGE	   4096ul
+#define MIB	   (1ul << 20)
 #define MEMORY_LEN (64u * MIB)
 
 struct fixture {

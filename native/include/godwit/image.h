@@ -33,7 +33,7 @@
 #include <godwit/serve.h>
 
 /* The unit of a want and of zero detection, whatever the page size of a region. */
-#define GW_IMAGE_PAGE_LEN 4096u
+#define GW_IMAGE_PAGE_LEN 4096ul
 
 struct gw_image;
 
