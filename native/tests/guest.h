@@ -33,8 +33,8 @@
 #define TIMEOUT_MS 20000
 
 #ifdef __SANITIZE_THREAD__
-/* A child that a threaded test forks has threads of its own: it is killed or exits, never cleans up. */
-const char *__tsan_default_options(void);
+/* A child that a threaded test forks has threads of its own; it is killed, or exits at once. */
+__attribute__((visibility("default"))) const char *__tsan_default_options(void);
 const char *__tsan_default_options(void)
 {
 	return "die_after_fork=0";
