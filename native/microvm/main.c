@@ -3,7 +3,7 @@
  * main.c - godwit-microvm: one small virtual machine, steered over a unix socket.
  *
  * Threads: the main thread is the control thread.
- * Errors: words on stderr; exit status 2 what was asked for cannot be, 1 it went wrong later.
+ * Errors: words on stderr; exit status 2 what was asked for cannot be, 1 the machine has failed.
  * Ownership: everything goes with the process, but for a named memory file.
  * Units: see USAGE.
  * Source: native/microvm/README.md.
@@ -237,11 +237,16 @@ static void say_ready(struct mv_control *control)
 	(void)fflush(stdout);
 }
 
-/* A vCPU that sleeps in the kernel on absent memory cannot be joined: then the process just ends. */
+/*
+ * A vCPU that sleeps in the kernel on absent memory cannot be joined, and of a failed machine there
+ * may be such: then the process just ends.
+ */
 static void end(struct mv_machine *machine)
 {
 	struct mv_error error;
 
+	if (mv_machine_failed(machine, &error))
+		_exit(STATUS_FAILED);
 	if (mv_machine_pause(machine, QUIT_TIMEOUT_NS, &error) == -ETIMEDOUT)
 		_exit(EXIT_SUCCESS);
 	mv_machine_destroy(machine);

@@ -332,6 +332,27 @@ def test_a_flipped_bit_in_the_copy_turns_the_verdict_red(
 
 
 @pytest.mark.parametrize("accel", ACCELS)
+def test_a_guest_without_its_memory_does_not_pass_for_one(
+    accel: str, start: Start, tmp_path: Path
+) -> None:
+    """Zero pages everywhere: what closing the last userfaultfd would hand it."""
+    source = start("--accel", accel, "--vcpus", "2")
+    _run_until_ops(source)
+    source.client.do("pause")
+    source.client.do("save", path=str(tmp_path / "state"))
+    source.quit()
+    empty = start("--accel", accel, "--vcpus", "2", "--incoming")
+    empty.client.do("load", path=str(tmp_path / "state"))
+    empty.client.do("resume")
+    assert empty.process.stdout is not None
+    event = json.loads(empty.process.stdout.readline())
+    assert event["event"] == ("failed" if accel == "kvm" else "guest_error")
+    assert empty.client.do("hello")["state"] == ("failed" if accel == "kvm" else "running")
+    empty.client.do("quit")
+    assert empty.process.wait(WAIT_S) == (1 if accel == "kvm" else 0)
+
+
+@pytest.mark.parametrize("accel", ACCELS)
 def test_huge_pages(accel: str, start: Start, tmp_path: Path) -> None:
     free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
     if not free.exists() or int(free.read_text()) < MEMORY_BYTES >> 21:
