@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
@@ -195,6 +196,19 @@ static void memory_follows(enum mv_accel accel, uint32_t vcpu_count)
 	mv_machine_destroy(destination);
 }
 
+/* KVM waits interruptibly since Linux 6.2. */
+static bool faults_can_be_interrupted(void)
+{
+	struct utsname name;
+	char *end;
+	unsigned long major, minor;
+
+	CHECK_EQ(uname(&name), 0);
+	major = strtoul(name.release, &end, 10);
+	minor = *end == '.' ? strtoul(end + 1, NULL, 10) : 0;
+	return major > 6 || (major == 6 && minor >= 2);
+}
+
 /*
  * A pause while a vCPU waits for a page. KVM lets go of the fault on a signal, so that it stops at
  * the instruction. A thread waits in the kernel: the pause times out and the guest runs on.
@@ -214,7 +228,7 @@ static void a_pause_meets_an_absent_page(enum mv_accel accel, uint32_t vcpu_coun
 	load_machine(destination, bytes, len);
 	resume_machine(destination);
 	await_fd(pager.held_fd);
-	if (accel == MV_ACCEL_KVM) {
+	if (accel == MV_ACCEL_KVM && faults_can_be_interrupted()) {
 		pause_machine(destination);
 		resume_machine(destination);
 	} else {
