@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -59,8 +60,7 @@ class Claim:
 @asynccontextmanager
 async def claimed(parent: Path, state_dir: Path) -> AsyncIterator[Claim]:
     """Make a directory below the tmpfs `parent`; at the end kill what it lists and remove it."""
-    path = parent / f"{PREFIX}{state_dir.name}-{os.getpid()}"
-    path.mkdir(mode=0o700)
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{state_dir.name}-", dir=parent))
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     claim = Claim(path=path, state_dir=state_dir)
     try:
