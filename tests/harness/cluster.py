@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -62,6 +62,7 @@ async def small_guest(
     workload_mib: int = WORKLOAD_MIB,
     dirty_rate: int = 1000,
     vcpus: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[LiveGuest]:
     """A cluster below `directory`, and on its node a a guest whose workload is up.
 
@@ -75,7 +76,9 @@ async def small_guest(
         disk = directory / "disk.raw"
         guest_image.make_disk(disk)
         stack.callback(disk.unlink)
-        cluster = await stack.enter_async_context(running_cluster(directory / "cluster"))
+        cluster = await stack.enter_async_context(
+            running_cluster(directory / "cluster", environment=environment)
+        )
         client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
         follower = await stack.enter_async_context(ConsoleFollower())
         workload = guest_image.Workload(
