@@ -55,7 +55,8 @@ static int map_file(const char *name, size_t len, bool create, void **ret_addres
 				  ret_address);
 	if (fd >= 0)
 		(void)gw_sys_close(fd);
-	return err;
+	/* Never; but a caller that believes in 0 must not be handed NULL. */
+	return err == 0 && !*ret_address ? -EIO : err;
 }
 
 static bool identity_is_valid(const struct gw_page_map_identity *identity)

@@ -477,8 +477,8 @@ static void refusals_of_the_server(void)
 		atomic_store(&bench.peer->end_status, 0);
 		if (rows[i].final) {
 			/* Every lane, before the gate and now. */
-			WAIT_UNTIL(bench.arrival,
-				   atomic_load(&bench.peer->hello_count) == 2 * (bulk_count + 1));
+			WAIT_UNTIL(bench.arrival, atomic_load(&bench.peer->hello_count) ==
+							  2 * ((uint64_t)bulk_count + 1));
 			const uint64_t hello_count = atomic_load(&bench.peer->hello_count);
 
 			/* That nothing comes can only be watched for a while. */

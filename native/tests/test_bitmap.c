@@ -103,7 +103,7 @@ static void *publish_every_fourth(void *argument)
 
 static void publishers_of_one_word_lose_nothing(void)
 {
-	const uint64_t page_count = 64 * 1000;
+	const uint64_t page_count = 64000;
 	void *const words = malloc(gw_bitmap_len(page_count));
 	struct gw_bitmap bitmap;
 	struct publisher publishers[4];
