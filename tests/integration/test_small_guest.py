@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,7 +15,15 @@ from godwit.errors import GodwitApiError
 from godwit.models import Migration, MigrationPhase
 
 from services.demo.live_guest import LiveGuest
-from tests.harness.cluster import describe, migrate, other_node, settle, small_guest, wait_phase
+from tests.harness.cluster import (
+    VM_ID,
+    describe,
+    migrate,
+    other_node,
+    settle,
+    small_guest,
+    wait_phase,
+)
 
 pytestmark = [
     pytest.mark.requires("uffd", "qemu", "root"),
@@ -84,3 +95,38 @@ async def test_there_and_back_again(guest: LiveGuest) -> None:
         assert last.counters.demand_page_count > 0
         assert last.counters.violation_count == 0
         assert await guest.prove() == [], describe(guest, last)
+
+
+async def test_the_command_line_moves_it(guest: LiveGuest) -> None:
+    """What a person does: look, move with --watch and a limit, look at the holes, look again."""
+    destination = await other_node(guest)
+    assert f"{VM_ID} " in await godwit(guest, "vms")
+    watching = asyncio.create_task(
+        godwit(guest, "migrate", VM_ID, "--to", destination, "--watch", "--bandwidth", "32M")
+    )
+    drawn = await godwit(guest, "bitmap", VM_ID)
+    while " 0 absent" in drawn:
+        assert not watching.done(), "memory arrived before anybody could look"
+        drawn = await godwit(guest, "bitmap", VM_ID)
+    assert "one cell = " in drawn
+    assert "succeeded in" in await watching
+    [last] = json.loads(await godwit(guest, "migrations", "-o", "json"))["migrations"][:1]
+    shown = await godwit(guest, "migrations", "show", last["migration_id"])
+    assert f"to:        {destination}" in shown
+    assert "postcopy" in shown
+    assert " 0 absent" in await godwit(guest, "bitmap", VM_ID)
+    guest.follow(destination, last["epoch"])
+    assert await guest.prove() == []
+
+
+async def godwit(guest: LiveGuest, *arguments: str) -> str:
+    """What `godwit ARGUMENTS` prints on stdout; it must succeed."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.cli.main", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "GODWIT_ORCHESTRATOR": guest.cluster.rest_url},
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err.decode()
+    return out.decode()
