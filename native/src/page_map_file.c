@@ -55,8 +55,9 @@ static int map_file(const char *name, size_t len, bool create, void **ret_addres
 				  ret_address);
 	if (fd >= 0)
 		(void)gw_sys_close(fd);
-	/* Never; but a caller that believes in 0 must not be handed NULL. */
-	return err == 0 && !*ret_address ? -EIO : err;
+	if (err == 0 && *ret_address)
+		return 0;
+	return err < 0 ? err : -EIO;
 }
 
 static bool identity_is_valid(const struct gw_page_map_identity *identity)
