@@ -579,117 +579,126 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 #include <godwit/arrival.h>
-#include <godwit/inject.h>
 #include <godwit/serve.h>
+#include <godwit/inject.h>
+#include <godwit/page_map.h>
+#include <godwit/uffd.h>
 
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
-/*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
-/*  2 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  3 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  4 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_inject_result *
-/*  5 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  6 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
-/*  7 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  8 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  9 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
-/* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 11 */ _CFFI_OP(_CFFI_OP_NOOP, 4),
-/* 12 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 13 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival *)
-/* 14 */ _CFFI_OP(_CFFI_OP_POINTER, 87), // struct gw_arrival *
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
+/*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
+/*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
+/*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
+/*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // struct gw_inject_result *
+/*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
+/* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
+/* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival *, char const *, uint32_t)
-/* 17 */ _CFFI_OP(_CFFI_OP_NOOP, 14),
-/* 18 */ _CFFI_OP(_CFFI_OP_POINTER, 80), // char const *
-/* 19 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 21 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival *, uint64_t)
-/* 22 */ _CFFI_OP(_CFFI_OP_NOOP, 14),
-/* 23 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 25 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival const *)
-/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 87), // struct gw_arrival const *
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *)
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_arrival *
+/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 86), // char const *
+/* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *, uint64_t)
+/* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival const *, struct gw_arrival_status *)
-/* 29 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 91), // struct gw_arrival_status *
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival const *, uint64_t)
-/* 33 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 34 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival const *, uint8_t *, size_t)
-/* 37 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // uint8_t *
-/* 39 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 42 */ _CFFI_OP(_CFFI_OP_POINTER, 88), // struct gw_arrival_config const *
-/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 14), // struct gw_arrival * *
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve *)
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // struct gw_serve *
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *)
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_arrival const *
+/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 32 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
+/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // struct gw_arrival_status *
+/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, uint64_t)
+/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
+/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 40 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // uint8_t *
+/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival_config const *
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
 /* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve *, char const *)
-/* 49 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
-/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 18),
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve *, struct gw_serve_image const *)
-/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
-/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 99), // struct gw_serve_image const *
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve const *)
-/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // struct gw_serve const *
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *)
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // struct gw_serve *
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *, char const *)
+/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 56 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // struct gw_serve_image const *
 /* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve const *, char const *)
-/* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 57),
-/* 61 */ _CFFI_OP(_CFFI_OP_NOOP, 18),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve const *, struct gw_serve_stats *)
-/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 57),
-/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // struct gw_serve_stats *
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 86), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // struct gw_serve_config const *
-/* 69 */ _CFFI_OP(_CFFI_OP_POINTER, 46), // struct gw_serve * *
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 9), // uint64_t()(struct gw_arrival const *)
-/* 72 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *)
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // struct gw_serve const *
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *, char const *)
+/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // struct gw_serve_stats *
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve_config const *
+/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 49), // struct gw_serve * *
 /* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 104), // void()(struct gw_arrival *)
-/* 75 */ _CFFI_OP(_CFFI_OP_NOOP, 14),
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(uint64_t *)
+/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
 /* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 104), // void()(struct gw_serve *)
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 46),
+/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
 /* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 81 */ _CFFI_OP(_CFFI_OP_ARRAY, 80), // char[192]
-/* 82 */ (_cffi_opcode_t)(192),
-/* 83 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 84 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
-/* 85 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
-/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 87 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 88 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 89 */ _CFFI_OP(_CFFI_OP_POINTER, 90), // struct gw_arrival_region const *
-/* 90 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 91 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 92 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
-/* 93 */ _CFFI_OP(_CFFI_OP_ARRAY, 92), // struct gw_inject_range[64]
-/* 94 */ (_cffi_opcode_t)(64),
-/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
-/* 96 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
-/* 97 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_serve
-/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_serve_config
-/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve_image
-/* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 101), // struct gw_serve_region const *
-/* 101 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_region
-/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_stats
-/* 103 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 104 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(struct gw_arrival *)
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(struct gw_serve *)
+/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 87 */ _CFFI_OP(_CFFI_OP_ARRAY, 86), // char[192]
+/* 88 */ (_cffi_opcode_t)(192),
+/* 89 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
+/* 90 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
+/* 91 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
+/* 92 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_page_state
+/* 93 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 94 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // struct gw_arrival_region const *
+/* 97 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
+/* 100 */ _CFFI_OP(_CFFI_OP_ARRAY, 99), // struct gw_inject_range[64]
+/* 101 */ (_cffi_opcode_t)(64),
+/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
+/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_serve
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_serve_config
+/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve_image
+/* 107 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // struct gw_serve_region const *
+/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_region
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_stats
+/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -776,6 +785,69 @@ static int _cffi_const_GW_INSTALL_CONTINUE(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_GW_PAGE_ABSENT(unsigned long long *o)
+{
+  int n = (GW_PAGE_ABSENT) <= 0;
+  *o = (unsigned long long)((GW_PAGE_ABSENT) | 0);  /* check that GW_PAGE_ABSENT is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_REQUESTED_BULK(unsigned long long *o)
+{
+  int n = (GW_PAGE_REQUESTED_BULK) <= 0;
+  *o = (unsigned long long)((GW_PAGE_REQUESTED_BULK) | 0);  /* check that GW_PAGE_REQUESTED_BULK is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_REQUESTED_DEMAND(unsigned long long *o)
+{
+  int n = (GW_PAGE_REQUESTED_DEMAND) <= 0;
+  *o = (unsigned long long)((GW_PAGE_REQUESTED_DEMAND) | 0);  /* check that GW_PAGE_REQUESTED_DEMAND is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_INSTALLING(unsigned long long *o)
+{
+  int n = (GW_PAGE_INSTALLING) <= 0;
+  *o = (unsigned long long)((GW_PAGE_INSTALLING) | 0);  /* check that GW_PAGE_INSTALLING is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_FILLED(unsigned long long *o)
+{
+  int n = (GW_PAGE_FILLED) <= 0;
+  *o = (unsigned long long)((GW_PAGE_FILLED) | 0);  /* check that GW_PAGE_FILLED is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_PRESENT(unsigned long long *o)
+{
+  int n = (GW_PAGE_PRESENT) <= 0;
+  *o = (unsigned long long)((GW_PAGE_PRESENT) | 0);  /* check that GW_PAGE_PRESENT is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_ZERO(unsigned long long *o)
+{
+  int n = (GW_PAGE_ZERO) <= 0;
+  *o = (unsigned long long)((GW_PAGE_ZERO) | 0);  /* check that GW_PAGE_ZERO is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_REMOVED(unsigned long long *o)
+{
+  int n = (GW_PAGE_REMOVED) <= 0;
+  *o = (unsigned long long)((GW_PAGE_REMOVED) | 0);  /* check that GW_PAGE_REMOVED is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_PAGE_POISONED(unsigned long long *o)
+{
+  int n = (GW_PAGE_POISONED) <= 0;
+  *o = (unsigned long long)((GW_PAGE_POISONED) | 0);  /* check that GW_PAGE_POISONED is an integer */
+  return n;
+}
+
 static int _cffi_d_gw_arrival_bitmap(struct gw_arrival const * x0, uint8_t * x1, size_t x2)
 {
   return gw_arrival_bitmap(x0, x1, x2);
@@ -799,19 +871,19 @@ _cffi_f_gw_arrival_bitmap(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(29), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(38), arg1, (char **)&x1);
+      _cffi_type(41), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -856,19 +928,19 @@ _cffi_f_gw_arrival_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(42), arg0, (char **)&x0);
+      _cffi_type(45), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(42), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(45), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(43), arg1, (char **)&x1);
+      _cffi_type(46), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(43), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -901,10 +973,10 @@ _cffi_f_gw_arrival_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -939,10 +1011,10 @@ _cffi_f_gw_arrival_finish(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -977,10 +1049,10 @@ _cffi_f_gw_arrival_generation(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(29), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1021,10 +1093,10 @@ _cffi_f_gw_arrival_open_gate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1069,10 +1141,10 @@ _cffi_f_gw_arrival_page_state(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(29), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1117,10 +1189,10 @@ _cffi_f_gw_arrival_set_bulk_rate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1167,19 +1239,19 @@ _cffi_f_gw_arrival_set_page_server(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(18), arg1, (char **)&x1);
+      _cffi_type(21), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(18), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1218,10 +1290,10 @@ _cffi_f_gw_arrival_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1256,10 +1328,10 @@ _cffi_f_gw_arrival_start_bulk(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(14), arg0, (char **)&x0);
+      _cffi_type(17), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(14), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1300,19 +1372,19 @@ _cffi_f_gw_arrival_status(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(29), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(30), arg1, (char **)&x1);
+      _cffi_type(33), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival_status *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(30), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(33), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1347,10 +1419,10 @@ _cffi_f_gw_arrival_wait_fd(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(29), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1407,10 +1479,10 @@ _cffi_f_gw_inject_take(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg3, (char **)&x3);
+      _cffi_type(7), arg3, (char **)&x3);
   if (datasize != 0) {
     x3 = ((size_t)datasize) <= 640 ? (struct gw_inject_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg3, (char **)&x3,
+    if (_cffi_convert_array_argument(_cffi_type(7), arg3, (char **)&x3,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1473,10 +1545,10 @@ _cffi_f_gw_inject_uffd(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(4), arg4, (char **)&x4);
+      _cffi_type(7), arg4, (char **)&x4);
   if (datasize != 0) {
     x4 = ((size_t)datasize) <= 640 ? (struct gw_inject_result *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(4), arg4, (char **)&x4,
+    if (_cffi_convert_array_argument(_cffi_type(7), arg4, (char **)&x4,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1517,19 +1589,19 @@ _cffi_f_gw_serve_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(68), arg0, (char **)&x0);
+      _cffi_type(71), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(68), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(69), arg1, (char **)&x1);
+      _cffi_type(72), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(69), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(72), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1562,10 +1634,10 @@ _cffi_f_gw_serve_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg0, (char **)&x0);
+      _cffi_type(49), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1600,10 +1672,10 @@ _cffi_f_gw_serve_drain(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg0, (char **)&x0);
+      _cffi_type(49), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1644,19 +1716,19 @@ _cffi_f_gw_serve_image_stream_count(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(57), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(57), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(18), arg1, (char **)&x1);
+      _cffi_type(21), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(18), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1691,10 +1763,10 @@ _cffi_f_gw_serve_port(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(57), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(57), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1735,19 +1807,19 @@ _cffi_f_gw_serve_put_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg0, (char **)&x0);
+      _cffi_type(49), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg1, (char **)&x1);
+      _cffi_type(57), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_image const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(57), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1788,19 +1860,19 @@ _cffi_f_gw_serve_remove_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg0, (char **)&x0);
+      _cffi_type(49), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(18), arg1, (char **)&x1);
+      _cffi_type(21), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(18), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1835,10 +1907,10 @@ _cffi_f_gw_serve_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg0, (char **)&x0);
+      _cffi_type(49), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1879,19 +1951,19 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(57), arg0, (char **)&x0);
+      _cffi_type(60), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(57), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg1, (char **)&x1);
+      _cffi_type(68), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(68), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1909,6 +1981,74 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_gw_serve_stats _cffi_d_gw_serve_stats
+#endif
+
+static char const * _cffi_d_gw_uffd_feature_name(uint64_t x0)
+{
+  return gw_uffd_feature_name(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_uffd_feature_name(PyObject *self, PyObject *arg0)
+{
+  uint64_t x0;
+  char const * result;
+  PyObject *pyresult;
+
+  x0 = _cffi_to_c_int(arg0, uint64_t);
+  if (x0 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_uffd_feature_name(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(21));
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_uffd_feature_name _cffi_d_gw_uffd_feature_name
+#endif
+
+static int _cffi_d_gw_uffd_probe(uint64_t * x0)
+{
+  return gw_uffd_probe(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_uffd_probe(PyObject *self, PyObject *arg0)
+{
+  uint64_t * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(75), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(75), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_uffd_probe(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_uffd_probe _cffi_d_gw_uffd_probe
 #endif
 
 static int _cffi_const_GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX(unsigned long long *o)
@@ -1952,6 +2092,114 @@ static int _cffi_const_GW_SERVE_REGION_COUNT_MAX(unsigned long long *o)
   int n = (GW_SERVE_REGION_COUNT_MAX) <= 0;
   *o = (unsigned long long)((GW_SERVE_REGION_COUNT_MAX) | 0);  /* check that GW_SERVE_REGION_COUNT_MAX is an integer */
   if (!_cffi_check_int(*o, n, 64U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_EVENT_REMOVE(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_EVENT_REMOVE) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_EVENT_REMOVE) | 0);  /* check that GW_UFFD_FEATURE_EVENT_REMOVE is an integer */
+  if (!_cffi_check_int(*o, n, 8U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_MINOR_HUGETLBFS(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_MINOR_HUGETLBFS) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_MINOR_HUGETLBFS) | 0);  /* check that GW_UFFD_FEATURE_MINOR_HUGETLBFS is an integer */
+  if (!_cffi_check_int(*o, n, 512U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_MINOR_SHMEM(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_MINOR_SHMEM) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_MINOR_SHMEM) | 0);  /* check that GW_UFFD_FEATURE_MINOR_SHMEM is an integer */
+  if (!_cffi_check_int(*o, n, 1024U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_MISSING_HUGETLBFS(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_MISSING_HUGETLBFS) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_MISSING_HUGETLBFS) | 0);  /* check that GW_UFFD_FEATURE_MISSING_HUGETLBFS is an integer */
+  if (!_cffi_check_int(*o, n, 16U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_MISSING_SHMEM(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_MISSING_SHMEM) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_MISSING_SHMEM) | 0);  /* check that GW_UFFD_FEATURE_MISSING_SHMEM is an integer */
+  if (!_cffi_check_int(*o, n, 32U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_MOVE(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_MOVE) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_MOVE) | 0);  /* check that GW_UFFD_FEATURE_MOVE is an integer */
+  if (!_cffi_check_int(*o, n, 65536U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_POISON(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_POISON) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_POISON) | 0);  /* check that GW_UFFD_FEATURE_POISON is an integer */
+  if (!_cffi_check_int(*o, n, 16384U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_SIGBUS(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_SIGBUS) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_SIGBUS) | 0);  /* check that GW_UFFD_FEATURE_SIGBUS is an integer */
+  if (!_cffi_check_int(*o, n, 128U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_THREAD_ID(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_THREAD_ID) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_THREAD_ID) | 0);  /* check that GW_UFFD_FEATURE_THREAD_ID is an integer */
+  if (!_cffi_check_int(*o, n, 256U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_WP_ASYNC(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_WP_ASYNC) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_WP_ASYNC) | 0);  /* check that GW_UFFD_FEATURE_WP_ASYNC is an integer */
+  if (!_cffi_check_int(*o, n, 32768U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM) | 0);  /* check that GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM is an integer */
+  if (!_cffi_check_int(*o, n, 4096U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED(unsigned long long *o)
+{
+  int n = (GW_UFFD_FEATURE_WP_UNPOPULATED) <= 0;
+  *o = (unsigned long long)((GW_UFFD_FEATURE_WP_UNPOPULATED) | 0);  /* check that GW_UFFD_FEATURE_WP_UNPOPULATED is an integer */
+  if (!_cffi_check_int(*o, n, 8192U))
     n |= 2;
   return n;
 }
@@ -2138,326 +2386,352 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_INJECT_RANGE_COUNT_MAX", (void *)_cffi_const_GW_INJECT_RANGE_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_INSTALL_CONTINUE", (void *)_cffi_const_GW_INSTALL_CONTINUE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INSTALL_COPY", (void *)_cffi_const_GW_INSTALL_COPY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_ABSENT", (void *)_cffi_const_GW_PAGE_ABSENT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_FILLED", (void *)_cffi_const_GW_PAGE_FILLED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_INSTALLING", (void *)_cffi_const_GW_PAGE_INSTALLING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_POISONED", (void *)_cffi_const_GW_PAGE_POISONED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_PRESENT", (void *)_cffi_const_GW_PAGE_PRESENT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_REMOVED", (void *)_cffi_const_GW_PAGE_REMOVED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_REQUESTED_BULK", (void *)_cffi_const_GW_PAGE_REQUESTED_BULK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_REQUESTED_DEMAND", (void *)_cffi_const_GW_PAGE_REQUESTED_DEMAND, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PAGE_ZERO", (void *)_cffi_const_GW_PAGE_ZERO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_SERVE_REGION_COUNT_MAX", (void *)_cffi_const_GW_SERVE_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
-  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 36), (void *)_cffi_d_gw_arrival_bitmap },
-  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_gw_arrival_create },
-  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 74), (void *)_cffi_d_gw_arrival_destroy },
-  { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_gw_arrival_finish },
-  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 71), (void *)_cffi_d_gw_arrival_generation },
-  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_gw_arrival_open_gate },
-  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 32), (void *)_cffi_d_gw_arrival_page_state },
-  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 21), (void *)_cffi_d_gw_arrival_set_bulk_rate },
-  { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 16), (void *)_cffi_d_gw_arrival_set_page_server },
-  { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_gw_arrival_start },
-  { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 13), (void *)_cffi_d_gw_arrival_start_bulk },
-  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 28), (void *)_cffi_d_gw_arrival_status },
-  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 25), (void *)_cffi_d_gw_arrival_wait_fd },
-  { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 0), (void *)_cffi_d_gw_inject_take },
-  { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 6), (void *)_cffi_d_gw_inject_uffd },
-  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_gw_serve_create },
-  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_gw_serve_destroy },
-  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 45), (void *)_cffi_d_gw_serve_drain },
-  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 59), (void *)_cffi_d_gw_serve_image_stream_count },
-  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 56), (void *)_cffi_d_gw_serve_port },
-  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 52), (void *)_cffi_d_gw_serve_put_image },
-  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 48), (void *)_cffi_d_gw_serve_remove_image },
-  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 45), (void *)_cffi_d_gw_serve_start },
-  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_gw_serve_stats },
+  { "GW_UFFD_FEATURE_EVENT_REMOVE", (void *)_cffi_const_GW_UFFD_FEATURE_EVENT_REMOVE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_MINOR_HUGETLBFS", (void *)_cffi_const_GW_UFFD_FEATURE_MINOR_HUGETLBFS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_MINOR_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_MINOR_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_MISSING_HUGETLBFS", (void *)_cffi_const_GW_UFFD_FEATURE_MISSING_HUGETLBFS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_MISSING_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_MISSING_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_MOVE", (void *)_cffi_const_GW_UFFD_FEATURE_MOVE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_POISON", (void *)_cffi_const_GW_UFFD_FEATURE_POISON, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_SIGBUS", (void *)_cffi_const_GW_UFFD_FEATURE_SIGBUS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_THREAD_ID", (void *)_cffi_const_GW_UFFD_FEATURE_THREAD_ID, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_WP_ASYNC", (void *)_cffi_const_GW_UFFD_FEATURE_WP_ASYNC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_UFFD_FEATURE_WP_UNPOPULATED", (void *)_cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_gw_arrival_bitmap },
+  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_gw_arrival_create },
+  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 80), (void *)_cffi_d_gw_arrival_destroy },
+  { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_finish },
+  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_gw_arrival_generation },
+  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_open_gate },
+  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 35), (void *)_cffi_d_gw_arrival_page_state },
+  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_set_bulk_rate },
+  { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 19), (void *)_cffi_d_gw_arrival_set_page_server },
+  { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start },
+  { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start_bulk },
+  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 31), (void *)_cffi_d_gw_arrival_status },
+  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 28), (void *)_cffi_d_gw_arrival_wait_fd },
+  { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 3), (void *)_cffi_d_gw_inject_take },
+  { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_gw_inject_uffd },
+  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 70), (void *)_cffi_d_gw_serve_create },
+  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 83), (void *)_cffi_d_gw_serve_destroy },
+  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 48), (void *)_cffi_d_gw_serve_drain },
+  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_gw_serve_image_stream_count },
+  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 59), (void *)_cffi_d_gw_serve_port },
+  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_gw_serve_put_image },
+  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 51), (void *)_cffi_d_gw_serve_remove_image },
+  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 48), (void *)_cffi_d_gw_serve_start },
+  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 66), (void *)_cffi_d_gw_serve_stats },
+  { "gw_uffd_feature_name", (void *)_cffi_f_gw_uffd_feature_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_gw_uffd_feature_name },
+  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 74), (void *)_cffi_d_gw_uffd_probe },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "struct_size", offsetof(struct gw_arrival_config, struct_size),
                    sizeof(((struct gw_arrival_config *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "page_size", offsetof(struct gw_arrival_config, page_size),
                  sizeof(((struct gw_arrival_config *)0)->page_size),
-                 _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "epoch", offsetof(struct gw_arrival_config, epoch),
              sizeof(((struct gw_arrival_config *)0)->epoch),
-             _CFFI_OP(_CFFI_OP_NOOP, 9) },
+             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "page_map_path", offsetof(struct gw_arrival_config, page_map_path),
                      sizeof(((struct gw_arrival_config *)0)->page_map_path),
-                     _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "session_id", offsetof(struct gw_arrival_config, session_id),
                   sizeof(((struct gw_arrival_config *)0)->session_id),
-                  _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "image_id", offsetof(struct gw_arrival_config, image_id),
                 sizeof(((struct gw_arrival_config *)0)->image_id),
-                _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "page_host", offsetof(struct gw_arrival_config, page_host),
                  sizeof(((struct gw_arrival_config *)0)->page_host),
-                 _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "traceparent", offsetof(struct gw_arrival_config, traceparent),
                    sizeof(((struct gw_arrival_config *)0)->traceparent),
-                   _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "page_port", offsetof(struct gw_arrival_config, page_port),
                  sizeof(((struct gw_arrival_config *)0)->page_port),
-                 _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "uffd", offsetof(struct gw_arrival_config, uffd),
             sizeof(((struct gw_arrival_config *)0)->uffd),
-            _CFFI_OP(_CFFI_OP_NOOP, 1) },
+            _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "ram_fd", offsetof(struct gw_arrival_config, ram_fd),
               sizeof(((struct gw_arrival_config *)0)->ram_fd),
-              _CFFI_OP(_CFFI_OP_NOOP, 1) },
+              _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "install_method", offsetof(struct gw_arrival_config, install_method),
                       sizeof(((struct gw_arrival_config *)0)->install_method),
-                      _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "bulk_connection_count", offsetof(struct gw_arrival_config, bulk_connection_count),
                              sizeof(((struct gw_arrival_config *)0)->bulk_connection_count),
-                             _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                             _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "adopt", offsetof(struct gw_arrival_config, adopt),
              sizeof(((struct gw_arrival_config *)0)->adopt),
-             _CFFI_OP(_CFFI_OP_NOOP, 19) },
+             _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "bulk_bytes_per_s_max", offsetof(struct gw_arrival_config, bulk_bytes_per_s_max),
                             sizeof(((struct gw_arrival_config *)0)->bulk_bytes_per_s_max),
-                            _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                            _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 89) },
+               _CFFI_OP(_CFFI_OP_NOOP, 96) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "reserved", offsetof(struct gw_arrival_config, reserved),
                 sizeof(((struct gw_arrival_config *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "offset", offsetof(struct gw_arrival_region, offset),
               sizeof(((struct gw_arrival_region *)0)->offset),
-              _CFFI_OP(_CFFI_OP_NOOP, 9) },
+              _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "host_addr", offsetof(struct gw_arrival_region, host_addr),
                  sizeof(((struct gw_arrival_region *)0)->host_addr),
-                 _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "len", offsetof(struct gw_arrival_region, len),
            sizeof(((struct gw_arrival_region *)0)->len),
-           _CFFI_OP(_CFFI_OP_NOOP, 9) },
+           _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "phase", offsetof(struct gw_arrival_status, phase),
              sizeof(((struct gw_arrival_status *)0)->phase),
-             _CFFI_OP(_CFFI_OP_NOOP, 19) },
+             _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "bulk_done", offsetof(struct gw_arrival_status, bulk_done),
                  sizeof(((struct gw_arrival_status *)0)->bulk_done),
-                 _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "grpc_status", offsetof(struct gw_arrival_status, grpc_status),
                    sizeof(((struct gw_arrival_status *)0)->grpc_status),
-                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "reserved", offsetof(struct gw_arrival_status, reserved),
                 sizeof(((struct gw_arrival_status *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "page_count", offsetof(struct gw_arrival_status, page_count),
                   sizeof(((struct gw_arrival_status *)0)->page_count),
-                  _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "absent_count", offsetof(struct gw_arrival_status, absent_count),
                     sizeof(((struct gw_arrival_status *)0)->absent_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "demand_page_count", offsetof(struct gw_arrival_status, demand_page_count),
                          sizeof(((struct gw_arrival_status *)0)->demand_page_count),
-                         _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                         _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "bulk_page_count", offsetof(struct gw_arrival_status, bulk_page_count),
                        sizeof(((struct gw_arrival_status *)0)->bulk_page_count),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "zero_page_count", offsetof(struct gw_arrival_status, zero_page_count),
                        sizeof(((struct gw_arrival_status *)0)->zero_page_count),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "removed_page_count", offsetof(struct gw_arrival_status, removed_page_count),
                           sizeof(((struct gw_arrival_status *)0)->removed_page_count),
-                          _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                          _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_count", offsetof(struct gw_arrival_status, fault_count),
                    sizeof(((struct gw_arrival_status *)0)->fault_count),
-                   _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "held_fault_count", offsetof(struct gw_arrival_status, held_fault_count),
                         sizeof(((struct gw_arrival_status *)0)->held_fault_count),
-                        _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "received_bytes", offsetof(struct gw_arrival_status, received_bytes),
                       sizeof(((struct gw_arrival_status *)0)->received_bytes),
-                      _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "checksum_error_count", offsetof(struct gw_arrival_status, checksum_error_count),
                             sizeof(((struct gw_arrival_status *)0)->checksum_error_count),
-                            _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                            _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "reconnect_count", offsetof(struct gw_arrival_status, reconnect_count),
                        sizeof(((struct gw_arrival_status *)0)->reconnect_count),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "violation_count", offsetof(struct gw_arrival_status, violation_count),
                        sizeof(((struct gw_arrival_status *)0)->violation_count),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "link_lost_ns", offsetof(struct gw_arrival_status, link_lost_ns),
                     sizeof(((struct gw_arrival_status *)0)->link_lost_ns),
-                    _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 96) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 81) },
+              _CFFI_OP(_CFFI_OP_NOOP, 87) },
   { "host_addr", offsetof(struct gw_inject_range, host_addr),
                  sizeof(((struct gw_inject_range *)0)->host_addr),
-                 _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "len", offsetof(struct gw_inject_range, len),
            sizeof(((struct gw_inject_range *)0)->len),
-           _CFFI_OP(_CFFI_OP_NOOP, 9) },
+           _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "file_offset", offsetof(struct gw_inject_range, file_offset),
                    sizeof(((struct gw_inject_range *)0)->file_offset),
-                   _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "uffd", offsetof(struct gw_inject_result, uffd),
             sizeof(((struct gw_inject_result *)0)->uffd),
-            _CFFI_OP(_CFFI_OP_NOOP, 1) },
+            _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "remote_fd", offsetof(struct gw_inject_result, remote_fd),
                  sizeof(((struct gw_inject_result *)0)->remote_fd),
-                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "features", offsetof(struct gw_inject_result, features),
                 sizeof(((struct gw_inject_result *)0)->features),
-                _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "stopped_ns", offsetof(struct gw_inject_result, stopped_ns),
                   sizeof(((struct gw_inject_result *)0)->stopped_ns),
-                  _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "range_count", offsetof(struct gw_inject_result, range_count),
                    sizeof(((struct gw_inject_result *)0)->range_count),
-                   _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "reserved", offsetof(struct gw_inject_result, reserved),
                 sizeof(((struct gw_inject_result *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 93) },
+              _CFFI_OP(_CFFI_OP_NOOP, 100) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "p50_ns", offsetof(struct gw_latency_summary, p50_ns),
               sizeof(((struct gw_latency_summary *)0)->p50_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 9) },
+              _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "p99_ns", offsetof(struct gw_latency_summary, p99_ns),
               sizeof(((struct gw_latency_summary *)0)->p99_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 9) },
+              _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "p999_ns", offsetof(struct gw_latency_summary, p999_ns),
                sizeof(((struct gw_latency_summary *)0)->p999_ns),
-               _CFFI_OP(_CFFI_OP_NOOP, 9) },
+               _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "max_ns", offsetof(struct gw_latency_summary, max_ns),
               sizeof(((struct gw_latency_summary *)0)->max_ns),
-              _CFFI_OP(_CFFI_OP_NOOP, 9) },
+              _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "struct_size", offsetof(struct gw_serve_config, struct_size),
                    sizeof(((struct gw_serve_config *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "listen_port", offsetof(struct gw_serve_config, listen_port),
                    sizeof(((struct gw_serve_config *)0)->listen_port),
-                   _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "listen_host", offsetof(struct gw_serve_config, listen_host),
                    sizeof(((struct gw_serve_config *)0)->listen_host),
-                   _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "connection_count_max", offsetof(struct gw_serve_config, connection_count_max),
                             sizeof(((struct gw_serve_config *)0)->connection_count_max),
-                            _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                            _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "heartbeat_ms", offsetof(struct gw_serve_config, heartbeat_ms),
                     sizeof(((struct gw_serve_config *)0)->heartbeat_ms),
-                    _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "struct_size", offsetof(struct gw_serve_image, struct_size),
                    sizeof(((struct gw_serve_image *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ram_fd", offsetof(struct gw_serve_image, ram_fd),
               sizeof(((struct gw_serve_image *)0)->ram_fd),
-              _CFFI_OP(_CFFI_OP_NOOP, 1) },
+              _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "image_id", offsetof(struct gw_serve_image, image_id),
                 sizeof(((struct gw_serve_image *)0)->image_id),
-                _CFFI_OP(_CFFI_OP_NOOP, 18) },
+                _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "vm_id", offsetof(struct gw_serve_image, vm_id),
              sizeof(((struct gw_serve_image *)0)->vm_id),
-             _CFFI_OP(_CFFI_OP_NOOP, 18) },
+             _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "boot_id", offsetof(struct gw_serve_image, boot_id),
                sizeof(((struct gw_serve_image *)0)->boot_id),
-               _CFFI_OP(_CFFI_OP_NOOP, 18) },
+               _CFFI_OP(_CFFI_OP_NOOP, 21) },
   { "epoch", offsetof(struct gw_serve_image, epoch),
              sizeof(((struct gw_serve_image *)0)->epoch),
-             _CFFI_OP(_CFFI_OP_NOOP, 9) },
+             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "inode", offsetof(struct gw_serve_image, inode),
              sizeof(((struct gw_serve_image *)0)->inode),
-             _CFFI_OP(_CFFI_OP_NOOP, 9) },
+             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "generation", offsetof(struct gw_serve_image, generation),
                   sizeof(((struct gw_serve_image *)0)->generation),
-                  _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "state", offsetof(struct gw_serve_image, state),
              sizeof(((struct gw_serve_image *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 19) },
+             _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "region_count", offsetof(struct gw_serve_image, region_count),
                     sizeof(((struct gw_serve_image *)0)->region_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 100) },
+               _CFFI_OP(_CFFI_OP_NOOP, 107) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
-           _CFFI_OP(_CFFI_OP_NOOP, 9) },
+           _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "size", offsetof(struct gw_serve_region, size),
             sizeof(((struct gw_serve_region *)0)->size),
-            _CFFI_OP(_CFFI_OP_NOOP, 9) },
+            _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "file_offset", offsetof(struct gw_serve_region, file_offset),
                    sizeof(((struct gw_serve_region *)0)->file_offset),
-                   _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "page_size", offsetof(struct gw_serve_region, page_size),
                  sizeof(((struct gw_serve_region *)0)->page_size),
-                 _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "reserved", offsetof(struct gw_serve_region, reserved),
                 sizeof(((struct gw_serve_region *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 19) },
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "connection_count", offsetof(struct gw_serve_stats, connection_count),
                         sizeof(((struct gw_serve_stats *)0)->connection_count),
-                        _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "stream_count", offsetof(struct gw_serve_stats, stream_count),
                     sizeof(((struct gw_serve_stats *)0)->stream_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "connection_total", offsetof(struct gw_serve_stats, connection_total),
                         sizeof(((struct gw_serve_stats *)0)->connection_total),
-                        _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "demand_page_total", offsetof(struct gw_serve_stats, demand_page_total),
                          sizeof(((struct gw_serve_stats *)0)->demand_page_total),
-                         _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                         _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "bulk_page_total", offsetof(struct gw_serve_stats, bulk_page_total),
                        sizeof(((struct gw_serve_stats *)0)->bulk_page_total),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "zero_page_total", offsetof(struct gw_serve_stats, zero_page_total),
                        sizeof(((struct gw_serve_stats *)0)->zero_page_total),
-                       _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "sent_bytes_total", offsetof(struct gw_serve_stats, sent_bytes_total),
                         sizeof(((struct gw_serve_stats *)0)->sent_bytes_total),
-                        _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "want_total", offsetof(struct gw_serve_stats, want_total),
                   sizeof(((struct gw_serve_stats *)0)->want_total),
-                  _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "refused_total", offsetof(struct gw_serve_stats, refused_total),
                      sizeof(((struct gw_serve_stats *)0)->refused_total),
-                     _CFFI_OP(_CFFI_OP_NOOP, 9) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 87, _CFFI_F_OPAQUE,
+  { "gw_arrival", 94, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 88, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_config", 95, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 18 },
-  { "gw_arrival_region", 90, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_region", 97, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 18, 3 },
-  { "gw_arrival_status", 91, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_status", 98, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 21, 19 },
-  { "gw_inject_range", 92, _CFFI_F_CHECK_FIELDS,
+  { "gw_inject_range", 99, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 40, 3 },
-  { "gw_inject_result", 95, _CFFI_F_CHECK_FIELDS,
+  { "gw_inject_result", 102, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 43, 7 },
-  { "gw_latency_summary", 96, _CFFI_F_CHECK_FIELDS,
+  { "gw_latency_summary", 103, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 50, 5 },
-  { "gw_serve", 97, _CFFI_F_OPAQUE,
+  { "gw_serve", 104, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 98, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_config", 105, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 55, 5 },
-  { "gw_serve_image", 99, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_image", 106, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 60, 11 },
-  { "gw_serve_region", 101, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_region", 108, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 71, 5 },
-  { "gw_serve_stats", 102, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_stats", 109, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 76, 9 },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "gw_arrival_phase", 83, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
+  { "gw_arrival_phase", 89, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
     "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION" },
-  { "gw_image_state", 84, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+  { "gw_image_state", 90, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 85, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 91, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE" },
+  { "gw_page_state", 92, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+    "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
+    "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -2467,12 +2741,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  41,  /* num_globals */
+  64,  /* num_globals */
   12,  /* num_struct_unions */
-  3,  /* num_enums */
+  4,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  105,  /* num_types */
+  112,  /* num_types */
   0,  /* flags */
 };
 
