@@ -31,7 +31,7 @@ from services.orchestrator.metrics import Metrics
 from services.orchestrator.move import Context, Limits
 from services.orchestrator.nodes import Nodes
 from services.orchestrator.runner import Runner
-from services.orchestrator.store import Store, open_store
+from services.orchestrator.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,18 @@ class Settings:
 class Core:
     """An orchestrator at work, whoever may call it."""
 
-    app: FastAPI
-    """REST, to be served."""
     fleet: Fleet
     context: Context
     runner: Runner
     nodes: Nodes
+
+    def build_app(self) -> FastAPI:
+        """REST, to be served."""
+        return rest.build_app(self.fleet, self.context.metrics.registry, self._ready)
+
+    async def _ready(self) -> None:
+        self.runner.require_running()
+        await self.context.store.fleet.nodes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +146,7 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
             lifecycle.background({"nodes": nodes.poll, "machines": machines.settle})
         )
         await stack.enter_async_context(runner.running())
-        app = rest.build_app(fleet, context.metrics.registry, lambda: _ready(store, runner))
-        yield Core(app=app, fleet=fleet, context=context, runner=runner, nodes=nodes)
+        yield Core(fleet=fleet, context=context, runner=runner, nodes=nodes)
 
 
 @contextlib.asynccontextmanager
@@ -149,18 +154,13 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
     """`working`, and served over REST and gRPC. At the end nothing is admitted any more, first."""
     async with (
         working(settings) as core,
-        _http(core.app, settings.rest) as http,
+        _http(core.build_app(), settings.rest) as http,
         grpc_server.serving(settings.grpc, rpc.services(core.fleet)) as grpc,
     ):
         try:
             yield Running(rest=http, grpc=grpc.address, core=core)
         finally:
             core.context.changes.close()
-
-
-async def _ready(store: Store, runner: Runner) -> None:
-    runner.require_running()
-    await store.fleet.nodes()
 
 
 def parse(arguments: Sequence[str]) -> Settings:

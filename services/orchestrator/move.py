@@ -170,8 +170,9 @@ class Move:
         """Give a command before the decision until it is answered.
 
         An answer that refuses is final. No answer is no "no" (I8): both agents are asked, and
-        unless they say that the step is over the command is given again, for `patience_s` after the
-        first failure. With `settle` also a retryable refusal is final: the guest stands still.
+        unless they say that the step is over the command is given again: at least once, and for
+        `patience_s` after the first failure. With `settle` also a retryable refusal is final: the
+        guest stands still.
 
         Raises:
             HappenedError: evidence has overtaken the command.
@@ -186,12 +187,12 @@ class Move:
                 unanswered = outcome_unknown(error) or isinstance(error, NotExecutedError)
                 if not unanswered and (settle or not error.retryable):
                     raise
-                until = until or loop.time() + patience_s
                 judgement = await self.ask()
                 if judgement.event:
                     raise HappenedError(judgement.event) from error
-                if loop.time() >= until:
+                if until and loop.time() >= until:
                     raise
+                until = until or loop.time() + patience_s
                 await self.wait_for(error.reason, error.message, error.hint)
             await asyncio.sleep(delay_s)
         raise AssertionError  # the back-off never ends

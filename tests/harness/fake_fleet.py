@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pydantic
 
 from services.common.listen import Address
+from services.orchestrator import rest_models
 from services.orchestrator.agents import Deadlines
 from services.orchestrator.main import Core, Settings, orchestrating, working
 from services.orchestrator.move import Limits
-from tests.harness.fake_agent import FakeAgent, World, spec
+from tests.harness.fake_agent import FakeAgent, World, spec_json
 
 VM = "vm-1"
 LOOPBACK = Address(host="127.0.0.1", port=0)
 LIMITS = Limits(
-    validating_s=5,
-    preparing_s=5,
+    validating_s=20,
+    preparing_s=20,
     patience_s=0.5,
     switchover_s=3,
     doubt_s=0.3,
@@ -33,19 +36,19 @@ LIMITS = Limits(
     progress_write_s=0.02,
     source_check_s=0.05,
     poll_s=0.5,
-    settle_s=0.1,
+    settle_s=0.2,
     drain_s=0,
 )
 DEADLINES = Deadlines(
-    hello_s=1,
-    describe_s=1,
+    hello_s=5,
+    describe_s=3,
     pause_s=1,
     transfer_s=2,
     activate_s=1,
     seal_s=1,
     undo_s=1,
     release_s=1,
-    connect_s=0.3,
+    connect_s=0.7,
 )
 WAIT_S = 20.0
 """A test that waits longer has hung. Never part of what a test asserts."""
@@ -106,25 +109,24 @@ class FakeFleet:
     @property
     def http(self) -> httpx.AsyncClient:
         """A client of its REST."""
-        assert self._http is not None
+        if self._http is None:
+            app = self.core.build_app()
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            self._http = httpx.AsyncClient(base_url="http://fleet", transport=transport)
         return self._http
 
     async def start(self) -> None:
         """Start an orchestrator on the store."""
-        started: asyncio.Future[tuple[Core, httpx.AsyncClient]] = (
-            asyncio.get_running_loop().create_future()
-        )
+        started: asyncio.Future[Core] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._task = asyncio.create_task(self._serve(started, self._stop))
         waiting: set[asyncio.Future[Any]] = {self._task, started}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             await self._task
-        self._core, self._http = started.result()
+        self._core = started.result()
 
-    async def _serve(
-        self, started: asyncio.Future[tuple[Core, httpx.AsyncClient]], stop: asyncio.Event
-    ) -> None:
+    async def _serve(self, started: asyncio.Future[Core], stop: asyncio.Event) -> None:
         settings = Settings(
             store=self.store,
             rest=LOOPBACK,
@@ -133,21 +135,17 @@ class FakeFleet:
             limits=self.limits,
             deadlines=DEADLINES,
         )
-        if self._listening:
-            async with orchestrating(settings) as running:
-                self.grpc = running.grpc
+        async with contextlib.AsyncExitStack() as stack:
+            if self._listening:
+                running = await stack.enter_async_context(orchestrating(settings))
+                self.grpc, core = running.grpc, running.core
                 url = f"http://{running.rest}"
-                async with httpx.AsyncClient(base_url=url, timeout=WAIT_S) as client:
-                    started.set_result((running.core, client))
-                    await stop.wait()
-        else:
-            async with working(settings) as core:
-                transport = httpx.ASGITransport(core.app, raise_app_exceptions=False)
-                async with httpx.AsyncClient(
-                    base_url="http://fleet", transport=transport
-                ) as client:
-                    started.set_result((core, client))
-                    await stop.wait()
+                client = httpx.AsyncClient(base_url=url, timeout=WAIT_S)
+                self._http = await stack.enter_async_context(client)
+            else:
+                core = await stack.enter_async_context(working(settings))
+            started.set_result(core)
+            await stop.wait()
 
     async def stop(self) -> None:
         """End the orchestrator: every task is cancelled where it stands; nothing is written."""
@@ -173,26 +171,38 @@ class FakeFleet:
 
     async def start_vm(self, vm_id: str = VM, node: str = "a") -> None:
         """Start a VM."""
-        response = await self.post("/v1/vms", {"node": node, "spec": spec(vm_id)})
-        assert response.status_code == 201, response.text
+        await self.core.fleet.start_vm(node, spec_json(vm_id))
 
     async def reachable(self, node: str) -> None:
         """Wait until a node that came back was seen."""
 
         async def look() -> bool:
-            return bool((await self.get(f"/v1/nodes/{node}"))["reachable"])
+            return (await self.core.fleet.get_node(node)).reachable
 
         await eventually(look)
 
+    # What follows asks the service layer itself, in REST's words: hundreds of tests wait with it.
+
     async def migrate(self, to: str = "b", vm_id: str = VM) -> str:
         """Ask for a move; its id."""
-        response = await self.post("/v1/migrations", {"vm": vm_id, "destination_node": to})
-        assert response.status_code == 202, response.text
-        return str(response.json()["migration_id"])
+        return (await self.core.fleet.create_migration(vm_id, to)).migration_id
+
+    async def cancel(self, migration_id: str) -> Any:
+        """Ask for a cancel."""
+        return _json(rest_models.Migration.of(await self.core.fleet.cancel_migration(migration_id)))
+
+    async def vm(self, vm_id: str = VM) -> Any:
+        """A VM."""
+        return _json(rest_models.Vm.of(await self.core.fleet.get_vm(vm_id)))
+
+    async def bitmap(self, vm_id: str = VM) -> Any:
+        """A VM's userfault bitmap."""
+        found = await self.core.fleet.userfault_bitmap(vm_id)
+        return _json(rest_models.UserfaultBitmap.of(found))
 
     async def migration(self, migration_id: str) -> Any:
-        """A migration as REST shows it."""
-        return await self.get(f"/v1/migrations/{migration_id}")
+        """A migration."""
+        return _json(rest_models.Migration.of(await self.core.fleet.get_migration(migration_id)))
 
     async def ended(self, migration_id: str) -> Any:
         """A migration once it is terminal."""
@@ -206,19 +216,24 @@ class FakeFleet:
 
     async def until(self, migration_id: str, holds: Callable[[Any], bool]) -> Any:
         """A migration once something holds of it."""
-
-        async def look() -> Any:
-            found = await self.migration(migration_id)
-            return found if holds(found) else None
-
-        return await eventually(look)
+        changes = self.core.context.changes
+        async with asyncio.timeout(WAIT_S):
+            with changes.subscribe(migration_id) as changed:
+                while True:
+                    changed.clear()
+                    found = await self.migration(migration_id)
+                    if holds(found):
+                        return found
+                    await changed.wait()
 
     async def dump(self) -> list[str]:
         """Every row of the store, except what idempotent reads may touch: proof of no change."""
-        import aiosqlite
+        with contextlib.closing(sqlite3.connect(self.store)) as connection:
+            return list(connection.iterdump())
 
-        async with aiosqlite.connect(self.store) as connection:
-            return [line async for line in connection.iterdump()]
+
+def _json(model: pydantic.BaseModel) -> Any:
+    return model.model_dump(mode="json")
 
 
 @contextlib.asynccontextmanager

@@ -65,13 +65,13 @@ async def open_store(path: Path) -> AsyncIterator[Store]:
 
 
 async def _prepare(database: Database, path: Path) -> str:
-    async with database.write() as connection:
-        await connection.run_sync(schema.metadata.create_all)
-        rows = await connection.execute(sa.select(schema.meta))
+    def work(connection: sa.Connection) -> str:
+        schema.metadata.create_all(connection)
+        rows = connection.execute(sa.select(schema.meta))
         known: dict[str, str] = {row.key: row.value for row in rows}
         if not known:
             known = {"incarnation": str(ULID()), "schema_version": str(schema.SCHEMA_VERSION)}
-            await connection.execute(
+            connection.execute(
                 sa.insert(schema.meta),
                 [{"key": key, "value": value} for key, value in known.items()],
             )
@@ -84,10 +84,12 @@ async def _prepare(database: Database, path: Path) -> str:
             )
         for step in range(version, schema.SCHEMA_VERSION):
             for statement in schema.UPGRADES[step]:
-                await connection.exec_driver_sql(statement)
-        await connection.execute(
+                connection.exec_driver_sql(statement)
+        connection.execute(
             sa.update(schema.meta)
             .where(schema.meta.c.key == "schema_version")
             .values(value=str(schema.SCHEMA_VERSION))
         )
         return known["incarnation"]
+
+    return await database.write(work)

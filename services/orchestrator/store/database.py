@@ -2,13 +2,14 @@
 """One durable file, one writer, and failures that can be told apart.
 
 `synchronous=FULL` under WAL: a transaction that has committed survives the loss of power, which is
-what makes the decision a decision (I2). All writes of the process go through one connection, so
-that they queue here, in order, and never as SQLITE_BUSY in the middle of a transaction; another
-process is kept out by BEGIN IMMEDIATE. Reads have their own connections and never wait.
+what makes the decision a decision (I2). All writes of the process go through one connection in one
+thread, so that they queue here, in order, and never as SQLITE_BUSY in the middle of a transaction;
+another process is kept out by BEGIN IMMEDIATE. Reads have their own connections and never wait.
 
-The decision has a connection and a thread of its own: a guest stands still while it is written, and
-a transaction that hops to a thread and back for each statement costs several milliseconds more than
-its fsync does.
+A transaction is a function that runs in that thread from its beginning to its end. Rejected:
+SQLAlchemy's asyncio layer over aiosqlite. A task that was cancelled between two of its statements
+left the transaction open and the store locked; and its hop to a thread and back for each statement
+cost several milliseconds more than the fsync, while a guest stands still.
 Source: https://www.sqlite.org/wal.html, https://www.sqlite.org/pragma.html#pragma_synchronous.
 """
 
@@ -17,14 +18,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from services.common.errors import UnavailableError
 
@@ -82,19 +81,15 @@ def typed_errors() -> Iterator[None]:
         raise cls(reason, f"the store failed: {original or error}", hint=hint) from error
 
 
-def _engine(path: Path, *, writer: bool) -> AsyncEngine:
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}",
-        poolclass=AsyncAdaptedQueuePool,
+def _engine(path: Path, *, writer: bool) -> sa.Engine:
+    engine = sa.create_engine(
+        f"sqlite:///{path}",
+        poolclass=sa.pool.QueuePool,
         pool_size=1 if writer else READERS_MAX,
         max_overflow=0,
-        connect_args={"timeout": BUSY_S_MAX},
+        connect_args={"timeout": BUSY_S_MAX, "check_same_thread": False},
     )
-    _configure(engine.sync_engine, writer=writer)
-    return engine
 
-
-def _configure(engine: sa.Engine, *, writer: bool) -> None:
     @sa.event.listens_for(engine, "connect")
     def _connected(connection: Any, _record: object) -> None:
         # sqlite3 must not begin transactions by itself: it would begin deferred ones.
@@ -111,59 +106,59 @@ def _configure(engine: sa.Engine, *, writer: bool) -> None:
     def _begin(connection: sa.Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
 
+    return engine
+
 
 class Database:
-    """The engines. `async with database.write() as c` is a transaction, durable at its end."""
+    """The file. Work is a function of a connection; it must not keep the connection."""
 
     def __init__(self, path: Path) -> None:
         self._writer = _engine(path, writer=True)
         self._reader = _engine(path, writer=False)
-        self._decider = sa.create_engine(
-            f"sqlite:///{path}",
-            poolclass=sa.pool.StaticPool,
-            connect_args={"timeout": BUSY_S_MAX, "check_same_thread": False},
-        )
-        _configure(self._decider, writer=True)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decision")
-        self._writing = asyncio.Lock()
-        """Queues the two writing connections, in order; SQLite's own lock would be polled for."""
+        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-write")
+        self._reading = ThreadPoolExecutor(READERS_MAX, thread_name_prefix="store-read")
 
-    @contextlib.asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction; leaving the block commits and syncs, an exception rolls back."""
-        with typed_errors():
-            async with self._writing, self._writer.begin() as connection:
-                yield connection
+    async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Run `work` in a transaction; durable when this returns, rolled back if `work` raises.
 
-    @contextlib.asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A snapshot of what is committed."""
-        with typed_errors():
-            async with self._reader.connect() as connection:
-                yield connection
+        Cancelled, or failed with a StoreError, it may have been committed or not: read.
+        """
+        return await self._run(self._writing, self._writer, work)
 
-    async def decide(
+    async def read(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Run `work` on a snapshot of what is committed."""
+        return await self._run(self._reading, self._reader, work)
+
+    async def write_then_read(
         self, write: Callable[[sa.Connection], None], read: Callable[[sa.Connection], _T]
     ) -> _T:
         """Run `write` in a transaction, then `read` in another one, in one go.
 
-        What is returned was read after the commit, so it is durable. Cancelled or failed, the write
-        may have happened or not: read again.
+        What is returned was read after the commit: it is durable, whoever wrote it.
         """
 
         def run() -> _T:
             with typed_errors():
-                with self._decider.begin() as connection:
+                with self._writer.begin() as connection:
                     write(connection)
-                with self._decider.begin() as connection:
+                with self._writer.begin() as connection:
                     return read(connection)
 
-        async with self._writing:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        return await asyncio.get_running_loop().run_in_executor(self._writing, run)
+
+    async def _run(
+        self, thread: ThreadPoolExecutor, engine: sa.Engine, work: Callable[[sa.Connection], _T]
+    ) -> _T:
+        def run() -> _T:
+            with typed_errors(), engine.begin() as connection:
+                return work(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(thread, run)
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self._reader.dispose()
-        await self._writer.dispose()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._decider.dispose)
-        self._thread.shutdown()
+        """Finish what was begun, then close every connection."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._reading, self._reader.dispose)
+        await loop.run_in_executor(self._writing, self._writer.dispose)
+        for threads in (self._reading, self._writing):
+            threads.shutdown()

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql.dml import ReturningInsert
 
 from services.common.errors import AlreadyExistsError, NotFoundError
 from services.common.vm_spec import VmSpec
@@ -17,9 +15,9 @@ from services.orchestrator.store.rows import NodeRow, VmRow, VmState
 _vms = schema.vms.c
 
 
-def next_epoch_statement(vm_id: str) -> ReturningInsert[int]:
-    """Issues a fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
-    return (
+def next_epoch(connection: sa.Connection, vm_id: str) -> int:
+    """A fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
+    statement = (
         sqlite.insert(schema.epochs)
         .values(vm_id=vm_id, last_epoch=1)
         .on_conflict_do_update(
@@ -28,16 +26,12 @@ def next_epoch_statement(vm_id: str) -> ReturningInsert[int]:
         )
         .returning(schema.epochs.c.last_epoch)
     )
+    return int(connection.execute(statement).scalar_one())
 
 
-async def next_epoch(connection: AsyncConnection, vm_id: str) -> int:
-    """A fresh epoch."""
-    return int((await connection.execute(next_epoch_statement(vm_id))).scalar_one())
-
-
-async def active_migration_id(connection: AsyncConnection, vm_id: str) -> str:
+def active_migration_id(connection: sa.Connection, vm_id: str) -> str:
     """The VM's migration that is not terminal, or ""."""
-    found = await connection.execute(
+    found = connection.execute(
         sa.select(schema.migrations.c.migration_id).where(
             schema.migrations.c.vm_id == vm_id, schema.migrations.c.terminal == sa.false()
         )
@@ -75,60 +69,74 @@ class FleetTable:
 
     async def put_node(self, name: str, agent_address: str, *, now_ns: int) -> tuple[NodeRow, bool]:
         """Insert a node or give it a new address. The bool: it is new."""
-        async with self._database.write() as connection:
-            known = await connection.execute(
+
+        def work(connection: sa.Connection) -> tuple[NodeRow, bool]:
+            known = connection.execute(
                 sa.update(schema.nodes)
                 .where(schema.nodes.c.name == name)
                 .values(agent_address=agent_address)
             )
             if not known.rowcount:
-                await connection.execute(
+                connection.execute(
                     sa.insert(schema.nodes).values(
                         name=name, agent_address=agent_address, registered_at_ns=now_ns
                     )
                 )
-            row = await connection.execute(
-                sa.select(schema.nodes).where(schema.nodes.c.name == name)
-            )
+            row = connection.execute(sa.select(schema.nodes).where(schema.nodes.c.name == name))
             return NodeRow(**row.one()._asdict()), not known.rowcount
+
+        return await self._database.write(work)
 
     async def node(self, name: str) -> NodeRow | None:
         """One node."""
-        async with self._database.read() as connection:
-            found = await connection.execute(
-                sa.select(schema.nodes).where(schema.nodes.c.name == name)
-            )
+
+        def work(connection: sa.Connection) -> NodeRow | None:
+            found = connection.execute(sa.select(schema.nodes).where(schema.nodes.c.name == name))
             row = found.one_or_none()
             return NodeRow(**row._asdict()) if row else None
 
+        return await self._database.read(work)
+
     async def nodes(self) -> list[NodeRow]:
         """All of them, by name."""
-        async with self._database.read() as connection:
-            found = await connection.execute(sa.select(schema.nodes).order_by(schema.nodes.c.name))
+
+        def work(connection: sa.Connection) -> list[NodeRow]:
+            found = connection.execute(sa.select(schema.nodes).order_by(schema.nodes.c.name))
             return [NodeRow(**row._asdict()) for row in found]
+
+        return await self._database.read(work)
 
     # --- VMs ---
 
     async def vm(self, vm_id: str) -> VmRow | None:
         """One VM."""
-        async with self._database.read() as connection:
-            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
+
+        def work(connection: sa.Connection) -> VmRow | None:
+            found = connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
             row = found.one_or_none()
             return VmRow.of(row) if row else None
 
+        return await self._database.read(work)
+
     async def vms(self) -> list[VmRow]:
         """All of them, by id."""
-        async with self._database.read() as connection:
-            found = await connection.execute(sa.select(schema.vms).order_by(_vms.vm_id))
+
+        def work(connection: sa.Connection) -> list[VmRow]:
+            found = connection.execute(sa.select(schema.vms).order_by(_vms.vm_id))
             return [VmRow.of(row) for row in found]
+
+        return await self._database.read(work)
 
     async def last_epoch(self, vm_id: str) -> int:
         """The highest epoch ever issued for the VM, or 0."""
-        async with self._database.read() as connection:
-            found = await connection.execute(
+
+        def work(connection: sa.Connection) -> int:
+            found = connection.execute(
                 sa.select(schema.epochs.c.last_epoch).where(schema.epochs.c.vm_id == vm_id)
             )
             return int(found.scalar_one_or_none() or 0)
+
+        return await self._database.read(work)
 
     async def begin_start(self, spec: VmSpec, node: str, *, now_ns: int) -> VmRow:
         """Write a VM as STARTING under a fresh epoch, before its agent hears of it.
@@ -138,8 +146,9 @@ class FleetTable:
         Raises:
             AlreadyExistsError: VM_EXISTS.
         """
-        async with self._database.write() as connection:
-            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == spec.vm_id))
+
+        def work(connection: sa.Connection) -> VmRow:
+            found = connection.execute(sa.select(schema.vms).where(_vms.vm_id == spec.vm_id))
             if row := found.one_or_none():
                 vm = VmRow.of(row)
                 if (vm.state, vm.node, vm.spec_hash) == (VmState.STARTING, node, spec.spec_hash):
@@ -153,45 +162,51 @@ class FleetTable:
             vm = VmRow(
                 vm_id=spec.vm_id,
                 node=node,
-                epoch=await next_epoch(connection, spec.vm_id),
+                epoch=next_epoch(connection, spec.vm_id),
                 state=VmState.STARTING,
                 spec_json=spec.canonical_json(),
                 spec_hash=spec.spec_hash,
                 memory_bytes=spec.memory_bytes,
                 created_at_ns=now_ns,
             )
-            await connection.execute(
+            connection.execute(
                 sa.insert(schema.vms).values(
                     {c.name: getattr(vm, c.name) for c in schema.vms.columns}
                 )
             )
             return vm
 
+        return await self._database.write(work)
+
     async def finish_start(self, vm_id: str, epoch: int) -> VmRow | None:
         """STARTING → RUNNING. None: the VM is no longer that one."""
-        async with self._database.write() as connection:
-            await connection.execute(
+
+        def work(connection: sa.Connection) -> VmRow | None:
+            connection.execute(
                 sa.update(schema.vms)
                 .where(_vms.vm_id == vm_id, _vms.epoch == epoch, _vms.state == VmState.STARTING)
                 .values(state=VmState.RUNNING)
             )
-            found = await connection.execute(
+            found = connection.execute(
                 sa.select(schema.vms).where(_vms.vm_id == vm_id, _vms.epoch == epoch)
             )
             row = found.one_or_none()
             return VmRow.of(row) if row else None
 
+        return await self._database.write(work)
+
     async def forget(self, vm_id: str, epoch: int, state: VmState) -> None:
         """Remove the record of a VM that never started, or has stopped. Its epochs stay."""
-        async with self._database.write() as connection:
-            await connection.execute(
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(
                 sa.delete(schema.vms).where(
                     _vms.vm_id == vm_id, _vms.epoch == epoch, _vms.state == state
                 )
             )
-            await connection.execute(
-                sa.delete(schema.bitmaps).where(schema.bitmaps.c.vm_id == vm_id)
-            )
+            connection.execute(sa.delete(schema.bitmaps).where(schema.bitmaps.c.vm_id == vm_id))
+
+        await self._database.write(work)
 
     async def begin_stop(self, vm_id: str) -> VmRow:
         """Write a VM as STOPPING under a fresh epoch; one that is STOPPING already stays as it is.
@@ -200,21 +215,24 @@ class FleetTable:
             NotFoundError: VM_UNKNOWN.
             AlreadyExistsError: MIGRATION_ACTIVE, VM_STARTING.
         """
-        async with self._database.write() as connection:
-            found = await connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
+
+        def work(connection: sa.Connection) -> VmRow:
+            found = connection.execute(sa.select(schema.vms).where(_vms.vm_id == vm_id))
             row = found.one_or_none()
             if row is None:
                 raise vm_unknown(vm_id)
             vm = VmRow.of(row)
             if vm.state is VmState.STOPPING:
                 return vm
-            if migration_id := await active_migration_id(connection, vm_id):
+            if migration_id := active_migration_id(connection, vm_id):
                 raise migration_active(vm_id, migration_id)
-            epoch = await next_epoch(connection, vm_id)
-            changed = await connection.execute(
+            epoch = next_epoch(connection, vm_id)
+            changed = connection.execute(
                 sa.update(schema.vms)
                 .where(_vms.vm_id == vm_id)
                 .values(epoch=epoch, state=VmState.STOPPING)
                 .returning(schema.vms)
             )
             return VmRow.of(changed.one())
+
+        return await self._database.write(work)

@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from services.common.errors import FailedPreconditionError, InternalError, NotFoundError
 from services.orchestrator.migration import TERMINAL, Decision, Noted, Phase
@@ -19,7 +17,6 @@ from services.orchestrator.store.fleet import (
     active_migration_id,
     migration_active,
     next_epoch,
-    next_epoch_statement,
     vm_unknown,
 )
 from services.orchestrator.store.records import put_idempotency
@@ -64,8 +61,11 @@ class MigrationTable:
 
     async def get(self, migration_id: str) -> MigrationRow | None:
         """One migration."""
-        async with self._database.read() as connection:
-            return await _select(connection, migration_id)
+
+        def work(connection: sa.Connection) -> MigrationRow | None:
+            return _select(connection, migration_id)
+
+        return await self._database.read(work)
 
     async def page(self, vm_id: str, *, before: str, count: int) -> list[MigrationRow]:
         """At most `count`, the newest first, of one VM or ("") of all, older than id `before`."""
@@ -74,8 +74,11 @@ class MigrationTable:
             query = query.where(_m.vm_id == vm_id)
         if before:
             query = query.where(_m.migration_id < before)
-        async with self._database.read() as connection:
-            return [MigrationRow.of(row) for row in await connection.execute(query)]
+
+        def work(connection: sa.Connection) -> list[MigrationRow]:
+            return [MigrationRow.of(row) for row in connection.execute(query)]
+
+        return await self._database.read(work)
 
     async def unfinished(self) -> list[MigrationRow]:
         """All that are not terminal, the oldest first."""
@@ -87,13 +90,19 @@ class MigrationTable:
 
     async def _where(self, condition: sa.ColumnElement[bool]) -> list[MigrationRow]:
         query = sa.select(schema.migrations).where(condition).order_by(_m.migration_id)
-        async with self._database.read() as connection:
-            return [MigrationRow.of(row) for row in await connection.execute(query)]
+
+        def work(connection: sa.Connection) -> list[MigrationRow]:
+            return [MigrationRow.of(row) for row in connection.execute(query)]
+
+        return await self._database.read(work)
 
     async def active_of(self, vm_id: str) -> str:
         """Id of the VM's unfinished migration, or ""."""
-        async with self._database.read() as connection:
-            return await active_migration_id(connection, vm_id)
+
+        def work(connection: sa.Connection) -> str:
+            return active_migration_id(connection, vm_id)
+
+        return await self._database.read(work)
 
     async def active_ids(self) -> dict[str, str]:
         """Ids of unfinished migrations by VM."""
@@ -108,11 +117,14 @@ class MigrationTable:
             .order_by(table.c.migration_id, table.c.sequence)
         )
         found: dict[str, list[TransitionRow]] = {each: [] for each in migration_ids}
-        async with self._database.read() as connection:
-            for row in await connection.execute(query):
+
+        def work(connection: sa.Connection) -> None:
+            for row in connection.execute(query):
                 found[row.migration_id].append(
                     TransitionRow(phase=Phase(row.phase), at_ns=row.at_ns, message=row.message)
                 )
+
+        await self._database.read(work)
         return found
 
     # --- admission ---
@@ -126,14 +138,13 @@ class MigrationTable:
             FailedPreconditionError: VM_NOT_RUNNING; VM_MOVED: the VM is not where it was when the
                 caller looked.
         """
-        async with self._database.write() as connection:
-            found = await connection.execute(
-                sa.select(schema.vms).where(schema.vms.c.vm_id == row.vm_id)
-            )
+
+        def work(connection: sa.Connection) -> None:
+            found = connection.execute(sa.select(schema.vms).where(schema.vms.c.vm_id == row.vm_id))
             vm_row = found.one_or_none()
             if vm_row is None:
                 raise vm_unknown(row.vm_id)
-            if active := await active_migration_id(connection, row.vm_id):
+            if active := active_migration_id(connection, row.vm_id):
                 raise migration_active(row.vm_id, active)
             vm = VmRow.of(vm_row)
             if vm.state is not VmState.RUNNING:
@@ -147,12 +158,12 @@ class MigrationTable:
                 raise FailedPreconditionError(
                     "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
                 )
-            await connection.execute(sa.insert(schema.migrations).values(_values(row)))
-            await connection.execute(
-                _transition_statement(row.migration_id, row.phase, row.created_at_ns, "")
-            )
+            connection.execute(sa.insert(schema.migrations).values(_values(row)))
+            _add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
             if idempotency:
-                await put_idempotency(connection, idempotency)
+                put_idempotency(connection, idempotency)
+
+        await self._database.write(work)
 
     # --- phases ---
 
@@ -182,8 +193,9 @@ class MigrationTable:
             values |= {"reason": note.reason, "message": note.message, "hint": note.hint}
         if phase in TERMINAL:
             values["ended_at_ns"] = now_ns
-        async with self._database.write() as connection:
-            changed = await connection.execute(
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            changed = connection.execute(
                 sa.update(schema.migrations)
                 .where(_m.migration_id == row.migration_id, _m.phase == row.phase)
                 .values(values)
@@ -194,21 +206,26 @@ class MigrationTable:
                 raise PhaseLostError(
                     "PHASE_LOST", f"migration {row.migration_id} is not {row.phase} any more"
                 )
-            await connection.execute(
-                _transition_statement(row.migration_id, phase, now_ns, note.message if note else "")
+            _add_transition(
+                connection, row.migration_id, phase, now_ns, note.message if note else ""
             )
             return MigrationRow.of(entered)
 
+        return await self._database.write(work)
+
     async def reserve_epoch(self, row: MigrationRow) -> MigrationRow:
         """Issue the destination's epoch, once: asked again it is the same."""
-        async with self._database.write() as connection:
-            present = await _select(connection, row.migration_id)
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            present = _select(connection, row.migration_id)
             if present is None:
                 raise migration_unknown(row.migration_id)
             if present.epoch:
                 return present
-            epoch = await next_epoch(connection, row.vm_id)
-            return await _update(connection, row.migration_id, {"epoch": epoch})
+            epoch = next_epoch(connection, row.vm_id)
+            return _update(connection, row.migration_id, {"epoch": epoch})
+
+        return await self._database.write(work)
 
     async def decide(self, row: MigrationRow, decision: Decision, *, now_ns: int) -> MigrationRow:
         """Try to write the decision: one compare-and-swap (I2). Returns what the store says then.
@@ -220,11 +237,9 @@ class MigrationTable:
         Raises:
             StoreError: written or not: read again.
         """
-        return await self._database.decide(
+        return await self._database.write_then_read(
             lambda connection: _write_decision(connection, row.migration_id, decision, now_ns),
-            lambda connection: MigrationRow.of(
-                connection.execute(_select_statement(row.migration_id)).one()
-            ),
+            lambda connection: _select(connection, row.migration_id) or row,
         )
 
     async def rehearse(self) -> None:
@@ -262,11 +277,11 @@ class MigrationTable:
             )
             connection.execute(sa.insert(schema.migrations).values(_values(row)))
             _write_decision(connection, row.migration_id, Decision.COMMITTED, 0)
-            MigrationRow.of(connection.execute(_select_statement(row.migration_id)).one())
+            _select(connection, row.migration_id)
             raise _RehearsedError
 
         with contextlib.suppress(_RehearsedError):
-            await self._database.decide(write, lambda _connection: None)
+            await self._database.write_then_read(write, lambda _connection: None)
 
     async def request_cancel(self, migration_id: str) -> MigrationRow:
         """Accept a cancel while nothing is decided. From then on COMMITTED cannot be written.
@@ -275,8 +290,9 @@ class MigrationTable:
             NotFoundError: MIGRATION_UNKNOWN.
             FailedPreconditionError: PAST_COMMIT; ALREADY_ENDED.
         """
-        async with self._database.write() as connection:
-            row = await _select(connection, migration_id)
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            row = _select(connection, migration_id)
             if row is None:
                 raise migration_unknown(migration_id)
             if row.decision is Decision.COMMITTED:
@@ -294,14 +310,19 @@ class MigrationTable:
                 )
             if row.cancel_requested or row.decision:
                 return row
-            return await _update(connection, migration_id, {"cancel_requested": True})
+            return _update(connection, migration_id, {"cancel_requested": True})
+
+        return await self._database.write(work)
 
     # --- notes ---
 
     async def record(self, migration_id: str, **fields: Any) -> MigrationRow:
         """Write fields that do not change the phase: counters, progress, what is waited for."""
-        async with self._database.write() as connection:
-            return await _update(connection, migration_id, fields)
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            return _update(connection, migration_id, fields)
+
+        return await self._database.write(work)
 
 
 def _write_decision(
@@ -329,19 +350,18 @@ def _write_decision(
     if written is None:
         return
     row = MigrationRow.of(written)
-    connection.execute(_transition_statement(migration_id, phase, now_ns, ""))
+    _add_transition(connection, migration_id, phase, now_ns, "")
     if decision is Decision.COMMITTED:
-        _check_moved(connection.execute(_move_vm(row, row.destination_node, row.epoch)), row)
+        _move_vm(connection, row, row.destination_node, row.epoch)
     elif row.epoch:
-        epoch = int(connection.execute(next_epoch_statement(row.vm_id)).scalar_one())
-        fields = {"resume_epoch": epoch, "destination_owed": True}
-        connection.execute(_update_statement(migration_id, fields))
-        _check_moved(connection.execute(_move_vm(row, row.source_node, epoch)), row)
+        epoch = next_epoch(connection, row.vm_id)
+        _update(connection, migration_id, {"resume_epoch": epoch, "destination_owed": True})
+        _move_vm(connection, row, row.source_node, epoch)
 
 
-def _move_vm(row: MigrationRow, node: str, epoch: int) -> sa.Update:
-    """Changes the owner, if it is still who it was at admission."""
-    return (
+def _move_vm(connection: sa.Connection, row: MigrationRow, node: str, epoch: int) -> None:
+    """Change the owner; the transaction fails if it is not who it was at admission (I1)."""
+    moved = connection.execute(
         sa.update(schema.vms)
         .where(
             schema.vms.c.vm_id == row.vm_id,
@@ -350,9 +370,6 @@ def _move_vm(row: MigrationRow, node: str, epoch: int) -> sa.Update:
         )
         .values(node=node, epoch=epoch)
     )
-
-
-def _check_moved(moved: sa.CursorResult[Any], row: MigrationRow) -> None:
     if moved.rowcount != 1:
         raise InternalError(
             "OWNER_CHANGED",
@@ -360,40 +377,35 @@ def _check_moved(moved: sa.CursorResult[Any], row: MigrationRow) -> None:
         )
 
 
-def _select_statement(migration_id: str) -> sa.Select[Any]:
-    return sa.select(schema.migrations).where(_m.migration_id == migration_id)
-
-
-async def _select(connection: AsyncConnection, migration_id: str) -> MigrationRow | None:
-    row = (await connection.execute(_select_statement(migration_id))).one_or_none()
+def _select(connection: sa.Connection, migration_id: str) -> MigrationRow | None:
+    query = sa.select(schema.migrations).where(_m.migration_id == migration_id)
+    row = connection.execute(query).one_or_none()
     return MigrationRow.of(row) if row else None
 
 
-def _update_statement(migration_id: str, fields: dict[str, Any]) -> ReturningUpdate[Any]:
-    return (
+def _update(connection: sa.Connection, migration_id: str, fields: dict[str, Any]) -> MigrationRow:
+    changed = connection.execute(
         sa.update(schema.migrations)
         .where(_m.migration_id == migration_id)
         .values(**fields, version=_m.version + 1)
         .returning(schema.migrations)
     )
-
-
-async def _update(
-    connection: AsyncConnection, migration_id: str, fields: dict[str, Any]
-) -> MigrationRow:
-    changed = await connection.execute(_update_statement(migration_id, fields))
     return MigrationRow.of(changed.one())
 
 
-def _transition_statement(migration_id: str, phase: Phase, at_ns: int, message: str) -> sa.Insert:
+def _add_transition(
+    connection: sa.Connection, migration_id: str, phase: Phase, at_ns: int, message: str
+) -> None:
     table = schema.transitions
     sequence = (
         sa.select(sa.func.coalesce(sa.func.max(table.c.sequence), 0) + 1)
         .where(table.c.migration_id == migration_id)
         .scalar_subquery()
     )
-    return sa.insert(table).values(
-        migration_id=migration_id, sequence=sequence, phase=phase, at_ns=at_ns, message=message
+    connection.execute(
+        sa.insert(table).values(
+            migration_id=migration_id, sequence=sequence, phase=phase, at_ns=at_ns, message=message
+        )
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.orchestrator.store import schema
 from services.orchestrator.store.database import Database
@@ -15,17 +14,17 @@ IDEMPOTENCY_NS = 24 * 3600 * 10**9
 """How long an answer is kept."""
 
 
-async def put_idempotency(connection: AsyncConnection, row: IdempotencyRow) -> None:
+def put_idempotency(connection: sa.Connection, row: IdempotencyRow) -> None:
     """Keep an answer, and forget those that are a day old.
 
     Raises:
         sqlalchemy.exc.IntegrityError: the key was used meanwhile.
     """
     table = schema.idempotency
-    await connection.execute(
+    connection.execute(
         sa.delete(table).where(table.c.created_at_ns < row.created_at_ns - IDEMPOTENCY_NS)
     )
-    await connection.execute(
+    connection.execute(
         sa.insert(table).values(
             key=row.key,
             request_hash=row.request_hash,
@@ -47,18 +46,22 @@ class IdempotencyTable:
         query = sa.select(table).where(
             table.c.key == key, table.c.created_at_ns >= now_ns - IDEMPOTENCY_NS
         )
-        async with self._database.read() as connection:
-            row = (await connection.execute(query)).one_or_none()
+
+        def work(connection: sa.Connection) -> IdempotencyRow | None:
+            row = (connection.execute(query)).one_or_none()
             return IdempotencyRow(**row._asdict()) if row else None
+
+        return await self._database.read(work)
 
     async def put(self, row: IdempotencyRow) -> None:
         """Keep an answer; the first one stays."""
-        async with self._database.write() as connection:
+
+        def work(connection: sa.Connection) -> None:
             table = schema.idempotency
-            await connection.execute(
+            connection.execute(
                 sa.delete(table).where(table.c.created_at_ns < row.created_at_ns - IDEMPOTENCY_NS)
             )
-            await connection.execute(
+            connection.execute(
                 sqlite.insert(table)
                 .values(
                     key=row.key,
@@ -68,6 +71,8 @@ class IdempotencyTable:
                 )
                 .on_conflict_do_nothing()
             )
+
+        await self._database.write(work)
 
 
 class BitmapTable:
@@ -87,8 +92,9 @@ class BitmapTable:
             "absent_count": row.absent_count,
             "packed": row.packed,
         }
-        async with self._database.write() as connection:
-            await connection.execute(
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(
                 sqlite.insert(table)
                 .values(values)
                 .on_conflict_do_update(
@@ -96,8 +102,13 @@ class BitmapTable:
                 )
             )
 
+        await self._database.write(work)
+
     async def all(self) -> list[BitmapRow]:
         """Every one."""
-        async with self._database.read() as connection:
-            found = await connection.execute(sa.select(schema.bitmaps))
+
+        def work(connection: sa.Connection) -> list[BitmapRow]:
+            found = connection.execute(sa.select(schema.bitmaps))
             return [BitmapRow(**row._asdict()) for row in found]
+
+        return await self._database.read(work)

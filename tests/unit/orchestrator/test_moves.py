@@ -10,7 +10,12 @@ import pytest
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from godwit.common.v1 import common_pb2
 
-from services.common.errors import DataLossError, FailedPreconditionError, UnavailableError
+from services.common.errors import (
+    AlreadyExistsError,
+    DataLossError,
+    FailedPreconditionError,
+    UnavailableError,
+)
 from services.orchestrator.migration import Decision
 from services.orchestrator.store import StoreError
 from services.orchestrator.store.migrations import MigrationTable
@@ -44,10 +49,10 @@ async def assert_moved(fleet: FakeFleet, to: str = "b") -> None:
     assert record.role == pb.VM_ROLE_RESIDENT
     others = [agent for name, agent in fleet.agents.items() if name != to]
     assert not any(agent.records[VM].memory for agent in others if VM in agent.records)
-    vm = await fleet.get(f"/v1/vms/{VM}")
+    vm = await fleet.vm()
     assert (vm["node"], vm["epoch"]) == (to, record.epoch_owned)
     assert vm["vmm_state"] == "running"
-    bitmap = await fleet.get(f"/v1/vms/{VM}/userfault-bitmap")
+    bitmap = await fleet.bitmap()
     assert (bitmap["absent_count"], bitmap["resident_percent"]) == (0, 100.0)
 
 
@@ -58,7 +63,7 @@ async def assert_stayed(fleet: FakeFleet, at: str = "a") -> None:
     assert record.role == pb.VM_ROLE_RESIDENT
     assert not record.exported
     assert len(record.memory) == record.page_count
-    vm = await fleet.get(f"/v1/vms/{VM}")
+    vm = await fleet.vm()
     assert vm["node"] == at
     assert vm["epoch"] >= record.epoch_owned
 
@@ -313,15 +318,12 @@ async def test_cancel_before_the_decision(fleet: FakeFleet, node: str, rpc: str)
     gate = fleet.agents[node].hold(rpc)
     migration_id = await fleet.migrate()
     await gate.reached.wait()
-    response = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
-    assert response.status_code == 200
-    assert response.json()["cancel_requested"]
+    assert (await fleet.cancel(migration_id))["cancel_requested"]
     ended = await fleet.ended(migration_id)
     assert (ended["phase"], ended["reason"]) == ("cancelled", "CANCELLED")
     gate.opened.set()
     await assert_stayed(fleet)
-    again = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
-    assert (again.status_code, again.json()["phase"]) == (200, "cancelled")
+    assert (await fleet.cancel(migration_id))["phase"] == "cancelled"
     await asyncio.sleep(0.05)
     await assert_stayed(fleet)
 
@@ -331,8 +333,7 @@ async def test_cancel_races_the_commit(fleet: FakeFleet, hooks: Path) -> None:
     (hooks / "orchestrator.decision.before.hold").touch()
     migration_id = await fleet.migrate()
     await eventually((hooks / "orchestrator.decision.before.reached").exists)
-    response = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
-    assert response.status_code == 200
+    await fleet.cancel(migration_id)
     (hooks / "orchestrator.decision.before.hold").unlink()
     ended = await fleet.ended(migration_id)
     assert (ended["phase"], ended["decision"]) == ("cancelled", "aborted")
@@ -344,8 +345,8 @@ async def test_cancel_past_commit_is_refused(fleet: FakeFleet) -> None:
     migration_id = await fleet.migrate()
     await fleet.in_phase(migration_id, "postcopy")
     before = await fleet.migration(migration_id)
-    response = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
-    assert (response.status_code, response.json()["reason"]) == (409, "PAST_COMMIT")
+    with pytest.raises(FailedPreconditionError, match="PAST_COMMIT"):
+        await fleet.cancel(migration_id)
     assert (await fleet.migration(migration_id))["cancel_requested"] is False
     assert before["decision"] == "committed"
     fleet.b.fetching.set()
@@ -400,7 +401,7 @@ async def test_link_lost_and_found(fleet: FakeFleet) -> None:
     fleet.a.page_server_up = False
     paused = await fleet.in_phase(migration_id, "postcopy_paused")
     assert paused["reason"] == "LINK_LOST"
-    bitmap = await fleet.get(f"/v1/vms/{VM}/userfault-bitmap")
+    bitmap = await fleet.bitmap()
     assert bitmap["absent_count"] == sum(count for _first, count in bitmap["absent_runs"]) > 0
     fleet.a.page_server_up = True
     ended = await fleet.ended(migration_id)
@@ -444,8 +445,8 @@ async def test_dead_vmm_with_memory_missing_needs_a_person(fleet: FakeFleet) -> 
     assert stuck["hint"]
     assert fleet.a.records[VM].memory
     assert fleet.a.calls["ReleaseSource"] == 0
-    response = await fleet.post("/v1/migrations", {"vm": VM, "destination_node": "c"})
-    assert response.json()["metadata"]["migration_id"] == migration_id
+    with pytest.raises(AlreadyExistsError, match=migration_id):
+        await fleet.migrate("c")
     assert fleet.world.owners(VM) == []
 
 
@@ -459,7 +460,7 @@ async def test_rebooted_source_needs_a_person(fleet: FakeFleet) -> None:
     stuck = await fleet.in_phase(migration_id, "needs_attention")
     assert stuck["reason"] == "SOURCE_MEMORY_GONE"
     assert fleet.world.owners(VM) == ["b"]
-    bitmap = await fleet.get(f"/v1/vms/{VM}/userfault-bitmap")
+    bitmap = await fleet.bitmap()
     assert 0 < bitmap["absent_count"] < bitmap["page_count"]
 
 

@@ -143,6 +143,24 @@ async def test_second_migration_is_refused_and_names_the_first(fleet: FakeFleet)
     await fleet.ended(first)
 
 
+async def test_cancel(fleet: FakeFleet) -> None:
+    """Before the decision 200 with the migration, again and again; past it 409."""
+    gate = fleet.b.hold("PrepareDestination")
+    migration_id = await fleet.migrate()
+    await gate.reached.wait()
+    response = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
+    assert (response.status_code, response.json()["cancel_requested"]) == (200, True)
+    gate.opened.set()
+    await fleet.ended(migration_id)
+    again = await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
+    assert (again.status_code, again.json()["phase"]) == (200, "cancelled")
+    moved = await fleet.migrate()
+    await fleet.ended(moved)
+    response = await fleet.post(f"/v1/migrations/{moved}:cancel", None)
+    problem = assert_problem(response, 409, "PAST_COMMIT")
+    assert problem["hint"] == "let it finish and move it back"
+
+
 async def test_two_requests_at_once_admit_one(fleet: FakeFleet) -> None:
     fleet.b.fetching.clear()
     body = {"vm": VM, "destination_node": "b"}
@@ -299,6 +317,7 @@ async def test_refused_start_leaves_no_vm(fleet: FakeFleet) -> None:
     assert assert_problem(response, 409, "PREFLIGHT_FAILED")["hint"] == "load"
     assert_problem(await fleet.http.get("/v1/vms/vm-2"), 404, "VM_UNKNOWN")
     await fleet.start_vm("vm-2", "b")
+    assert (await fleet.get("/v1/vms/vm-2"))["vmm_state"] == "running"
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])

@@ -8,6 +8,7 @@ another one starts on the same store: what was not written did not happen.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -78,7 +79,7 @@ async def assert_one_guest(fleet: FakeFleet, at: str) -> None:
     assert fleet.world.broken == []
     record = fleet.agents[at].records[VM]
     assert len(record.memory) == record.page_count
-    vm = await fleet.get(f"/v1/vms/{VM}")
+    vm = await fleet.vm()
     assert (vm["node"], vm["migration_id"]) == (at, None)
 
 
@@ -112,7 +113,7 @@ async def test_next_orchestrator_finishes_the_cancel(fleet: FakeFleet, hooks: Pa
     migration_id = await fleet.migrate()
     await gate.reached.wait()
     (hooks / "orchestrator.cancelling.entered.hold").touch()
-    await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
+    await fleet.cancel(migration_id)
     await crash_at(fleet, hooks, "cancelling.entered", migration_id)
     gate.opened.set()
     assert (await fleet.ended(migration_id))["phase"] == "cancelled"
@@ -140,12 +141,12 @@ async def test_link_that_is_lost_while_nobody_watches(fleet: FakeFleet) -> None:
     await fleet.in_phase(migration_id, "postcopy")
     fleet.a.page_server_up = False
     await fleet.in_phase(migration_id, "postcopy_paused")
-    bitmap = await fleet.get(f"/v1/vms/{VM}/userfault-bitmap")
+    bitmap = await fleet.bitmap()
     await fleet.stop()
     await fleet.start()
     # The bitmap is there before any agent has spoken, and is right once it has.
     assert (await fleet.migration(migration_id))["phase"] == "postcopy_paused"
-    again = await fleet.get(f"/v1/vms/{VM}/userfault-bitmap")
+    again = await fleet.bitmap()
     assert again["page_count"] == bitmap["page_count"]
     assert again["absent_count"] >= bitmap["absent_count"] > 0
     fleet.a.page_server_up = True
@@ -196,7 +197,7 @@ async def test_owed_proof_is_collected_by_the_next_orchestrator(fleet: FakeFleet
 async def test_start_of_a_vm_goes_on(fleet: FakeFleet) -> None:
     """A VM whose agent did not answer is STARTING, and runs once an orchestrator hears so."""
     fleet.b.stall("StartVm")
-    request = asyncio.create_task(fleet.post("/v1/vms", {"node": "b", "spec": _spec("vm-2")}))
+    request = asyncio.create_task(fleet.start_vm("vm-2", "b"))
     await eventually(lambda: fleet.b.calls["StartVm"])
     await fleet.stop()
     request.cancel()
@@ -213,10 +214,6 @@ async def test_start_of_a_vm_goes_on(fleet: FakeFleet) -> None:
 
     await eventually(running)
     assert len([vm for vm, _node, _epoch in fleet.world.history if vm == "vm-2"]) == 1
-
-
-def _spec(vm_id: str) -> dict[str, object]:
-    return {"vm_id": vm_id, "memory_bytes": 64 << 20, "kernel": "/boot/vmlinuz"}
 
 
 # --- anything, anywhere ---
@@ -285,7 +282,8 @@ async def _inject(fleet: FakeFleet, kind: str, what: str, migration_id: str) -> 
     elif kind == "restart":
         await fleet.restart()
     elif kind == "cancel":
-        await fleet.post(f"/v1/migrations/{migration_id}:cancel", None)
+        with contextlib.suppress(FailedPreconditionError):  # too late is an answer, too
+            await fleet.cancel(migration_id)
     elif kind == "cut":
         fleet.a.page_server_up = False
 

@@ -68,6 +68,15 @@ async def start(store: Store, spec: VmSpec, node: str = "a") -> VmRow:
     return started
 
 
+async def execute(store: Store, statement: str) -> None:
+    """Run SQL as a person with a shell would, on the connection that writes."""
+
+    def work(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(statement)
+
+    await store.database.write(work)
+
+
 async def admit(store: Store, migration_id: str = "m1", **fields: Any) -> MigrationRow:
     vm = await store.fleet.vm("vm-1")
     assert vm is not None
@@ -105,19 +114,14 @@ async def test_survives_being_opened_again(tmp_path: Path) -> None:
 
 async def test_is_durable_by_its_settings(tmp_path: Path) -> None:
     """I2: WAL, and every commit is synced, on the connections that write."""
-    async with fleet_store(tmp_path / "s.db") as store, store.database.write() as connection:
-        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1)):
-            found = await connection.exec_driver_sql(f"PRAGMA {pragma}")
-            assert found.scalar_one() == value
 
-    async def ask(store: Store) -> Any:
-        return await store.database.decide(
-            lambda _connection: None,
-            lambda connection: connection.exec_driver_sql("PRAGMA synchronous").scalar_one(),
-        )
+    def ask(connection: sa.Connection) -> list[object]:
+        pragmas = ("journal_mode", "synchronous", "foreign_keys")
+        return [connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in pragmas]
 
     async with open_store(tmp_path / "s.db") as store:
-        assert await ask(store) == 2
+        assert await store.database.write(ask) == ["wal", 2, 1]
+        assert await store.database.write_then_read(lambda _c: None, ask) == ["wal", 2, 1]
 
 
 async def test_newer_schema_is_refused(tmp_path: Path) -> None:
@@ -242,8 +246,7 @@ async def test_race_of_two_stores_has_one_winner(tmp_path: Path) -> None:
 async def test_decision_fails_whole_if_the_owner_changed(store: Store) -> None:
     """I1: nothing is half written."""
     row = await switchover(store)
-    async with store.database.write() as connection:
-        await connection.exec_driver_sql("UPDATE vms SET node = 'b'")
+    await execute(store, "UPDATE vms SET node = 'b'")
     with pytest.raises(InternalError, match="OWNER_CHANGED"):
         await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
     found = await store.migrations.get("m1")
@@ -267,8 +270,7 @@ async def test_file_itself_refuses(store: Store, statement: str) -> None:
     row = await switchover(store)
     await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
     with pytest.raises(sa.exc.IntegrityError):
-        async with store.database.write() as connection:
-            await connection.exec_driver_sql(statement)
+        await execute(store, statement)
 
 
 async def test_terminal_phase_is_never_left(store: Store) -> None:
@@ -296,12 +298,12 @@ async def test_unique_index_stands_behind_the_check(store: Store) -> None:
     """I7: also against a writer that does not look first."""
     await admit(store)
     with pytest.raises(sa.exc.IntegrityError):
-        async with store.database.write() as connection:
-            await connection.exec_driver_sql(
-                "INSERT INTO migrations SELECT 'm2', vm_id, source_node, destination_node, "
-                + ", ".join(column.name for column in list(sa.inspect(_migrations()).columns)[4:])
-                + " FROM migrations"
-            )
+        await execute(
+            store,
+            "INSERT INTO migrations SELECT 'm2', vm_id, source_node, destination_node, "
+            + ", ".join(column.name for column in list(sa.inspect(_migrations()).columns)[4:])
+            + " FROM migrations",
+        )
 
 
 def _migrations() -> sa.Table:
@@ -450,13 +452,12 @@ async def test_bitmap_of_an_older_epoch_does_not_overwrite(store: Store) -> None
 
 async def test_full_disk_is_typed_and_loses_nothing(store: Store) -> None:
     row = await switchover(store)
-    async with store.database.write() as connection:
-        await connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    await execute(store, "PRAGMA max_page_count = 1")
     with pytest.raises(StoreFullError, match="STORE_FULL") as full:
         await store.migrations.record("m1", counters=b"x" * 2_000_000)
     assert full.value.hint
     assert full.value.retryable
-    # Reading and the decision's own connection go on.
+    # Reading goes on, and what fits into the pages that are there.
     assert (await store.migrations.get("m1")) is not None
     decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
     assert decided.decision is Decision.ABORTED
@@ -470,7 +471,7 @@ async def test_decision_on_a_full_disk_is_undecided(store: Store) -> None:
         connection.exec_driver_sql("UPDATE migrations SET counters = zeroblob(1000000)")
 
     with pytest.raises(StoreFullError):
-        await store.database.decide(fill, lambda _connection: None)
+        await store.database.write(fill)
     found = await store.migrations.get("m1")
     assert found is not None
     assert found.decision is None
@@ -479,8 +480,7 @@ async def test_decision_on_a_full_disk_is_undecided(store: Store) -> None:
 
 async def test_read_only_store_is_typed(store: Store) -> None:
     await admit(store)
-    async with store.database.write() as connection:
-        await connection.exec_driver_sql("PRAGMA query_only = ON")
+    await execute(store, "PRAGMA query_only = ON")
     with pytest.raises(StoreReadOnlyError, match="STORE_READ_ONLY"):
         await store.migrations.record("m1", reason="x")
 
@@ -489,8 +489,7 @@ async def test_locked_store_is_typed(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process that holds the lock is told apart from a broken disk."""
-    async with store.database.write() as connection:
-        await connection.exec_driver_sql("PRAGMA busy_timeout = 1")
+    await execute(store, "PRAGMA busy_timeout = 1")
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusyError, match="STORE_BUSY"):
@@ -506,6 +505,25 @@ async def test_file_that_is_no_store_is_typed(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="STORE_FAILED"):
         async with open_store(tmp_path / "s.db"):
             pass
+
+
+async def test_cancelled_write_is_whole_or_not_there(store: Store, tmp_path: Path) -> None:
+    """A task that is cancelled in a transaction leaves no lock, and no half of it."""
+    await admit(store)
+    for turn in range(30):
+        task = asyncio.create_task(
+            store.migrations.record("m1", reason=f"r{turn}", message=f"m{turn}")
+        )
+        for _yield in range(turn % 4):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        found = await store.migrations.get("m1")
+        assert found is not None
+        assert found.reason[1:] == found.message[1:]
+    await store.migrations.record("m1", reason="last")
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", timeout=0)) as other:
+        other.execute("UPDATE nodes SET agent_address = 'x'")
 
 
 async def test_rehearsal_leaves_nothing_behind(tmp_path: Path) -> None:
