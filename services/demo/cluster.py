@@ -99,6 +99,7 @@ async def running_cluster(
     ram_parent: Path = RAM_PARENT,
     node_names: Sequence[str] = ("a", "b"),
     environment: Mapping[str, str] | None = None,
+    hooked: bool = False,
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -107,6 +108,7 @@ async def running_cluster(
         ram_parent: a tmpfs; guest memory goes below it and is removed at the end.
         node_names: of the nodes.
         environment: what the parts get on top of ours.
+        hooked: their hook points are on, which costs some system calls in the guest's pause.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -119,14 +121,14 @@ async def running_cluster(
         nodes: dict[str, NodeParts] = {}
         cluster = Cluster(
             directory=directory,
-            orchestrator=_orchestrator(directory, base),
+            orchestrator=_orchestrator(directory, base, hooked=hooked),
             nodes=nodes,
             claim=claim,
         )
         try:
             await cluster.start(cluster.orchestrator)
             for name in node_names:
-                await _start_node(name, cluster, nodes, base)
+                await _start_node(name, cluster, nodes, base, hooked=hooked)
             await _wait_reachable(cluster)
             yield cluster
         finally:
@@ -135,7 +137,7 @@ async def running_cluster(
             await asyncio.gather(*(part.kill() for part in cluster.parts))
 
 
-def _orchestrator(directory: Path, base: Mapping[str, str]) -> Part:
+def _orchestrator(directory: Path, base: Mapping[str, str], *, hooked: bool) -> Part:
     return Part(
         "orchestrator",
         [
@@ -147,11 +149,17 @@ def _orchestrator(directory: Path, base: Mapping[str, str]) -> Part:
         pinned={"rest": "--rest", "grpc": "--grpc"},
         directory=directory,
         environment=base,
+        hooked=hooked,
     )
 
 
 async def _start_node(
-    name: str, cluster: Cluster, nodes: dict[str, NodeParts], base: Mapping[str, str]
+    name: str,
+    cluster: Cluster,
+    nodes: dict[str, NodeParts],
+    base: Mapping[str, str],
+    *,
+    hooked: bool,
 ) -> None:
     state_dir, ram_dir = cluster.directory / name, cluster.claim.path / name
     images_dir = state_dir / "images"
@@ -169,6 +177,7 @@ async def _start_node(
         pinned={"page": "--listen", "control": "--control", "metrics": "--metrics"},
         directory=cluster.directory,
         environment=base,
+        hooked=hooked,
     )
     await cluster.start(page_server)
     agent = Part(
@@ -187,6 +196,7 @@ async def _start_node(
         pinned={"grpc": "--listen", "metrics": "--metrics"},
         directory=cluster.directory,
         environment=base,
+        hooked=hooked,
     )
     # Listed before it runs: a node half started is cleaned up like a whole one.
     nodes[name] = NodeParts(

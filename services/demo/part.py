@@ -70,6 +70,7 @@ class Part:
         arguments: module and its arguments; `--NAME 127.0.0.1:0` is pinned to the port it got, so
             that a restart comes back where the others look for it.
         pinned: for each name it prints, the option that fixes it.
+        hooked: its hook points are on; without, `hooks` does nothing and costs nothing.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Part:
         pinned: Mapping[str, str],
         directory: Path,
         environment: Mapping[str, str],
+        hooked: bool,
     ) -> None:
         self.name = name
         self.arguments = arguments
@@ -87,7 +89,9 @@ class Part:
         self.hooks = HookFiles(directory / "hooks" / name)
         self.addresses: dict[str, str] = {}
         self._pinned = pinned
-        self._environment = {**environment, "GODWIT_HOOKS_DIR": str(self.hooks.directory)}
+        self._environment = dict(environment)
+        if hooked:
+            self._environment["GODWIT_HOOKS_DIR"] = str(self.hooks.directory)
         self._process: asyncio.subprocess.Process | None = None
         self.log.parent.mkdir(exist_ok=True)
         self.hooks.directory.mkdir(parents=True, exist_ok=True)

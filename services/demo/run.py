@@ -102,7 +102,9 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
         has_disk = options.harm is None or not options.harm.spares_disk
         disk = await asyncio.to_thread(_make_disk, place.path) if has_disk else None
         narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
-        cluster = await stack.enter_async_context(running_cluster(place.path / "cluster"))
+        cluster = await stack.enter_async_context(
+            running_cluster(place.path / "cluster", hooked=options.harm is not None)
+        )
         client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
         follower = await stack.enter_async_context(ConsoleFollower())
         workload = Workload(

@@ -77,7 +77,7 @@ async def small_guest(
         guest_image.make_disk(disk)
         stack.callback(disk.unlink)
         cluster = await stack.enter_async_context(
-            running_cluster(directory / "cluster", environment=environment)
+            running_cluster(directory / "cluster", environment=environment, hooked=True)
         )
         client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
         follower = await stack.enter_async_context(ConsoleFollower())

@@ -35,6 +35,7 @@ def make_part(tmp_path: Path, program: str) -> Part:
         pinned={"grpc": "--listen"},
         directory=tmp_path,
         environment={"PYTHONPATH": f"{tmp_path}:{repo}"},
+        hooked=True,
     )
 
 
