@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 
@@ -98,11 +99,11 @@ class Follower:
         now = asyncio.get_running_loop().time()
         if changed or now - self._written_at >= move.limits.progress_write_s:
             self._written_at = now
-            wait_over = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
+            wait_over: dict[str, Any] = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
+            if message.HasField("counters"):  # an agent that has just come back has none yet
+                wait_over["counters"] = message.counters.SerializeToString()
             await move.record(
-                counters=message.counters.SerializeToString(),
-                progress=progress(row.phase, bitmap.resident_share, row.progress),
-                **wait_over,
+                progress=progress(row.phase, bitmap.resident_share, row.progress), **wait_over
             )
         before, self._phase = self._phase, message.phase
         if message.phase in _OVER:
@@ -115,16 +116,15 @@ class Follower:
             return
         if before == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
             self._report(LinkRestored())
-        absent_count = message.counters.absent_count
         if (
             row.phase in AWAITING
             and row.phase is not Phase.POSTCOPY
             and self._absent_count is not None
-            and absent_count < self._absent_count
+            and bitmap.absent_count < self._absent_count
         ):
             self._report(PagesArrive())
             self._stuck_reason = ""
-        self._absent_count = absent_count
+        self._absent_count = bitmap.absent_count
 
     async def _watch_source(self) -> None:
         while True:
