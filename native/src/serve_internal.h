@@ -7,7 +7,7 @@
  * Errors     0 or -errno.
  * Ownership  See each struct.
  * Units      Bytes; nanoseconds of CLOCK_MONOTONIC.
- * Source     serve.h; page_service.proto; docs/design/serving.md.
+ * Source     serve.h; page_service.proto; docs/design/wire.md.
  *
  * Locks, in the order in which they are taken:
  *   gw_serve.lock      the table of slots, the list of connections. Never held while waiting

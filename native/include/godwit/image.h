@@ -8,7 +8,7 @@
  * Ownership  create opens the memory anew and copies the record; the caller keeps its fd and
  *            strings. The last unref closes.
  * Units      Bytes; offsets are image offsets (regions laid end to end).
- * Source     lseek(2) SEEK_DATA, pread(2), tmpfs(5); common.proto; docs/design/serving.md.
+ * Source     lseek(2) SEEK_DATA, pread(2), tmpfs(5); common.proto; docs/design/wire.md.
  *
  * Memory is read with pread(2) into a buffer of the caller's, not through a mapping:
  *   - a mapping inflates the source: reading a hole of a shared mapping allocates the page;
