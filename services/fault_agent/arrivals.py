@@ -317,11 +317,11 @@ class Arrivals:
     async def _let_run(self, vm: Vm) -> None:
         """Only after ACTIVATING is durable."""
         vmm = await vm.hold()
-        await vmm.resume()
+        if not await reach("agent.activate.before_cont"):
+            await vmm.resume()
         await reach("agent.activate.after_cont")
         await vmm.announce()
-        # After `cont`: until then every page that travels shall be one that somebody waits for.
-        self._engines.require(vm).arrival.start_bulk()
+        self._engines.start_bulk_later(vm)
         await vm.write(replace(vm.record, role=Role.ARRIVED))
         self._engines.check_complete(vm)
 

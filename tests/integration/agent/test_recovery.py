@@ -42,21 +42,17 @@ async def to_paused(a: Agent, b: Agent, spec: VmSpec, *, booted: bool = False) -
     await nodes.pause(a, ORDERS)
 
 
-async def test_a_resident_guest_does_not_notice(
+async def test_a_resident_is_held_again(
     host_a: Host, core: CopyingPageCore, make_spec: MakeSpec
 ) -> None:
     async with running_agent(host_a, core) as agent:
         await nodes.start_vm(agent, make_spec(), epoch=1)
-        console = Console(agent.vm_dir("guest") / "console-1.log")
-        await console.wait_beat(5)
         before = await nodes.describe(agent, "guest")
     async with running_agent(host_a, core) as agent:
         after = await nodes.describe(agent, "guest")
         assert before.incarnation != after.incarnation
         after.incarnation = before.incarnation
         assert after == before
-        await console.wait_beat(console.last_beat() + 20)
-        assert console.errors() == []
 
 
 async def test_two_agents_on_one_journal_are_one_too_many(
@@ -237,7 +233,8 @@ async def test_the_destination_agent_dies_around_cont(
             pb.VMM_STATE_RUNNING,
         )
         assert core.arrivals[-1].config.adopt
-        assert core.arrivals[-1].bulk_started
+        while not core.arrivals[-1].bulk_started:  # noqa: ASYNC110 - a moment after `cont`
+            await asyncio.sleep(0.01)
         core.arrivals[-1].install_all()
         await nodes.wait_phase(b, ORDERS, pb.ARRIVAL_PHASE_COMPLETE)
     # And once more, after everything is here: nothing is left to take up.
