@@ -106,7 +106,8 @@ class Departures:
             if export.state is not ExportState.FROZEN:
                 generation = vm.record.generation_last + 1
                 frozen = replace(export, generation=generation, state=ExportState.FROZEN)
-                await vm.write(replace(vm.record, export=frozen, generation_last=generation))
+                frozen_record = replace(vm.record, export=frozen, generation_last=generation)
+                await vm.write(frozen_record, durable=False)
             await self._publish(vm)
             return await self._node.evidence(vm, VmmState.PAUSED)
 

@@ -29,8 +29,7 @@ from services.fault_agent.journal import (
     Export,
     ExportState,
     Record,
-    fsync_directory,
-    write_durably,
+    write_whole,
 )
 
 log = logging.getLogger(__name__)
@@ -125,13 +124,15 @@ class Images:
     async def publish(
         self, record: Record, export: Export, regions: Sequence[MemoryRegion]
     ) -> common_pb2.Image:
-        """Make an image served exactly as the record says. Durable, and in force on return.
+        """Make an image served exactly as the record says; in force on return.
+
+        The record names memory of this boot, so that no record needs to outlive the boot.
 
         Raises:
             PageServerUnreachableError: nobody serves it now; a page server that starts later will.
         """
-        await asyncio.to_thread(
-            write_durably, self._path(export.image_id), record_bytes(record, export, regions)
+        write_whole(
+            self._path(export.image_id), record_bytes(record, export, regions), durable=False
         )
         served = await self.reload()
         image = image_message(record, export, regions)
@@ -153,7 +154,7 @@ class Images:
 
         False: the page server did not answer and may serve it until it reads the records again.
         """
-        await asyncio.to_thread(self._remove, image_id)
+        self._path(image_id).unlink(missing_ok=True)
         try:
             await self.reload(timeout_s=WITHDRAW_S)
         except PageServerUnreachableError as error:
@@ -188,10 +189,6 @@ class Images:
 
     def _path(self, image_id: str) -> Path:
         return self._directory / f"{image_id}.json"
-
-    def _remove(self, image_id: str) -> None:
-        self._path(image_id).unlink(missing_ok=True)
-        fsync_directory(self._directory)
 
 
 def _short(image: common_pb2.Image) -> str:

@@ -199,19 +199,26 @@ def encode(record: Record) -> bytes:
     return _RECORD.dump_json(record, indent=1) + b"\n"
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace `path` as one step that survives a power cut once this returns. Blocks."""
+def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace `path` as one step. Blocks.
+
+    Durable, it survives a power cut once this returns. Else it survives the end of every process,
+    not that of the node: enough for what is about memory in tmpfs, which ends with it. An fsync of
+    file and directory costs milliseconds, and the guest may be standing still.
+    """
     scratch = path.with_name(f".{path.name}.new")
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
     scratch.rename(path)
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:
@@ -248,17 +255,19 @@ class Journal:
                 corrupt[path.parent.name] = JournalCorruptError(path, error.strerror or str(error))
         return records, corrupt
 
-    async def write(self, record: Record) -> None:
+    async def write(self, record: Record, *, durable: bool = True) -> None:
         """Durable when it returns. The loop runs on meanwhile; callers hold the VM's lock.
+
+        Not durable: see `write_whole`. The next durable write makes up for it.
 
         Raises:
             OSError: the disk is full or broken: nothing that the record names may be done.
         """
-        await asyncio.to_thread(self._write, record)
+        await asyncio.to_thread(self._write, record, durable)
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Record, durable: bool) -> None:
         directory = self.vm_dir(record.vm_id)
         if not directory.is_dir():
             directory.mkdir(mode=0o700)
             fsync_directory(self._vms)
-        write_durably(directory / FILE, encode(record))
+        write_whole(directory / FILE, encode(record), durable=durable)

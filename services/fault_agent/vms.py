@@ -69,10 +69,13 @@ class Vm:
             return self.watch.counters
         return self.record.arriving.counters if self.record.arriving else None
 
-    async def write(self, record: Record) -> None:
-        """Make a record durable, then believe it. Only under the lock."""
+    async def write(self, record: Record, *, durable: bool = True) -> None:
+        """Make a record durable, then believe it. Only under the lock.
+
+        Not durable only what says nothing after the end of the node: see journal.write_whole.
+        """
         if record != self.record:
-            await self._journal.write(record)
+            await self._journal.write(record, durable=durable)
             self.record = record
 
     @contextlib.asynccontextmanager
