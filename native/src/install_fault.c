@@ -165,9 +165,10 @@ int64_t gw_install_removed(struct gw_install *install, uint64_t first, uint64_t 
 			if (!remove_page(install, page))
 				continue;
 			moved_count++;
+			/* Counted first: who sees that nothing is absent sees where it all went. */
+			gw_page_map_count(install->map, GW_COUNT_REMOVED_PAGE, 1);
 			gw_bitmap_publish(gw_page_map_bitmap(install->map), page, 1);
 		}
-		gw_page_map_count(install->map, GW_COUNT_REMOVED_PAGE, (uint64_t)moved_count);
 		/* Who waits there faults again and gets its zero page, or waits on as before. */
 		if (moved_count > 0)
 			gw_install_wake(install, hole, (uint64_t)len);
