@@ -320,9 +320,10 @@ class Arrivals:
         if not await reach("agent.activate.before_cont"):
             await vmm.resume()
         await reach("agent.activate.after_cont")
-        await vmm.announce()
         self._engines.start_bulk_later(vm)
-        await vm.write(replace(vm.record, role=Role.ARRIVED))
+        # ACTIVATING is durable and says it all; the role is for the next agent of this boot.
+        await vm.write(replace(vm.record, role=Role.ARRIVED), durable=False)
+        await vmm.announce()
         self._engines.check_complete(vm)
 
     async def _give_up(self, vm: Vm, fence: Fence) -> None:
