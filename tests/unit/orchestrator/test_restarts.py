@@ -312,7 +312,7 @@ async def _orchestrator(fleet: FakeFleet, hooks: Path) -> asyncio.subprocess.Pro
     return process
 
 
-@pytest.mark.parametrize("point", ["decision.before", "decision.after", "pause.after"])
+@pytest.mark.parametrize("point", ["decision.before", "decision.after"])
 async def test_killed_process_around_the_decision(
     fleet: FakeFleet, hooks: Path, point: str
 ) -> None:
