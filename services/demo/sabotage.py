@@ -29,6 +29,7 @@ _MONITOR_TIMEOUT_S = 10.0
 _SETTLED_LINES = 30
 """So much said, its kernel has the pages that it needs to tell of the loss of others."""
 _SEAL_POINT = "agent.seal.before_kill"
+_RELEASE_POINT = "agent.release.before"
 
 
 class Harm(StrEnum):
@@ -39,8 +40,9 @@ class Harm(StrEnum):
     DROP_UFFD = "drop-uffd"
     """In post-copy the agent dies and the VMM loses its own userfaultfd: absent pages read zero."""
     DOUBLE_RUN = "double-run"
-    """The source's VMM is spared by the seal and let run on after the destination runs. Without a
-    disk: its lock, which the destination has by then, keeps QEMU from running on."""
+    """The source's VMM is spared by the seal and let run on once the destination has all memory:
+    before that, the source's writes would spoil pages that are still to come, and the destination
+    would die of that. Without a disk: its lock, which the destination has, would forbid it."""
 
     @property
     def spares_disk(self) -> bool:
@@ -66,17 +68,23 @@ class Sabotage:
     def before_move(self, source: str) -> None:
         """The move has not been asked for."""
         if self.harm is Harm.DOUBLE_RUN:
-            self._cluster.nodes[source].agent.hooks.skip(_SEAL_POINT)
+            hooks = self._cluster.nodes[source].agent.hooks
+            hooks.skip(_SEAL_POINT)
+            hooks.hold(_RELEASE_POINT)
 
     async def on_step(self, migration: Migration) -> bool:
         """The migration has changed; True: it will not end any more, do not wait for it."""
-        if self._done or migration.phase != MigrationPhase.POSTCOPY:
+        if self._done:
             return False
-        if self.harm is Harm.DROP_UFFD and len(self._guest.console.lines) >= _SETTLED_LINES:
+        if (
+            self.harm is Harm.DROP_UFFD
+            and migration.phase == MigrationPhase.POSTCOPY
+            and len(self._guest.console.lines) >= _SETTLED_LINES
+        ):
             self._done = True
             await self._drop_uffd(migration.destination_node)
             return True
-        if self.harm is Harm.DOUBLE_RUN:
+        if self.harm is Harm.DOUBLE_RUN and migration.phase == MigrationPhase.FINALIZING:
             self._done = True
             await self._run_on(migration.source_node)
         return False
@@ -99,7 +107,7 @@ class Sabotage:
     async def _run_on(self, source: str) -> None:
         node = self._cluster.nodes[source]
         async with asyncio.timeout(_MONITOR_TIMEOUT_S):
-            await node.agent.hooks.reached(_SEAL_POINT)
+            await node.agent.hooks.reached(_RELEASE_POINT)
         process = node.record(self._vm_id).process
         if process is None:
             raise InternalError("SABOTAGE_FAILED", f"{source} journals no VMM to let run on")
@@ -112,6 +120,12 @@ class Sabotage:
             await monitor.execute("cont")
         finally:
             monitor.close()
+        source_console = self._guest.consoles[-2]
+        enough = len(source_console.lines) + _SETTLED_LINES
+        async with asyncio.timeout(_MONITOR_TIMEOUT_S):
+            while len(source_console.lines) < enough:  # noqa: ASYNC110 - a thread adds them
+                await asyncio.sleep(0.01)
+        node.agent.hooks.release(_RELEASE_POINT)
 
 
 def flip_byte(ram_path: Path) -> int:
