@@ -203,8 +203,8 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace `path` as one step. Blocks.
 
     Durable, it survives a power cut once this returns. Else it survives the end of every process,
-    not that of the node: enough for what is about memory in tmpfs, which ends with it. An fsync of
-    file and directory costs milliseconds, and the guest may be standing still.
+    after a cut the old content may be back: enough for what is about memory in tmpfs, which ends
+    with the node. An fsync of the directory costs milliseconds, and the guest may stand still.
     """
     scratch = path.with_name(f".{path.name}.new")
     fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -212,8 +212,9 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        if durable:
-            os.fsync(fd)
+        # Also if not durable: some file systems would put the name before the bytes, and a power
+        # cut would leave an empty file in the place of durable marks.
+        os.fsync(fd)
     finally:
         os.close(fd)
     scratch.rename(path)

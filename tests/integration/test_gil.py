@@ -46,6 +46,7 @@ async def progress_while_held(guest: LiveGuest, part: Part, page_map_path: str) 
     async with asyncio.timeout(HELD_S_MAX):
         await hooks.reached("gil.held")
         work, absent = work_done(guest), absent_pages(page_map_path)
+        done = 0, 0
         while not hooks.is_reached("gil.released"):
             done = work_done(guest) - work, absent - absent_pages(page_map_path)
             await asyncio.sleep(0.02)

@@ -27,9 +27,9 @@
 
 /* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
 
-#define GW_ARRIVAL_REGION_COUNT_MAX 64
+#define GW_ARRIVAL_REGION_COUNT_MAX	     64
 #define GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX 8
-#define GW_ARRIVAL_REASON_LEN_MAX 192
+#define GW_ARRIVAL_REASON_LEN_MAX	     192
 
 /* Opaque. One per guest being received. */
 struct gw_arrival;
@@ -42,13 +42,15 @@ enum gw_arrival_phase {
 	GW_ARRIVAL_COMPLETE = 5,   /* every page is PRESENT, ZERO or REMOVED */
 	GW_ARRIVAL_ENDED = 6,	   /* the guest's process is gone */
 	GW_ARRIVAL_REFUSED = 7,	   /* the server refused for good: see reason */
-	GW_ARRIVAL_VIOLATION = 8,  /* an invariant broke: nothing more is installed, the guest is held */
+	GW_ARRIVAL_VIOLATION =
+		8, /* an invariant broke: nothing more is installed, the guest is held */
 };
 
 /* How pages are put in place. */
 enum gw_install_method {
-	GW_INSTALL_COPY = 1,	 /* UFFDIO_COPY on MISSING: the default */
-	GW_INSTALL_CONTINUE = 2, /* fill through an alias of ram_fd, then UFFDIO_CONTINUE: needs MINOR */
+	GW_INSTALL_COPY = 1, /* UFFDIO_COPY on MISSING: the default */
+	GW_INSTALL_CONTINUE =
+		2, /* fill through an alias of ram_fd, then UFFDIO_CONTINUE: needs MINOR */
 };
 
 struct gw_arrival_region {
@@ -58,24 +60,24 @@ struct gw_arrival_region {
 };
 
 struct gw_arrival_config {
-	uint32_t struct_size;		/* sizeof(struct gw_arrival_config) */
-	uint32_t page_size;		/* 4096 or 2097152 */
-	uint64_t epoch;			/* the destination's epoch, >= 1 */
-	const char *page_map_path;	/* page-state file, in tmpfs; made by create, or adopted */
-	const char *session_id;		/* 1..64 characters */
-	const char *image_id;		/* 1..128 characters */
-	const char *page_host;		/* numeric address of the page server */
-	const char *traceparent;	/* may be empty */
-	uint32_t page_port;		/* 1..65535 */
-	int32_t uffd;			/* API handshake done, regions registered */
-	int32_t ram_fd;			/* the destination's RAM file: the page cache is looked up here */
-	uint32_t install_method;	/* enum gw_install_method */
+	uint32_t struct_size;	   /* sizeof(struct gw_arrival_config) */
+	uint32_t page_size;	   /* 4096 or 2097152 */
+	uint64_t epoch;		   /* the destination's epoch, >= 1 */
+	const char *page_map_path; /* page-state file, in tmpfs; made by create, or adopted */
+	const char *session_id;	   /* 1..64 characters */
+	const char *image_id;	   /* 1..128 characters */
+	const char *page_host;	   /* numeric address of the page server */
+	const char *traceparent;   /* may be empty */
+	uint32_t page_port;	   /* 1..65535 */
+	int32_t uffd;		   /* API handshake done, regions registered */
+	int32_t ram_fd;		 /* the destination's RAM file: the page cache is looked up here */
+	uint32_t install_method; /* enum gw_install_method */
 	uint32_t bulk_connection_count; /* 1..GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX */
 	uint32_t adopt;			/* 1: page_map_path is a predecessor's: take it over */
 	uint64_t bulk_bytes_per_s_max;	/* 0 = no limit; demand is never limited */
 	const struct gw_arrival_region *regions; /* ascending, not overlapping */
-	uint32_t region_count;		/* 1..GW_ARRIVAL_REGION_COUNT_MAX */
-	uint32_t reserved;		/* zero */
+	uint32_t region_count;			 /* 1..GW_ARRIVAL_REGION_COUNT_MAX */
+	uint32_t reserved;			 /* zero */
 };
 
 struct gw_latency_summary {

@@ -30,9 +30,9 @@ struct gw_inject_range {
 };
 
 struct gw_inject_result {
-	int32_t uffd;	   /* ours */
-	int32_t remote_fd; /* the target's own number of it */
-	uint64_t features; /* what UFFDIO_API granted */
+	int32_t uffd;	     /* ours */
+	int32_t remote_fd;   /* the target's own number of it */
+	uint64_t features;   /* what UFFDIO_API granted */
 	uint64_t stopped_ns; /* how long the target's main thread stood still */
 	uint32_t range_count;
 	uint32_t reserved;
