@@ -11,6 +11,7 @@
 #ifndef GW_INJECT_INTERNAL_H
 #define GW_INJECT_INTERNAL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -25,10 +26,12 @@ struct gw_remote {
 	struct user_regs_struct saved; /* what detach restores */
 	uint64_t saved_mask;	       /* blocked signals, likewise */
 	uint64_t syscall_address;      /* of a `syscall` instruction */
+	bool in_call;		       /* stands at the entry of a call that got no further */
 	uint64_t scratch;	       /* GW_REMOTE_SCRATCH_LEN bytes of ours in the target */
 };
 
-/* Stop the main thread of `pid`. Returns 0; -ESRCH; -EPERM; -ENOSYS not x86-64; -errno. */
+/* Stop the main thread of `pid`. Returns 0; -ESRCH; -EPERM; -ENOSYS not x86-64;
+ * -ETIMEDOUT it does not come out of the kernel; -errno. */
 int gw_remote_attach(pid_t pid, struct gw_remote *ret_remote);
 /* Restore and let go. */
 void gw_remote_detach(struct gw_remote *remote);

@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 
 /* After sys/ptrace.h, whose enum it would turn into numbers. */
 #include <linux/ptrace.h>
@@ -33,27 +34,39 @@
 
 #define SYSCALL_INSTRUCTION_LEN 2
 #define VDSO_LEN_MAX		65536
+#define CODE_SEGMENT_64		0x33U
 #define STOP_COUNT_MAX		64 /* stops that are not ours, before we give up */
+#define STOP_NS_MAX		UINT64_C(5000000000)
+#define POLL_NS			50000L
 #define SYSCALL_STOP_SIGNAL	(SIGTRAP | 0x80)
 
 #ifdef __x86_64__
 
-static int wait_stopped(pid_t pid, int *ret_status)
+/* Until `deadline_ns`, 0 = as long as it takes: then it is in a call of ours, and comes back. */
+static int wait_stopped(pid_t pid, uint64_t deadline_ns, int *ret_status)
 {
 	for (;;) {
-		const pid_t got = gw_sys_waitpid(pid, ret_status, __WALL);
+		const pid_t got =
+			gw_sys_waitpid(pid, ret_status, __WALL | (deadline_ns ? WNOHANG : 0));
 
-		if (got == -EINTR)
-			continue;
+		if (got == -ECHILD || got == -ESRCH)
+			return -ESRCH;
+		/* EINTR; nothing else is possible, and a stop not waited for is a target left behind. */
 		if (got < 0)
-			return (int)got;
-		return WIFSTOPPED(*ret_status) ? 0 : -ESRCH;
+			continue;
+		if (got == pid)
+			return WIFSTOPPED(*ret_status) ? 0 : -ESRCH;
+		if (gw_sys_now_ns() > deadline_ns)
+			return -ETIMEDOUT;
+		(void)nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
 	}
 }
 
 /* Seize and interrupt; a signal that was on its way is delivered first. */
 static int stop_thread(pid_t pid)
 {
+	/* A thread that waits for a page of another userfaultfd, say, cannot be stopped. */
+	const uint64_t deadline_ns = gw_sys_now_ns() + STOP_NS_MAX;
 	long err = gw_sys_ptrace(PTRACE_SEIZE, pid, NULL, (void *)PTRACE_O_TRACESYSGOOD);
 	int status = 0;
 
@@ -61,7 +74,7 @@ static int stop_thread(pid_t pid)
 		return (int)err;
 	err = gw_sys_ptrace(PTRACE_INTERRUPT, pid, NULL, NULL);
 	for (int i = 0; err == 0 && i < STOP_COUNT_MAX; i++) {
-		err = wait_stopped(pid, &status);
+		err = wait_stopped(pid, deadline_ns, &status);
 		if (err < 0)
 			break;
 		if (status >> 16 == PTRACE_EVENT_STOP)
@@ -120,11 +133,46 @@ static int find_syscall(struct gw_remote *remote)
 	return 0;
 }
 
+/* Run to the next entry into, or exit from, a system call: the two alternate. */
+static long run_to_edge(struct gw_remote *remote)
+{
+	int status = 0;
+
+	for (int stops_left = STOP_COUNT_MAX; stops_left > 0; stops_left--) {
+		long err = gw_sys_ptrace(PTRACE_SYSCALL, remote->pid, NULL, NULL);
+
+		if (err == 0)
+			err = wait_stopped(remote->pid, 0, &status);
+		if (err < 0)
+			return err;
+		if (WSTOPSIG(status) == SYSCALL_STOP_SIGNAL) {
+			remote->in_call = !remote->in_call;
+			return 0;
+		}
+	}
+	return -EBUSY;
+}
+
+/* Into a call with these registers, and out of it again. */
+static long run_call(struct gw_remote *remote, struct user_regs_struct *regs)
+{
+	long err = gw_sys_ptrace(PTRACE_SETREGS, remote->pid, NULL, regs);
+
+	/* One that got stuck at its entry: with no number in orig_rax it is skipped. */
+	if (err == 0 && remote->in_call)
+		err = run_to_edge(remote);
+	for (int edge = 0; err == 0 && edge < 2; edge++)
+		err = run_to_edge(remote);
+	if (err < 0)
+		return err;
+	/* Twice: the call was made, and what it gave must not be lost. */
+	err = gw_sys_ptrace(PTRACE_GETREGS, remote->pid, NULL, regs);
+	return err < 0 ? gw_sys_ptrace(PTRACE_GETREGS, remote->pid, NULL, regs) : err;
+}
+
 long gw_remote_call(struct gw_remote *remote, long number, const uint64_t arguments[6])
 {
 	struct user_regs_struct regs = remote->saved;
-	int stops_left = STOP_COUNT_MAX;
-	int status = 0;
 	const int injected = GW_INJECTED(GW_SYS_REMOTE);
 
 	if (injected < 0)
@@ -138,19 +186,8 @@ long gw_remote_call(struct gw_remote *remote, long number, const uint64_t argume
 	regs.r10 = arguments[3];
 	regs.r8 = arguments[4];
 	regs.r9 = arguments[5];
-	long err = gw_sys_ptrace(PTRACE_SETREGS, remote->pid, NULL, &regs);
+	const long err = run_call(remote, &regs);
 
-	for (int edge = 0; err == 0 && edge < 2;) { /* the way in, the way out */
-		err = gw_sys_ptrace(PTRACE_SYSCALL, remote->pid, NULL, NULL);
-		if (err == 0)
-			err = wait_stopped(remote->pid, &status);
-		if (err == 0 && WSTOPSIG(status) == SYSCALL_STOP_SIGNAL)
-			edge++;
-		else if (err == 0 && stops_left-- == 0)
-			err = -EBUSY;
-	}
-	if (err == 0)
-		err = gw_sys_ptrace(PTRACE_GETREGS, remote->pid, NULL, &regs);
 	return err < 0 ? err : (long)regs.rax;
 }
 
@@ -167,6 +204,13 @@ static int make_scratch(struct gw_remote *remote)
 	return 0;
 }
 
+/* Tried again once: a call that a test has failed must not leave the thread with our registers. */
+static void insist(int request, pid_t pid, void *address, void *data)
+{
+	if (gw_sys_ptrace(request, pid, address, data) < 0)
+		(void)gw_sys_ptrace(request, pid, address, data);
+}
+
 int gw_remote_attach(pid_t pid, struct gw_remote *ret_remote)
 {
 	struct gw_remote remote = {.pid = pid};
@@ -179,8 +223,10 @@ int gw_remote_attach(pid_t pid, struct gw_remote *ret_remote)
 	if (err == 0)
 		err = gw_sys_ptrace(PTRACE_GETSIGMASK, pid, (void *)sizeof(all),
 				    &remote.saved_mask);
+	if (err == 0 && remote.saved.cs != CODE_SEGMENT_64)
+		err = -ENOSYS;
 	if (err < 0) {
-		(void)gw_sys_ptrace(PTRACE_DETACH, pid, NULL, NULL);
+		insist(PTRACE_DETACH, pid, NULL, NULL);
 		return (int)err;
 	}
 	owe_restart(&remote.saved);
@@ -198,18 +244,12 @@ int gw_remote_attach(pid_t pid, struct gw_remote *ret_remote)
 	return 0;
 }
 
-/* Tried again once: a call that a test has failed must not leave the thread with our registers. */
-static void insist(int request, pid_t pid, void *address, void *data)
-{
-	if (gw_sys_ptrace(request, pid, address, data) < 0)
-		(void)gw_sys_ptrace(request, pid, address, data);
-}
-
 void gw_remote_detach(struct gw_remote *remote)
 {
-	if (remote->scratch)
-		(void)gw_remote_call(remote, SYS_munmap,
-				     (const uint64_t[6]){remote->scratch, GW_REMOTE_SCRATCH_LEN});
+	const uint64_t scratch[6] = {remote->scratch, GW_REMOTE_SCRATCH_LEN};
+
+	if (remote->scratch && gw_remote_call(remote, SYS_munmap, scratch) < 0)
+		(void)gw_remote_call(remote, SYS_munmap, scratch);
 	insist(PTRACE_SETREGS, remote->pid, NULL, &remote->saved);
 	insist(PTRACE_SETSIGMASK, remote->pid, (void *)sizeof(remote->saved_mask),
 	       &remote->saved_mask);

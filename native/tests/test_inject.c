@@ -46,6 +46,8 @@ static void *other_thread(void *argument)
 	const struct target_threads *const threads = argument;
 	char byte;
 
+	threads->target->shared[3] = 1;
+
 	while (read(threads->target->touch_fd, &byte, 1) == 1) {
 		uint64_t value = *(const volatile uint64_t *)(threads->memory + 3 * PAGE);
 
@@ -107,7 +109,9 @@ static struct target target_start(enum wait_kind kind)
 	}
 	target.touch_fd = touch[1];
 	target.value_fd = value[0];
-	while (*(volatile uint8_t *)&target.shared[0] == 0)
+	/* Both threads, so that what the target maps and has open is settled. */
+	while (*(volatile uint8_t *)&target.shared[0] == 0 ||
+	       *(volatile uint8_t *)&target.shared[3] == 0)
 		sched_yield();
 	return target;
 }
@@ -235,6 +239,7 @@ static void taken_again_after_our_death(void)
 	CHECK_EQ(write(target.touch_fd, "t", 1), 1);
 	CHECK_EQ(gw_inject_take(target.pid, first.remote_fd, target.ram_fd, &again), 0);
 	CHECK_EQ(again.ranges[0].host_addr, first.ranges[0].host_addr);
+	CHECK_EQ(again.features, FEATURES);
 	struct guest guest = {.uffd = again.uffd};
 	const struct uffd_msg event = guest_next_event(&guest);
 
@@ -308,6 +313,194 @@ static void a_failed_step_leaves_the_target_as_it_was(void)
 	CHECK_EQ(refused_count, 3);
 }
 
+/* Blocked signals and tracer, as /proc/PID/status says them. */
+static void status_lines(pid_t pid, unsigned long *ret_blocked, int *ret_tracer)
+{
+	char path[64];
+	char line[256];
+
+	(void)snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
+	FILE *const file = fopen(path, "re");
+
+	CHECK(file != NULL);
+	while (fgets(line, sizeof(line), file)) {
+		if (strncmp(line, "SigBlk:", 7) == 0)
+			*ret_blocked = strtoul(line + 7, NULL, 16);
+		if (strncmp(line, "TracerPid:", 10) == 0)
+			*ret_tracer = (int)strtol(line + 10, NULL, 10);
+	}
+	(void)fclose(file);
+}
+
+static void check_untouched(const struct target *target, int fd_count_before, int map_count_before)
+{
+	unsigned long blocked = 1;
+	int tracer = 1;
+
+	status_lines(target->pid, &blocked, &tracer);
+	CHECK_EQ(blocked, 0);
+	CHECK_EQ(tracer, 0);
+	CHECK_EQ(fd_count(target->pid), fd_count_before);
+	CHECK_EQ(map_count(target->pid), map_count_before);
+}
+
+/* Each call that we or the child make fails once, in one target: it never notices. */
+static void whichever_call_fails_the_target_is_as_it_was(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	const int map_count_before = map_count(target.pid);
+	int refused_count = 0;
+
+	for (uint64_t nth = 1; nth < 130; nth++) {
+		const int fd_count_before = fd_count(target.pid);
+		struct gw_inject_result result = {.uffd = -7};
+
+		gw_sys_fail_nth(GW_SYS_ANY, nth, EIO);
+		const int err = gw_inject_uffd(target.pid, target.ram_fd, FEATURES,
+					       UFFDIO_REGISTER_MODE_MISSING, &result);
+
+		gw_sys_fail_none();
+		if (err < 0) {
+			CHECK_EQ(err, -EIO);
+			CHECK_EQ(result.uffd, -7);
+			check_untouched(&target, fd_count_before, map_count_before);
+			refused_count++;
+			continue;
+		}
+		/* Armed: disarm it, so that it can be armed again; its own fd stays. */
+		check_untouched(&target, fd_count_before + 1, map_count_before);
+		CHECK_EQ(gw_uffd_unregister(result.uffd, result.ranges[0].host_addr,
+					    result.ranges[0].len),
+			 0);
+		CHECK_EQ(gw_sys_close(result.uffd), 0);
+	}
+	fprintf(stderr, "    %d refused\n", refused_count);
+	CHECK(refused_count > 20);
+	check_back(&target, WAIT_READ);
+	target_stop(&target);
+}
+
+static void die(void *argument)
+{
+	(void)argument;
+	_exit(137);
+}
+
+/* The agent dies with the fd in its hand: the child undoes what nobody will answer for. */
+static void an_agent_killed_before_the_commit_leaves_nothing(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	const int fd_count_before = fd_count(target.pid);
+	const int map_count_before = map_count(target.pid);
+	unsigned long blocked = 1;
+	int tracer = 1;
+	int status = 0;
+	const pid_t agent = fork();
+
+	CHECK(agent >= 0);
+	if (agent == 0) {
+		struct gw_inject_result result = {0};
+
+		gw_hook_call("inject.received", die, NULL);
+		(void)gw_inject_uffd(target.pid, target.ram_fd, FEATURES,
+				     UFFDIO_REGISTER_MODE_MISSING, &result);
+		_exit(0);
+	}
+	CHECK_EQ(waitpid(agent, &status, 0), agent);
+	CHECK_EQ(WEXITSTATUS(status), 137);
+	/* Its child is an orphan now, and done when nobody traces the target any more. */
+	while (tracer != 0)
+		status_lines(target.pid, &blocked, &tracer);
+	check_untouched(&target, fd_count_before, map_count_before);
+	check_back(&target, WAIT_READ);
+	target_stop(&target);
+}
+
+static _Atomic int signal_count;
+
+static void count_signal(int number)
+{
+	(void)number;
+	atomic_fetch_add(&signal_count, 1);
+}
+
+static void *send_signals(void *argument)
+{
+	const struct target *const target = argument;
+
+	for (int i = 0; i < 3000; i++) {
+		CHECK_EQ(kill(target->pid, SIGUSR1), 0);
+		sched_yield();
+	}
+	return NULL;
+}
+
+/* Signals rain on the target meanwhile: no handler runs on registers of ours. */
+static void signals_are_delivered_afterwards(void)
+{
+	const struct sigaction action = {.sa_handler = count_signal, .sa_flags = SA_RESTART};
+	pthread_t thread;
+
+	CHECK_EQ(sigaction(SIGUSR1, &action, NULL), 0); /* the target inherits it */
+	const struct target target = target_start(WAIT_READ);
+
+	CHECK_EQ(pthread_create(&thread, NULL, send_signals, (void *)(uintptr_t)&target), 0);
+	for (int i = 0; i < 20; i++) {
+		struct gw_inject_result result = {0};
+
+		CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, FEATURES,
+					UFFDIO_REGISTER_MODE_MISSING, &result),
+			 0);
+		CHECK_EQ(gw_uffd_unregister(result.uffd, result.ranges[0].host_addr,
+					    result.ranges[0].len),
+			 0);
+		CHECK_EQ(gw_sys_close(result.uffd), 0);
+	}
+	CHECK_EQ(pthread_join(thread, NULL), 0);
+	check_back(&target, WAIT_READ);
+	target_stop(&target);
+}
+
+/* Two mappings apart from each other are two ranges; a read-only and a private one are none. */
+static void only_shared_writable_mappings_count(void)
+{
+	const int fd = gw_sys_memfd_create("ram", MFD_CLOEXEC);
+	struct gw_inject_result result = {0};
+	uint8_t *const room = mmap(NULL, 64 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	static const struct {
+		size_t at;
+		int prot;
+		int flags;
+		off_t offset;
+	} rows[] = {
+		{0, PROT_READ | PROT_WRITE, MAP_SHARED, 0},
+		{8, PROT_READ | PROT_WRITE, MAP_SHARED, 32768}, /* its continuation */
+		{24, PROT_READ | PROT_WRITE, MAP_SHARED, 65536},
+		{40, PROT_READ, MAP_SHARED, 0},
+		{56, PROT_READ | PROT_WRITE, MAP_PRIVATE, 0},
+	};
+
+	CHECK(room != MAP_FAILED);
+	CHECK_EQ(gw_sys_ftruncate(fd, 32 * (off_t)PAGE), 0);
+	for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++)
+		CHECK(mmap(room + rows[i].at * PAGE, 8 * PAGE, rows[i].prot,
+			   rows[i].flags | MAP_FIXED, fd, rows[i].offset) != MAP_FAILED);
+	/* The target is a copy of us, and has the same mappings. */
+	const struct target target = target_start(WAIT_READ);
+
+	CHECK_EQ(gw_inject_uffd(target.pid, fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING, &result),
+		 0);
+	CHECK_EQ(result.range_count, 2);
+	CHECK_EQ(result.ranges[0].host_addr, (uintptr_t)room);
+	CHECK_EQ(result.ranges[0].len, 16 * PAGE);
+	CHECK_EQ(result.ranges[0].file_offset, 0);
+	CHECK_EQ(result.ranges[1].host_addr, (uintptr_t)room + 24 * PAGE);
+	CHECK_EQ(result.ranges[1].len, 8 * PAGE);
+	CHECK_EQ(result.ranges[1].file_offset, 16 * PAGE);
+	CHECK_EQ(gw_sys_close(result.uffd), 0);
+	target_stop(&target);
+}
+
 int main(void)
 {
 	guest_need_uffd();
@@ -318,5 +511,9 @@ int main(void)
 	RUN_FORKED(take_refuses_what_is_no_userfaultfd);
 	RUN_FORKED(refusals);
 	RUN_FORKED(a_failed_step_leaves_the_target_as_it_was);
+	RUN_FORKED(whichever_call_fails_the_target_is_as_it_was);
+	RUN_FORKED(an_agent_killed_before_the_commit_leaves_nothing);
+	RUN_FORKED(signals_are_delivered_afterwards);
+	RUN_FORKED(only_shared_writable_mappings_count);
 	return 0;
 }
