@@ -105,7 +105,6 @@ async def test_demo_end_to_end(tmp_path: Path) -> None:
         assert move["pages_demand"] > 0
         pages = move["pages_demand"] + move["pages_bulk"] + move["pages_zero"]
         assert pages <= (256 << 20) // 4096
-        assert move["guest_gap_ms"] >= move["pause_ms"] - 20, "a guest that beats while paused"
     assert report["pages_verified"] == 128 * 256
     assert (report["corrupt_pages"], report["doubled_beats"]) == (0, 0)
     assert left_behind(directory) == []
