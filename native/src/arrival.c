@@ -24,6 +24,7 @@ void arrival_set_reason(struct gw_arrival *arrival, const char *format, ...)
 	va_list arguments;
 
 	va_start(arguments, format);
+	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): said when files are checked together. */
 	(void)vsnprintf(text, sizeof(text), format, arguments);
 	va_end(arguments);
 	(void)pthread_mutex_lock(&arrival->text_lock);
