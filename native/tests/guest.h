@@ -56,6 +56,9 @@ struct guest {
 		guest_run_forked(function);           \
 	} while (0)
 
+/* A file, and its bitmap, that a failed test may leave; NULL: none. */
+static const char *guest_left_path __attribute__((unused));
+
 static inline void guest_run_forked(void (*function)(void))
 {
 	int status = -1;
@@ -70,6 +73,13 @@ static inline void guest_run_forked(void (*function)(void))
 		_exit(EXIT_SUCCESS);
 	}
 	CHECK_EQ(waitpid(pid, &status, 0), pid);
+	if (status != 0 && guest_left_path) {
+		char bitmap[128];
+
+		(void)snprintf(bitmap, sizeof(bitmap), "%s.bitmap", guest_left_path);
+		(void)unlink(guest_left_path);
+		(void)unlink(bitmap);
+	}
 	CHECK_EQ(status, 0);
 }
 

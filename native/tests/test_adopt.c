@@ -272,6 +272,7 @@ int main(void)
 	guest_need_uffd();
 	CHECK_EQ(gw_uffd_probe(&features), 0);
 	(void)snprintf(path, sizeof(path), "/dev/shm/gw-test-adopt-%d", (int)getpid());
+	guest_left_path = path;
 	for (uint64_t page = 0; page < PAGE_COUNT; page++)
 		guest_pattern(page, patterns + page * PAGE);
 	for (method = GW_INSTALL_COPY; method <= GW_INSTALL_CONTINUE; method++) {

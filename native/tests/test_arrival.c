@@ -927,6 +927,7 @@ int main(int argc, char **argv)
 	guest_need_uffd();
 	CHECK_EQ(gw_uffd_probe(&features), 0);
 	(void)snprintf(map_path, sizeof(map_path), "/dev/shm/gw-test-arrival-%d", (int)getpid());
+	guest_left_path = map_path;
 	fill_source();
 #define RUN_IF(function)                                    \
 	do {                                                \

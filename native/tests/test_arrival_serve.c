@@ -318,6 +318,7 @@ int main(int argc, char **argv)
 	guest_need_uffd();
 	measuring = argc > 1;
 	(void)snprintf(map_path, sizeof(map_path), "/dev/shm/gw-test-both-%d", (int)getpid());
+	guest_left_path = map_path;
 	make_source();
 	for (int i = 0; measuring && i < 3; i++) {
 		RUN_FORKED(faults_alone);

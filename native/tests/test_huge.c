@@ -205,6 +205,7 @@ int main(void)
 	guest_need_uffd();
 	need_huge_pages();
 	(void)snprintf(map_path, sizeof(map_path), "/dev/shm/gw-test-huge-%d", (int)getpid());
+	guest_left_path = map_path;
 	source = mmap(NULL, PAGE_COUNT * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
 		      -1, 0);
 	CHECK(source != MAP_FAILED);
