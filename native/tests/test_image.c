@@ -9,6 +9,7 @@
 #include <godwit/sys.h>
 
 #include <errno.h>
+#include <linux/memfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -241,6 +242,43 @@ static void extents_are_thinned_out_towards_data(void)
 	close(fd);
 }
 
+/* hugetlbfs knows no holes, reads zeros where it has none, and must not allocate for that. */
+static void huge_pages_are_read_without_being_made(void)
+{
+	const size_t huge_len = 2 * MIB;
+	const struct gw_serve_region region = {.size = 2 * huge_len, .page_size = 2u << 20};
+	const int fd = memfd_create("test-huge", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+	struct gw_serve_image record;
+	struct gw_image *image;
+	uint8_t *data = aligned_alloc(PAGE, MIB);
+	uint8_t *memory = MAP_FAILED;
+	uint64_t blocks;
+
+	CHECK(data);
+	if (fd >= 0 && ftruncate(fd, (off_t)(2 * huge_len)) == 0)
+		memory = mmap(NULL, huge_len, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+			      (off_t)huge_len);
+	if (memory == MAP_FAILED) {
+		fprintf(stderr, "  not run: needs a free huge page, sysctl vm.nr_hugepages=1\n");
+	} else {
+		memset(memory, 7, huge_len);
+		blocks = blocks_of(fd);
+		record = record_of(fd, &region, 1);
+		CHECK_EQ(gw_image_create(&record, &image), 0);
+		CHECK(gw_image_hole_len(image, 0, MIB) >= 0);
+		CHECK_EQ(gw_image_read(image, MIB, data, MIB), 0);
+		CHECK(gw_bytes_are_zero(data, MIB));
+		CHECK_EQ(gw_image_read(image, 3 * MIB, data, MIB), 0);
+		CHECK(data[0] == 7 && data[MIB - 1] == 7);
+		CHECK_EQ(blocks_of(fd), blocks);
+		gw_image_unref(image);
+		munmap(memory, huge_len);
+	}
+	free(data);
+	if (fd >= 0)
+		close(fd);
+}
+
 static void bad_records_are_refused(void)
 {
 	const struct gw_serve_region good = {.size = 4 * PAGE, .page_size = 4096};
@@ -367,6 +405,7 @@ int main(void)
 	RUN(holes_go_on_across_regions);
 	RUN(a_file_cut_short_is_an_error_not_a_signal);
 	RUN(extents_are_thinned_out_towards_data);
+	RUN(huge_pages_are_read_without_being_made);
 	RUN(bad_records_are_refused);
 	RUN(failing_system_calls_are_told);
 	RUN(zeros_are_told_from_nearly_zeros);

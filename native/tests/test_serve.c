@@ -727,6 +727,25 @@ static void connections_are_bounded(void)
 	tear_down(&fixture);
 }
 
+static void destroy_hangs_up_on_everybody(void)
+{
+	struct fixture fixture;
+	struct client idle;
+	struct client busy;
+
+	set_up(&fixture, 0);
+	client_start(&idle, fixture.port, "img", 6, GW_PAGE_LANE_DEMAND);
+	client_start(&busy, fixture.port, "img", 6, GW_PAGE_LANE_BULK);
+	for (uint64_t k = 0; k < 1000; k++)
+		client_want(&busy, k % 14 * MIB, MIB, 2);
+	CLIENT_UNTIL(&busy, busy.pages_count > 0);
+	tear_down(&fixture);
+	client_expect_end(&idle, GW_GRPC_UNAVAILABLE, "CONNECTION_LOST");
+	client_expect_end(&busy, GW_GRPC_UNAVAILABLE, "CONNECTION_LOST");
+	client_close(&idle);
+	client_close(&busy);
+}
+
 struct reader {
 	struct fixture *fixture;
 	enum gw_page_lane lane;
@@ -826,6 +845,7 @@ int main(void)
 	RUN(silence_is_answered_with_heartbeats_and_then_given_up);
 	RUN(a_draining_server_finishes_what_is_open);
 	RUN(connections_are_bounded);
+	RUN(destroy_hangs_up_on_everybody);
 	RUN(records_are_replaced_under_readers);
 	RUN(bad_configs_are_refused);
 	return EXIT_SUCCESS;
