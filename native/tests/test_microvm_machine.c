@@ -9,6 +9,8 @@
 #include <godwit/crc32c.h>
 #include <sys/stat.h>
 
+#define SWEEPS_MAX 1000
+
 /* Moves the guest; the source is gone after that. */
 static struct mv_machine *move(struct mv_machine *source)
 {
@@ -40,6 +42,17 @@ static struct mv_machine *filled_machine(enum mv_accel accel, uint32_t vcpu_coun
 
 /* --- moves -------------------------------------------------------------------------------------- */
 
+static bool all_worked(struct mv_machine *machine)
+{
+	bool worked = true;
+
+	pthread_mutex_lock(&machine->lock);
+	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
+		worked = worked && machine->vcpus[i].told.op_count > 0;
+	pthread_mutex_unlock(&machine->lock);
+	return worked;
+}
+
 /* Stopped while it fills, while it runs and in the middle of sweeps. */
 static void moves_in_a_row(enum mv_accel accel, uint32_t vcpu_count)
 {
@@ -69,12 +82,10 @@ static void moves_in_a_row(enum mv_accel accel, uint32_t vcpu_count)
 		}
 		resume_machine(machine);
 	}
-	/* Between two sweeps it works. */
-	CHECK_EQ(sweep(machine), 0);
-	CHECK_EQ(sweep(machine), 0);
-	pause_machine(machine);
-	for (uint32_t v = 0; v < vcpu_count; v++)
-		CHECK(machine->vcpus[v].told.op_count > 0);
+	/* Between sweeps it works; a vCPU that gets no processor may miss one. */
+	for (int i = 0; i < SWEEPS_MAX && !all_worked(machine); i++)
+		CHECK_EQ(sweep(machine), 0);
+	CHECK(all_worked(machine));
 	mv_machine_destroy(machine);
 }
 
