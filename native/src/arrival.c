@@ -352,6 +352,8 @@ int gw_arrival_start_bulk(struct gw_arrival *arrival)
 {
 	if (gw_page_map_generation(arrival->map) == 0)
 		return -EAGAIN;
+	if (!atomic_load(&arrival->bulk_started))
+		atomic_store(&arrival->bulk_full_ns, gw_sys_now_ns() + ARRIVAL_NEAR_NS);
 	atomic_store(&arrival->bulk_started, true);
 	arrival_wake_bulk(arrival);
 	return 0;

@@ -182,28 +182,39 @@ static uint64_t allowance(struct arrival_bulk *bulk, uint64_t now_ns, uint64_t *
 	return rate_want_len(arrival, len);
 }
 
-/* Fill the window. Returns when there may be more to ask for. */
+/*
+ * Fill the window. Returns when there may be more to ask for.
+ *
+ * Just after the switch the guest needs its working set, a page after the other, and every page of
+ * bulk takes a core from it: for ARRIVAL_NEAR_NS only the neighbours of faults are asked for.
+ */
 static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 {
 	struct gw_arrival *const arrival = bulk->arrival;
 	struct arrival_link *const link = &bulk->link;
-	uint64_t due_ns = UINT64_MAX;
+	const uint64_t full_ns = atomic_load(&arrival->bulk_full_ns);
+	const bool near_only = now_ns < full_ns;
+	uint64_t due_ns = near_only ? full_ns : UINT64_MAX;
 	bool found = true;
 
 	while (link->up && link->cause == LINK_UP && atomic_load(&arrival->bulk_started) &&
 	       arrival_is_fetching(arrival) && link->in_flight_bytes < ARRIVAL_BULK_WINDOW_BYTES) {
 		uint64_t first = 0;
-		const uint64_t len = allowance(bulk, now_ns, &due_ns);
+		uint64_t len = allowance(bulk, now_ns, &due_ns);
 
 		if (len == 0)
 			break;
+		if (near_only && len > ARRIVAL_NEAR_LEN && arrival->page_size < ARRIVAL_NEAR_LEN)
+			len = ARRIVAL_NEAR_LEN;
 		const uint64_t wait_ns = rate_spend(arrival, len, now_ns);
 
 		if (wait_ns > 0) {
 			due_ns = now_ns + wait_ns;
 			break;
 		}
-		const uint64_t count = pick_run(bulk, len / arrival->page_size, &first);
+		const uint64_t count_max = len / arrival->page_size;
+		const uint64_t count = near_only ? pick_near_fault(arrival, count_max, &first)
+						 : pick_run(bulk, count_max, &first);
 
 		rate_refund(arrival, len - count * arrival->page_size);
 		found = count > 0;
@@ -216,7 +227,7 @@ static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 		bulk->asked_ns = now_ns;
 		GW_HOOK("bulk.asked");
 	}
-	atomic_store(&bulk->idle, !found && link->want_count == 0);
+	atomic_store(&bulk->idle, !found && !near_only && link->want_count == 0);
 	link_flush(link, now_ns);
 	return due_ns;
 }

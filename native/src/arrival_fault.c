@@ -302,6 +302,9 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 		return false;
 	fault = table_add(&demand->faults, page, read_ns);
 	pick_hint(arrival, page);
+	/* Later bulk is awake anyway, and a wake costs as much as a fault. */
+	if (read_ns < atomic_load_explicit(&arrival->bulk_full_ns, memory_order_relaxed))
+		arrival_wake_bulk(arrival);
 	if (arrival_is_fetching(arrival) && demand->link.up)
 		(void)send_fault(demand, fault, read_ns);
 	return true;

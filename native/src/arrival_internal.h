@@ -52,6 +52,8 @@
 #define ARRIVAL_BULK_YIELD_NS	    UINT64_C(1000000)
 #define ARRIVAL_BULK_YIELD_LEN	    (UINT64_C(64) << 10)
 #define ARRIVAL_HINT_LEN	    (UINT64_C(256) << 10)
+#define ARRIVAL_NEAR_NS		    UINT64_C(100000000) /* how long bulk keeps to the faults at first */
+#define ARRIVAL_NEAR_LEN	    (UINT64_C(64) << 10) /* and how much it asks for at once */
 #define ARRIVAL_ID_LEN_MAX	    128
 #define ARRIVAL_SESSION_LEN_MAX	    64
 #define ARRIVAL_TRACEPARENT_LEN_MAX 255
@@ -220,6 +222,7 @@ struct gw_arrival {
 	_Atomic uint32_t phase;
 	_Atomic uint32_t server_version; /* counts set_page_server */
 	_Atomic bool bulk_started;
+	_Atomic uint64_t bulk_full_ns;	 /* until then bulk keeps to the neighbours of faults */
 	_Atomic bool gone;		 /* the guest's process */
 	_Atomic uint64_t demand_down_ns; /* since when; 0 = up */
 	_Atomic bool demand_was_up;
@@ -303,6 +306,8 @@ void *bulk_main(void *bulk);
 /* arrival_pick.c */
 /* Claim a run (REQUESTED_BULK) of up to count_max pages. Its length; 0 = nothing to ask for now. */
 uint64_t pick_run(struct arrival_bulk *bulk, uint64_t count_max, uint64_t *ret_first);
+/* The same, but only what follows a recent fault. */
+uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first);
 void pick_hint(struct gw_arrival *arrival, uint64_t page);
 /* Spend bytes of the limit. 0, or how long to wait first. */
 uint64_t rate_spend(struct gw_arrival *arrival, uint64_t len, uint64_t now_ns);

@@ -58,7 +58,7 @@ static uint64_t claim_between(struct gw_arrival *arrival, uint64_t from, uint64_
 }
 
 /* What follows a page that was just touched is touched next, as a rule. The newest first. */
-static uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
+uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
 {
 	const uint64_t hint_pages = ARRIVAL_HINT_LEN / arrival->page_size;
 	const uint64_t reach = hint_pages > 0 ? hint_pages : 1;

@@ -26,10 +26,6 @@ from services.pagecore.api import ArrivalConfig, ArrivalPhase, ArrivalStatus, In
 
 log = logging.getLogger(__name__)
 
-BULK_DELAY_S = 0.1
-"""How long a guest that was just let run has the demand lane, and the processors, for itself.
-Measured A/B on 2 busy cores, 18 moves of a 512 MiB guest: median gap of its heartbeats 132 ms with
-it, 234 ms without, 146 ms with 0.3 s; time until all memory is there the same."""
 REFUSED_RETRY_S = 1.0
 """A page server that refuses may be one that was restarted and does not know its images yet."""
 
@@ -115,17 +111,6 @@ class ArrivalEngines:
         if record.role is Role.ARRIVED and watch.arrival.generation():
             watch.arrival.start_bulk()
         self.check_complete(vm)
-
-    def start_bulk_later(self, vm: Vm) -> None:
-        """Let the bulk lane run once the guest has had the demand lane for itself a moment."""
-        watch = self.require(vm)
-
-        async def start() -> None:
-            await asyncio.sleep(BULK_DELAY_S)
-            if not watch.closed:
-                watch.arrival.start_bulk()
-
-        self._node.start_task(start(), f"bulk {vm.vm_id}")
 
     async def redirect(self, vm: Vm) -> None:
         """Fetch from the page server that the record names from now on."""

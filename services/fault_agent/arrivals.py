@@ -320,7 +320,7 @@ class Arrivals:
         if not await reach("agent.activate.before_cont"):
             await vmm.resume()
         await reach("agent.activate.after_cont")
-        self._engines.start_bulk_later(vm)
+        self._engines.require(vm).arrival.start_bulk()
         # ACTIVATING is durable and says it all; the role is for the next agent of this boot.
         await vm.write(replace(vm.record, role=Role.ARRIVED), durable=False)
         await vmm.announce()
