@@ -60,7 +60,7 @@ demo: system-guest setup ## migrate a real guest to another node and back
 
 .PHONY: test
 test: system-guest setup native-test ## all tests, native ones in every variant
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: native-test
 native-test: $(NATIVE_VARIANTS:%=native-test-%) ## the C tests: plain, ASan+UBSan, TSan
@@ -69,7 +69,7 @@ native-test: $(NATIVE_VARIANTS:%=native-test-%) ## the C tests: plain, ASan+UBSa
 $(NATIVE_VARIANTS:%=native-build-%): native-build-%: .venv/.deps
 	@$(call cmake_build,native-$*)
 $(NATIVE_VARIANTS:%=native-test-%): native-test-%: native-build-%
-	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error
+	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error --parallel 2
 
 .PHONY: lint
 lint: system-lint setup ## every static check, and that generated code is what its sources give
