@@ -7,9 +7,9 @@
  *            the thread that read it and never waits for another connection.
  *            Every function may be called from any thread; none calls back.
  * Errors     A count or an outcome >= 0, or -errno; no logging.
- * Ownership  add_image duplicates `ram_fd`; the caller keeps its own. Memory is
- *            mapped read-only and holes are found by SEEK_DATA before they are
- *            touched, so that serving never inflates the source.
+ * Ownership  put_image duplicates `ram_fd`; the caller keeps its own. Memory is
+ *            read by pread(2), and holes are found by SEEK_DATA before they are
+ *            read, so that serving never inflates the source, and never dies of it.
  * Units      Bytes. Offsets are image offsets.
  * Source     protos/godwit/page/v1/page_service.proto; DESIGN 3.3.
  */
