@@ -8,7 +8,7 @@
  * Units      Bytes; nanoseconds of CLOCK_MONOTONIC.
  * Source     grpc.h.
  *
- * grpc_conn.c moves bytes between the socket and the session, grpc_h2.c is what the session
+ * grpc_conn.c moves bytes between the socket and the session, grpc_h2*.c is what the session
  * calls back, grpc_call.c is what owners call, grpc_receive.c cuts bytes into messages.
  *
  * A message on its way out: queued in its call (grpc_call.c) -> the session asks for DATA
@@ -141,7 +141,7 @@ struct gw_grpc {
 	size_t read_len;
 };
 
-/* grpc_h2.c */
+/* grpc_h2*.c */
 int h2_session_create(struct gw_grpc *conn);
 int h2_submit_request(struct gw_grpc_call *call, const struct gw_grpc_call_options *options);
 int h2_submit_response(struct gw_grpc_call *call, bool trailers_only);
