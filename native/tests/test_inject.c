@@ -503,6 +503,15 @@ static void only_shared_writable_mappings_count(void)
 
 int main(void)
 {
+#ifdef __SANITIZE_THREAD__
+	/*
+	 * The injector's child is made by _Fork(), which TSan does not see: a lock that its background
+	 * thread holds just then stays locked in the child, which died of it once in some runs. The
+	 * child has one thread, so that TSan has nothing to find there.
+	 */
+	fprintf(stderr, "skipped: TSan cannot follow _Fork()\n");
+	return CHECK_SKIPPED;
+#endif
 	guest_need_uffd();
 	RUN_FORKED(while_the_main_thread_reads);
 	RUN_FORKED(while_the_main_thread_sleeps);
