@@ -30,13 +30,17 @@ class Console:
         """Numbers of the heartbeats."""
         return [int(number) for number in _BEAT.findall(self.text())]
 
-    def first_beat(self) -> int:
-        """The first heartbeat."""
-        return self.beats()[0]
-
     def last_beat(self) -> int:
         """The last heartbeat so far."""
         return self.beats()[-1]
+
+    def follows(self, source: Console) -> bool:
+        """The guest went on here where it stopped there: no beat lost, none twice.
+
+        Judged on both texts joined: the stop may cut a line in two.
+        """
+        beats = [int(number) for number in _BEAT.findall(source.text() + self.text())]
+        return bool(self.text()) and all(b == a + 1 for a, b in itertools.pairwise(beats))
 
     def reached(self) -> int:
         """The last heartbeat so far; -1 before the first."""
