@@ -197,31 +197,33 @@ class ArrivalEngines:
 
     async def _complete(self, vm: Vm) -> None:
         async with vm.lock:
-            record, watch = vm.record, vm.watch
-            arriving = record.arriving
-            if record.role is not Role.ARRIVED or watch is None or arriving is None:
-                return
-            if record.epoch_memory_complete != watch.epoch:
-                # Durable before the source is told that it may forget.
-                counters = arriving.counters or watch.counters
-                await vm.write(
-                    replace(
-                        record,
-                        epoch_memory_complete=watch.epoch,
-                        arriving=replace(arriving, counters=counters),
-                    )
-                )
-            arriving = vm.record.arriving
-            assert arriving is not None, "written a moment ago"
-            if not arriving.unregistered:
-                try:
-                    await asyncio.to_thread(watch.arrival.finish)
-                except OSError as error:
-                    if error.errno != errno.ESRCH:
-                        raise
-                    log.warning("%s ended before its memory was let go", vm.vm_id)
-                await vm.write(replace(vm.record, arriving=replace(arriving, unregistered=True)))
-            watch.wake()
+            await self.settle(vm)
+
+    async def settle(self, vm: Vm) -> None:
+        """If every page is here, make that durable, then let the memory go. Under the VM's lock.
+
+        Idempotent: an agent that died between the two leaves the second to its successor.
+        """
+        record, watch = vm.record, vm.watch
+        arriving = record.arriving
+        if record.role is not Role.ARRIVED or watch is None or arriving is None:
+            return
+        if watch.refresh().phase is not ArrivalPhase.COMPLETE:
+            return
+        if record.epoch_memory_complete != watch.epoch:
+            # Durable before the source is told that it may forget.
+            counters = arriving.counters or watch.counters
+            arriving = replace(arriving, counters=counters)
+            await vm.write(replace(record, epoch_memory_complete=watch.epoch, arriving=arriving))
+        if not arriving.unregistered:
+            try:
+                await asyncio.to_thread(watch.arrival.finish)
+            except OSError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+                log.warning("%s ended before its memory was let go", vm.vm_id)
+            await vm.write(replace(vm.record, arriving=replace(arriving, unregistered=True)))
+        watch.wake()
 
     async def _ask_again(self, vm: Vm) -> None:
         """A guest that runs here has no other source: refusals are asked again, for ever."""

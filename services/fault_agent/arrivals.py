@@ -244,6 +244,9 @@ class Arrivals:
                 return await self._node.evidence(vm)
             if record.role is not Role.ARRIVED or record.epoch_owned != fence.epoch:
                 raise wrong_state(record, Command.RELEASE, "it did not arrive under this epoch")
+            # MEMORY_COMPLETE is told before the memory is let go: that may still be under way.
+            await self._engines.settle(vm)
+            record = vm.record
             arriving = record.arriving
             complete = record.epoch_memory_complete == fence.epoch
             needs_nobody = complete and arriving is not None and arriving.unregistered
@@ -255,7 +258,9 @@ class Arrivals:
             await reach("agent.release.before")
             if needs_nobody and arriving is not None:
                 await self._engines.stop(vm)
-                await vm.write(replace(fenced, role=Role.RESIDENT, arriving=None))
+                complete_epoch = record.epoch_memory_complete
+                resident = replace(fenced, role=Role.RESIDENT, arriving=None)
+                await vm.write(replace(resident, epoch_memory_complete=complete_epoch))
                 remove_page_map(arriving.page_map_path)
             else:
                 await vm.write(fenced)
