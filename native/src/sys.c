@@ -7,6 +7,7 @@
 #include <godwit/sys.h>
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -264,6 +265,24 @@ int gw_sys_munmap(void *address, size_t len)
 int gw_sys_madvise(void *address, size_t len, int advice)
 {
 	RETURN_OF(GW_SYS_MADVISE, int, madvise(address, len, advice));
+}
+
+int gw_sys_futex_wait(const _Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
+{
+	const struct timespec timeout = {
+		.tv_sec = (time_t)(timeout_ns / 1000000000U),
+		.tv_nsec = (long)(timeout_ns % 1000000000U),
+	};
+
+	RETURN_OF(GW_SYS_FUTEX, int,
+		  (int)syscall(SYS_futex, word, FUTEX_WAIT, expected,
+			       timeout_ns > 0 ? &timeout : NULL, NULL, 0));
+}
+
+int gw_sys_futex_wake(const _Atomic uint32_t *word, int count_max)
+{
+	RETURN_OF(GW_SYS_FUTEX, int,
+		  (int)syscall(SYS_futex, word, FUTEX_WAKE, count_max, NULL, NULL, 0));
 }
 
 int gw_sys_ioctl(int fd, unsigned long request, void *argument)

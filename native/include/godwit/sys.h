@@ -20,6 +20,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -74,6 +75,7 @@
 	X(MMAP)              \
 	X(MUNMAP)            \
 	X(MADVISE)           \
+	X(FUTEX)             \
 	X(IOCTL)             \
 	X(USERFAULTFD)       \
 	X(PIDFD_OPEN)        \
@@ -145,6 +147,13 @@ int gw_sys_mmap(void *hint, size_t len, int prot, int flags, int fd, off_t offse
 		void **ret_address);
 int gw_sys_munmap(void *address, size_t len);
 int gw_sys_madvise(void *address, size_t len, int advice);
+
+/*
+ * Sleep while *word is `expected`, on memory that processes share; timeout_ns = 0: without end. 0;
+ * -EAGAIN it is not `expected`; -EINTR; -ETIMEDOUT. wake: how many were woken.
+ */
+int gw_sys_futex_wait(const _Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns);
+int gw_sys_futex_wake(const _Atomic uint32_t *word, int count_max);
 
 /* The kernel's special fds, and other processes. */
 int gw_sys_ioctl(int fd, unsigned long request, void *argument);
