@@ -59,8 +59,7 @@ class NodeParts:
         Raises:
             FileNotFoundError: it does not know the VM.
         """
-        path = self.vm_dir(vm_id) / journal.FILE
-        return journal.decode(path.read_bytes(), path)
+        return journal.read(self.vm_dir(vm_id) / journal.FILE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,7 @@ def journaled_vmms(state_dir: Path) -> list[processes.Process]:
     found = []
     for path in sorted(state_dir.glob(f"*/vms/*/{journal.FILE}")):
         with contextlib.suppress(GodwitError, OSError):
-            record = journal.decode(path.read_bytes(), path)
+            record = journal.read(path)
             # After another boot its number may be anybody's.
             if record.process is not None and record.boot_id == processes.boot_id():
                 found.append(record.process)

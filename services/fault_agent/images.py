@@ -25,12 +25,7 @@ from godwit.page.v1 import image_admin_service_pb2, image_admin_service_pb2_grpc
 from services.common import grpc_client
 from services.common.errors import GodwitError, UnavailableError
 from services.fault_agent.drivers.api import MemoryRegion
-from services.fault_agent.journal import (
-    Export,
-    ExportState,
-    Record,
-    write_whole,
-)
+from services.fault_agent.journal import Export, ExportState, Record
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +126,12 @@ class Images:
         Raises:
             PageServerUnreachableError: nobody serves it now; a page server that starts later will.
         """
-        write_whole(
-            self._path(export.image_id), record_bytes(record, export, regions), durable=False
-        )
+        path = self._path(export.image_id)
+        # Renamed, so that the page server reads all of it or the one before. Not synced: it names
+        # a boot and means nothing after it, and what a power cut leaves of it is refused.
+        scratch = path.with_name(f".{path.name}.new")
+        scratch.write_bytes(record_bytes(record, export, regions))
+        scratch.rename(path)
         served = await self.reload()
         image = image_message(record, export, regions)
         for candidate in served.images:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a node can prove about its VMs after a crash: one record a VM, durable before each act.
 
-`<state_dir>/vms/<vm_id>/journal.json` is written beside, fsynced, renamed, and the directory
-fsynced, so that a reader finds the old record or the new one. Every mark is durable *before* the
-act that it names: a mark that is not there proves that the act was never attempted.
+`<state_dir>/vms/<vm_id>/journal` holds the record as JSON; `journal_file` has its form and why a
+reader finds the last acknowledged record or a newer one. Every mark is durable *before* the act
+that it names: a mark that is not there proves that the act was never attempted.
 A record that cannot be read is kept as it is and its VM refused (I8: on doubt fail closed).
+
+For people: `python -m services.fault_agent.journal FILE...` prints records; `strings FILE` shows
+the last three. `journal.json`, the form before, is read once and replaced.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import os
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,9 +24,12 @@ import pydantic
 from pydantic import ConfigDict
 
 from services.common.errors import FailedPreconditionError
+from services.fault_agent import journal_file
+from services.fault_agent.journal_file import DamagedError, Place, fsync_directory
 from services.fault_agent.processes import Process
 
-FILE = "journal.json"
+FILE = "journal"
+FILE_OLD = "journal.json"
 
 
 class Role(enum.StrEnum):
@@ -199,36 +206,18 @@ def encode(record: Record) -> bytes:
     return _RECORD.dump_json(record, indent=1) + b"\n"
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Replace `path` as one step. Blocks.
+def read(path: Path) -> Record:
+    """The record in a file, for whoever does not write it. Blocks.
 
-    Durable, it survives a power cut once this returns. Else it survives the end of every process,
-    after a cut the old content may be back: enough for what is about memory in tmpfs, which ends
-    with the node. An fsync of the directory costs milliseconds, and the guest may stand still.
+    Raises:
+        OSError: it cannot be read.
+        JournalCorruptError: as `decode`, or the file is damaged.
     """
-    scratch = path.with_name(f".{path.name}.new")
-    fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        # Also if not durable: some file systems would put the name before the bytes, and a power
-        # cut would leave an empty file in the place of durable marks.
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    scratch.rename(path)
-    if durable:
-        fsync_directory(path.parent)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable. Blocks."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        text, _ = journal_file.read(path.read_bytes())
+    except DamagedError as error:
+        raise JournalCorruptError(path, str(error)) from error
+    return decode(text, path)
 
 
 class Journal:
@@ -238,37 +227,95 @@ class Journal:
         self._vms = state_dir / "vms"
         self._vms.mkdir(parents=True, exist_ok=True)
         fsync_directory(state_dir)
+        self._places: dict[str, Place] = {}
+        """Of the VMs that have a file."""
+        self._locks: dict[str, threading.Lock] = {}
+        """Each guards a VM's file and its place: one write at a time. Uncontended but for writes
+        whose caller was cancelled (test_a_cancelled_write_is_waited_for)."""
 
     def vm_dir(self, vm_id: str) -> Path:
         """Where everything of one VM is: journal, console, sockets, logs. Exists after a write."""
         return self._vms / vm_id
 
     def read_all(self) -> tuple[list[Record], dict[str, JournalCorruptError]]:
-        """All records by id, and the VMs whose record cannot be read. Blocks."""
+        """All records by id, and the VMs whose record cannot be read. Blocks; at the start."""
         records: list[Record] = []
         corrupt: dict[str, JournalCorruptError] = {}
-        for path in sorted(self._vms.glob(f"*/{FILE}")):
+        for directory in sorted(path for path in self._vms.iterdir() if path.is_dir()):
+            path = directory / FILE
             try:
-                records.append(decode(path.read_bytes(), path))
+                record = self._open(path)
             except JournalCorruptError as error:
-                corrupt[path.parent.name] = error
+                corrupt[directory.name] = error
             except OSError as error:
-                corrupt[path.parent.name] = JournalCorruptError(path, error.strerror or str(error))
+                corrupt[directory.name] = JournalCorruptError(path, error.strerror or str(error))
+            else:
+                if record is not None:
+                    records.append(record)
         return records, corrupt
+
+    def _open(self, path: Path) -> Record | None:
+        """Take a record over from whoever wrote it; None: there is none."""
+        old = path.with_name(FILE_OLD)
+        if not path.exists() and old.exists():
+            record = decode(old.read_bytes(), old)
+            self._places[record.vm_id] = journal_file.create(path, encode(record))
+        elif not path.exists():
+            return None
+        else:
+            try:
+                text, place = journal_file.open_for_writing(path)
+            except DamagedError as error:
+                raise JournalCorruptError(path, str(error)) from error
+            record = decode(text, path)
+            self._places[record.vm_id] = place
+        if old.exists():
+            # Only once the new one is durable. Left behind it would be believed some day.
+            old.unlink()
+            fsync_directory(path.parent)
+        return record
 
     async def write(self, record: Record, *, durable: bool = True) -> None:
         """Durable when it returns. The loop runs on meanwhile; callers hold the VM's lock.
 
-        Not durable: see `write_whole`. The next durable write makes up for it.
+        Not durable: it survives the end of every process; after a power cut an older record may be
+        back, but none older than the last durable one. Enough for what is about memory in tmpfs,
+        which ends with the node. It goes into the page cache at once, without a thread.
 
         Raises:
             OSError: the disk is full or broken: nothing that the record names may be done.
         """
-        await asyncio.to_thread(self._write, record, durable)
+        if durable or record.vm_id not in self._places:
+            await asyncio.to_thread(self._write, record, durable)
+        else:
+            self._write(record, durable)
 
     def _write(self, record: Record, durable: bool) -> None:
-        directory = self.vm_dir(record.vm_id)
-        if not directory.is_dir():
-            directory.mkdir(mode=0o700)
-            fsync_directory(self._vms)
-        write_whole(directory / FILE, encode(record), durable=durable)
+        # A caller that was cancelled has let go of the VM's lock, but not its thread of the file.
+        with self._locks.setdefault(record.vm_id, threading.Lock()):
+            path, text = self.vm_dir(record.vm_id) / FILE, encode(record)
+            place = self._places.get(record.vm_id)
+            if place is None:
+                if not path.parent.is_dir():
+                    path.parent.mkdir(mode=0o700)
+                    fsync_directory(self._vms)
+                self._open(path)  # never in place of one that cannot be read
+                place = self._places.get(record.vm_id)
+            if place is not None and place.fits(text):
+                journal_file.write(path, place, text, durable=durable)
+                return
+            # If this fails we do not know which file is there: it is opened again.
+            self._places.pop(record.vm_id, None)
+            seq = place.seq + 1 if place is not None else 1
+            self._places[record.vm_id] = journal_file.create(path, text, seq=seq)
+
+
+def main() -> int:
+    """Print the records in the files that the command line names."""
+    for name in sys.argv[1:]:
+        sys.stdout.write(encode(read(Path(name).absolute())).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,7 +72,7 @@ class Vm:
     async def write(self, record: Record, *, durable: bool = True) -> None:
         """Make a record durable, then believe it. Only under the lock.
 
-        Not durable only what says nothing after the end of the node: see journal.write_whole.
+        Not durable only what says nothing after the end of the node: see Journal.write.
         """
         if record != self.record:
             await self._journal.write(record, durable=durable)

@@ -22,8 +22,8 @@ from godwit.common.v1 import common_pb2
 from services.common import grpc_client
 from services.common.listen import parse_listen
 from services.common.vm_spec import VmSpec
+from services.fault_agent import journal, processes
 from services.fault_agent import main as agent_main
-from services.fault_agent import processes
 from services.fault_agent.main import Serving
 from services.fault_agent.node import NodeConfig
 from services.page_server import main as page_server_main
@@ -168,10 +168,10 @@ async def running_host(
 
 async def kill_vmms(host: Host) -> None:
     """End every VMM that a journal of this host names."""
-    for path in host.directory.glob("vms/*/journal.json"):
-        process = json.loads(path.read_text()).get("process")
+    for path in host.directory.glob(f"vms/*/{journal.FILE}"):
+        process = journal.read(path).process
         if process is not None:
-            await processes.kill(processes.Process(**process))
+            await processes.kill(process)
 
 
 @contextlib.asynccontextmanager

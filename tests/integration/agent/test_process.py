@@ -20,8 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common import grpc_client
 from services.common.vm_spec import VmSpec
-from services.fault_agent import processes
-from services.fault_agent.journal import decode
+from services.fault_agent import journal, processes
 from tests.integration.agent.console import Console
 from tests.integration.agent.nodes import Host
 
@@ -97,14 +96,14 @@ async def test_it_serves_health_reflection_and_metrics(host_a: Host) -> None:
 @pytest.mark.requires("qemu")
 async def test_its_guests_do_not_end_with_it(host_a: Host, make_spec: MakeSpec) -> None:
     """However it ends; and the next one holds them again."""
-    journal = host_a.directory / "vms/guest/journal.json"
-    console = Console(journal.parent / "console-1.log")
+    path = host_a.directory / "vms/guest" / journal.FILE
+    console = Console(path.parent / "console-1.log")
     async with running(host_a) as agent:
         await start_guest(agent, make_spec())
         await console.wait_beat(5)
         await agent.end(signal.SIGTERM)
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = decode(journal.read_bytes(), journal).process
+        process = journal.read(path).process
         assert process is not None
         assert processes.is_alive(process)
         await console.wait_beat(console.last_beat() + 20)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from godwit.common.v1 import common_pb2
 
 from services.common.errors import FailedPreconditionError, GodwitError
 from services.common.vm_spec import VmSpec
-from services.fault_agent import processes
+from services.fault_agent import journal, journal_file, processes
 from services.fault_agent.journal import Role
 from tests.integration.agent import nodes
 from tests.integration.agent.console import Console
@@ -145,18 +145,18 @@ async def test_an_arrival_that_was_never_prepared_is_taken_back(
     monkeypatch.setenv("GODWIT_HOOKS_DIR", str(tmp_path))
     hold = tmp_path / "agent.prepare.before_prepared.hold"
     hold.touch()
-    journal = host_b.directory / "vms/guest/journal.json"
+    path = host_b.directory / "vms/guest" / journal.FILE
     async with running_agent(host_b, core) as b:
         async with asyncio.TaskGroup() as group:
             group.create_task(nodes.prepare(a, b, ORDERS))
             while not hold.with_suffix(".reached").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            record = journal.read_text()
+            record = path.read_bytes()
             hold.unlink()
         process = b.serving.node.vm("guest").record.process
     assert process is not None
     # As kill -9 at that point would have left it.
-    journal.write_text(record)
+    path.write_bytes(record)
     async with running_agent(host_b, core) as b:
         evidence = await nodes.describe(b, "guest")
         assert (evidence.role, evidence.vmm_state) == (pb.VM_ROLE_GONE, pb.VMM_STATE_DEAD)
@@ -173,8 +173,8 @@ async def test_a_spawn_that_was_never_journaled_is_found(
         await nodes.start_vm(agent, make_spec(), epoch=1)
         process = agent.serving.node.vm("guest").record.process
     assert process is not None
-    path = host_a.directory / "vms/guest/journal.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "process": None}))
+    path = host_a.directory / "vms/guest" / journal.FILE
+    journal_file.create(path, journal.encode(replace(journal.read(path), process=None)))
     async with running_agent(host_a, core) as agent:
         assert not processes.is_alive(process)
         assert (await nodes.describe(agent, "guest")).vmm_state == pb.VMM_STATE_DEAD
@@ -277,7 +277,7 @@ async def test_a_corrupt_journal_closes_one_vm_and_no_other(
         await nodes.start_vm(agent, make_spec("one"), epoch=1)
         await nodes.start_vm(agent, make_spec("two"), epoch=1)
         process = agent.serving.node.vm("one").record.process
-    path = host_a.directory / "vms/one/journal.json"
+    path = host_a.directory / "vms/one" / journal.FILE
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     async with running_agent(host_a, core) as agent:

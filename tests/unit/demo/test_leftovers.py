@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from services.demo import leftovers
-from services.fault_agent import journal, processes
+from services.fault_agent import journal, journal_file, processes
 
 Sleep = Callable[[], subprocess.Popen[bytes]]
 
@@ -56,7 +56,7 @@ def make_journal(
     record = journal.Record(
         vm_id=vm_id, boot_id=boot_id or processes.boot_id(), process=process, ram_path="x"
     )
-    (directory / journal.FILE).write_bytes(journal.encode(record))
+    journal_file.create(directory / journal.FILE, journal.encode(record))
 
 
 async def test_a_dead_run_is_ended(tmp_path: Path, sleeper: Sleep) -> None:

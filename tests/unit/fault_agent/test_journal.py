@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +87,7 @@ _RECORDS = st.builds(
 
 @given(record=_RECORDS)
 def test_what_is_written_is_read(record: Record) -> None:
-    path = Path("/x/web-1/journal.json")
+    path = Path("/x/web-1/journal")
     assert journal.decode(journal.encode(record), path) == record
 
 
@@ -93,7 +96,7 @@ def test_a_torn_record_is_refused(record: Record, data: st.DataObject) -> None:
     whole = journal.encode(record).rstrip()
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(JournalCorruptError):
-        journal.decode(whole[:cut], Path("/x/web-1/journal.json"))
+        journal.decode(whole[:cut], Path("/x/web-1/journal"))
 
 
 @pytest.mark.parametrize(
@@ -111,71 +114,95 @@ def test_a_record_that_is_not_ours_is_refused(change: dict[str, object], why: st
     fields = json.loads(journal.encode(Record(vm_id="web-1", boot_id="b")))
     data = json.dumps({**fields, **change}).encode()
     with pytest.raises(JournalCorruptError, match=why):
-        journal.decode(data, Path("/x/web-1/journal.json"))
-
-
-async def test_a_crash_at_any_step_leaves_the_old_record_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each system call of a write fails once; what is read afterwards is whole."""
-    old = Record(vm_id="web-1", boot_id="b", epoch_seen=1)
-    new = replace(old, epoch_seen=2)
-    for name in ("open", "write", "fsync", "rename"):
-        store = Journal(tmp_path / name)
-        await store.write(old)
-        calls = {"rename": Path} if name == "rename" else {name: os}
-        with monkeypatch.context() as patched:
-
-            def fail(*_: object, **__: object) -> int:
-                raise OSError(28, "No space left on device")
-
-            patched.setattr(calls[name], name, fail)
-            with pytest.raises(OSError, match="No space"):
-                await store.write(new)
-        records, corrupt = store.read_all()
-        assert not corrupt
-        assert records[0] in (old, new)
+        journal.decode(data, Path("/x/web-1/journal"))
 
 
 async def test_what_a_crash_left_beside_the_record_is_ignored(tmp_path: Path) -> None:
     store = Journal(tmp_path)
     record = Record(vm_id="web-1", boot_id="b", epoch_seen=1)
     await store.write(record)
-    (store.vm_dir("web-1") / ".journal.json.new").write_bytes(b'{"vm_id": "we')
+    (store.vm_dir("web-1") / ".journal.new").write_bytes(b"godwit-jour")
     (store.vm_dir("web-1") / "console-1.log").write_text("boot")
-    assert store.read_all() == ([record], {})
+    (tmp_path / "vms" / "never-written").mkdir()
+    assert Journal(tmp_path).read_all() == ([record], {})
 
 
 async def test_a_corrupt_record_is_kept_and_does_not_hide_the_others(tmp_path: Path) -> None:
     store = Journal(tmp_path)
     for vm_id in ("a", "b"):
         await store.write(Record(vm_id=vm_id, boot_id="b", epoch_seen=1))
-    path = store.vm_dir("a") / "journal.json"
+    path = store.vm_dir("a") / journal.FILE
     path.write_bytes(b"\0" * 100)
+    store = Journal(tmp_path)
     records, corrupt = store.read_all()
     assert [record.vm_id for record in records] == ["b"]
     assert list(corrupt) == ["a"]
     assert corrupt["a"].reason == "JOURNAL_CORRUPT"
+    with pytest.raises(JournalCorruptError):
+        await store.write(Record(vm_id="a", boot_id="b", epoch_seen=2))
     assert path.read_bytes() == b"\0" * 100
 
 
-async def test_the_directory_is_synced_after_the_rename(
+async def test_the_form_before_is_read_once_and_replaced(tmp_path: Path) -> None:
+    record = Record(vm_id="web-1", boot_id="b", epoch_seen=7)
+    directory = tmp_path / "vms" / "web-1"
+    directory.mkdir(parents=True)
+    (directory / "journal.json").write_bytes(journal.encode(record))
+    assert Journal(tmp_path).read_all() == ([record], {})
+    assert [path.name for path in directory.iterdir()] == [journal.FILE]
+    assert journal.read(directory / journal.FILE) == record
+
+
+async def test_the_form_before_is_not_believed_beside_the_new_one(tmp_path: Path) -> None:
+    """As a crash between the new file and the end of the old one leaves them."""
+    store, record = Journal(tmp_path), Record(vm_id="web-1", boot_id="b", epoch_seen=7)
+    await store.write(record)
+    old = store.vm_dir("web-1") / "journal.json"
+    old.write_bytes(journal.encode(replace(record, epoch_seen=6)))
+    assert Journal(tmp_path).read_all() == ([record], {})
+    assert not old.exists()
+
+
+async def test_a_record_outgrows_its_slots(tmp_path: Path) -> None:
+    store, record = Journal(tmp_path), Record(vm_id="web-1", boot_id="b")
+    await store.write(record)
+    for epoch, length in enumerate((100, 200_000, 300), start=1):
+        record = replace(record, epoch_seen=epoch, spec_json="x" * length)
+        await store.write(record)
+        assert journal.read(store.vm_dir("web-1") / journal.FILE) == record
+        assert Journal(tmp_path).read_all() == ([record], {})
+
+
+async def test_a_cancelled_write_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it the rename itself may not survive a power cut."""
-    store, order = Journal(tmp_path), []
-    await store.write(Record(vm_id="web-1", boot_id="b"))
-    real_fsync, real_rename = os.fsync, Path.rename
+    """Its thread is parked in the fdatasync; the next write comes after it, not into it."""
+    store, record = Journal(tmp_path), Record(vm_id="web-1", boot_id="b")
+    await store.write(record)
+    parked, go_on, real = threading.Event(), threading.Event(), os.fdatasync
 
-    def fsync(fd: int) -> None:
-        order.append("dir" if Path(f"/proc/self/fd/{fd}").resolve().is_dir() else "file")
-        real_fsync(fd)
+    def fdatasync(fd: int) -> None:
+        parked.set()
+        assert go_on.wait(60)
+        real(fd)
 
-    def rename(self: Path, target: Path) -> Path:
-        order.append("rename")
-        return real_rename(self, target)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    first = asyncio.create_task(store.write(replace(record, epoch_seen=1)))
+    assert await asyncio.to_thread(parked.wait, 60)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    second = asyncio.create_task(store.write(replace(record, epoch_seen=2)))
+    go_on.set()
+    await second
+    assert Journal(tmp_path).read_all() == ([replace(record, epoch_seen=2)], {})
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "rename", rename)
-    await store.write(Record(vm_id="web-1", boot_id="b", epoch_seen=1))
-    assert order == ["file", "rename", "dir"]
+
+async def test_people_can_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, record = Journal(tmp_path), Record(vm_id="web-1", boot_id="b", epoch_seen=3)
+    await store.write(record)
+    path = store.vm_dir("web-1") / journal.FILE
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["journal", str(path)])
+        assert journal.main() == 0
+    assert json.loads(capsys.readouterr().out)["epoch_seen"] == 3
