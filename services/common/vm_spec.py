@@ -15,6 +15,12 @@ PAGE_BYTES = 4096
 VM_ID_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 _MAC_PATTERN = r"^([0-9a-f]{2}:){5}[0-9a-f]{2}$"
 
+_MICROVM_VCPUS_MAX = 32
+_QEMU_ONLY = (
+    *("machine", "cpu", "kernel", "initrd", "cmdline"),
+    *("disks", "nics", "rng", "balloon", "extra_devices"),
+)
+
 VmId = Annotated[str, Field(pattern=VM_ID_PATTERN)]
 
 
@@ -49,18 +55,42 @@ class Nic(_Strict):
     """None: the card is there and its link is down."""
 
 
+FAULT_BACKENDS = ("kvm-userfault", "exit-emulation", "exit-sigsegv", "uffd")
+"""How a guest's access to absent memory is noticed (docs/exit-channel.md), best first."""
+
+
+class Microvm(_Strict):
+    """What a godwit-microvm does beside holding memory; native/microvm/README.md."""
+
+    workload: Literal["verify", "sequential", "hot", "idle"] = "verify"
+    workload_bytes: int = Field(default=0, ge=0, multiple_of=PAGE_BYTES)
+    """Memory that the workload keeps; 0: half of the guest's."""
+    ops_per_second: int = Field(default=0, ge=0, lt=1 << 32)
+    """Page touches of each vCPU; 0: no limit."""
+    tick_us: int = Field(default=1000, ge=100, le=1_000_000)
+    """Period of each vCPU's timer and heartbeat."""
+    seed: int = Field(default=1, ge=0, lt=1 << 64)
+    """Of the workload's random order."""
+    fault_backend: Literal["auto", "kvm-userfault", "exit-emulation", "exit-sigsegv", "uffd"] = (
+        "auto"
+    )
+    """auto: the best that the node where it arrives can do."""
+    uffd_count: int = Field(default=1, ge=1, le=16)
+    """Userfaultfds that its memory is dealt out to."""
+
+
 class VmSpec(_Strict):
     """A VM, complete. Equal specs have equal hashes, on every node."""
 
     vm_id: VmId
-    driver: Literal["qemu"] = "qemu"
+    driver: Literal["qemu", "microvm"] = "qemu"
     memory_bytes: int = Field(ge=64 << 20, le=16 << 40)
     """Guest memory. A multiple of 2 MiB."""
     vcpus: int = Field(default=1, ge=1, le=256)
     machine: Literal["pc", "q35"] = "pc"
     cpu: str = Field(default="max", pattern=r"^[A-Za-z0-9_.,+=-]{1,200}$")
-    accel: Literal["tcg", "kvm"] = "tcg"
-    kernel: str = Field(min_length=1)
+    accel: Literal["tcg", "kvm", "thread"] = "tcg"
+    kernel: str = ""
     """Absolute path of the kernel image, the same on every node."""
     initrd: str = ""
     cmdline: str = ""
@@ -70,12 +100,44 @@ class VmSpec(_Strict):
     balloon: bool = False
     extra_devices: tuple[str, ...] = ()
     """Further -device values. Preflight refuses those that cannot move (VFIO, vhost-user)."""
+    microvm: Microvm | None = None
+    """For driver microvm, and only there."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.memory_bytes % (2 << 20):
             raise ValueError(f"memory_bytes must be a multiple of 2 MiB, got {self.memory_bytes}")
+        problem = self._not_of_qemu() if self.driver == "qemu" else self._not_of_microvm()
+        if problem:
+            raise ValueError(problem)
         return self
+
+    def _not_of_qemu(self) -> str:
+        if not self.kernel:
+            return "kernel is missing"
+        if self.accel == "thread":
+            return "accel thread is for driver microvm"
+        return "microvm is for driver microvm" if self.microvm else ""
+
+    def _not_of_microvm(self) -> str:
+        fields = type(self).model_fields
+        given = [name for name in _QEMU_ONLY if getattr(self, name) != fields[name].default]
+        if given:
+            return f"{', '.join(given)}: a microvm has none"
+        if self.accel == "tcg":
+            # Not chosen for it: a state saved by one is refused by the other.
+            return "accel of a microvm is kvm or thread"
+        if self.microvm is None:
+            return "microvm is missing"
+        if self.vcpus > _MICROVM_VCPUS_MAX:
+            return f"a microvm has at most {_MICROVM_VCPUS_MAX} vcpus"
+        if self.microvm.fault_backend == "exit-sigsegv" and self.accel != "thread":
+            return "fault_backend exit-sigsegv is for accel thread"
+        if self.microvm.fault_backend in ("kvm-userfault", "exit-emulation") and (
+            self.accel != "kvm"
+        ):
+            return f"fault_backend {self.microvm.fault_backend} is for accel kvm"
+        return ""
 
     @property
     def spec_hash(self) -> str:

@@ -22,7 +22,7 @@ from services.common.vm_spec import VmSpec
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.device_state import Incoming
 from services.fault_agent.drivers.api import VmmState
-from services.fault_agent.drivers.command_line import memory_regions
+from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.evidence import read_fence
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Arriving, Record, Role

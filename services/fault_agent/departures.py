@@ -14,7 +14,7 @@ from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
 from services.fault_agent.device_state import send_device_state
 from services.fault_agent.drivers.api import VmmState
-from services.fault_agent.drivers.command_line import memory_regions
+from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Decision, Export, ExportState, Record, Role, Transferred
 from services.fault_agent.node import Node

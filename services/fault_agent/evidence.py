@@ -12,7 +12,7 @@ from godwit.common.v1 import common_pb2
 from services.common.errors import InvalidArgumentError
 from services.common.vm_spec import VmSpec
 from services.fault_agent.drivers.api import VmmState
-from services.fault_agent.drivers.command_line import memory_regions
+from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Fence
 from services.fault_agent.images import image_message
 from services.fault_agent.journal import Counters, Decision, Record, Role

@@ -25,7 +25,8 @@ from services.common.errors import GodwitError
 from services.fault_agent import processes
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.drivers.api import VmmState, VmmUnreachableError
-from services.fault_agent.drivers.command_line import PID_FILE, memory_regions
+from services.fault_agent.drivers.command_line import PID_FILE
+from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.images import PageServerUnreachableError
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common.vm_spec import PAGE_BYTES, Disk, VmSpec
-from services.fault_agent.drivers.api import MemoryRegion
+from services.common.vm_spec import Disk, VmSpec
 
 MACHINE_TYPES = {"pc": "pc-i440fx-7.2", "q35": "pc-q35-7.2"}
 """The versioned machine behind each name: the oldest QEMU that Godwit supports has both."""
@@ -31,9 +30,6 @@ CONSOLE_PIPE = "console"
 the log that has its output. Rejected: a socket with a log file; a client that connects and does not
 read holds up the guest's output, and the log then has characters twice."""
 PID_FILE = "vmm.pid"
-
-_GIB = 1 << 30
-_ABOVE_4G = 4 * _GIB
 
 
 def console_log(epoch: int) -> str:
@@ -50,30 +46,6 @@ class Wiring:
     tap_fds: Sequence[int | None]
     """One a NIC, in order; None where the spec has no tap."""
     incoming: bool
-
-
-def memory_regions(spec: VmSpec) -> tuple[MemoryRegion, ...]:
-    """The guest-physical ranges of the spec's memory; the RAM file has them end to end.
-
-    The machines leave a hole below 4 GiB for PCI: pc moves what exceeds 3 GiB above it once there
-    are 3.5 GiB, q35 what exceeds 2 GiB once there are 2.75 GiB.
-    """
-    below = spec.memory_bytes
-    if spec.machine == "pc" and below >= 0xE000_0000:
-        below = 3 * _GIB
-    elif spec.machine == "q35" and below >= 0xB000_0000:
-        below = 2 * _GIB
-    regions = [MemoryRegion(gpa=0, size_bytes=below, file_offset=0, page_size_bytes=PAGE_BYTES)]
-    if below < spec.memory_bytes:
-        regions.append(
-            MemoryRegion(
-                gpa=_ABOVE_4G,
-                size_bytes=spec.memory_bytes - below,
-                file_offset=below,
-                page_size_bytes=PAGE_BYTES,
-            )
-        )
-    return tuple(regions)
 
 
 def escape(value: str) -> str:

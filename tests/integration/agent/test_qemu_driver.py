@@ -27,8 +27,8 @@ from services.fault_agent.drivers.command_line import (
     CONSOLE_PIPE,
     INSPECTION_SOCKET,
     console_log,
-    memory_regions,
 )
+from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.drivers.qemu import QemuDriver
 from services.fault_agent.drivers.qmp import QmpClient
 from services.fault_agent.processes import Process

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from services.common.vm_spec import VmSpec
-from services.fault_agent.drivers.command_line import Wiring, command_line, escape, memory_regions
+from services.fault_agent.drivers.command_line import Wiring, command_line, escape
+from services.fault_agent.drivers.memory_map import memory_regions
 
 MIB, GIB = 1 << 20, 1 << 30
 
