@@ -590,87 +590,87 @@ static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *)
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_arrival *
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *)
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival *
 /* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *, char const *, uint32_t)
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 86), // char const *
 /* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival *, uint64_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *, uint64_t)
 /* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *)
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_arrival const *
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *)
+/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival const *
 /* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, struct gw_arrival_status *)
 /* 32 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // struct gw_arrival_status *
+/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 99), // struct gw_arrival_status *
 /* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, uint64_t)
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, uint64_t)
 /* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
 /* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, uint8_t *, size_t)
 /* 40 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // uint8_t *
+/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // uint8_t *
 /* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival_config const *
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // struct gw_arrival_config const *
 /* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
 /* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *)
-/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // struct gw_serve *
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *)
+/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve *
 /* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *, char const *)
+/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *, char const *)
 /* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
 /* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
 /* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *, struct gw_serve_image const *)
 /* 56 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // struct gw_serve_image const *
+/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // struct gw_serve_image const *
 /* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *)
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 104), // struct gw_serve const *
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *)
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve const *
 /* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *, char const *)
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *, char const *)
 /* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
 /* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
 /* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *, struct gw_serve_stats *)
 /* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // struct gw_serve_stats *
+/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // struct gw_serve_stats *
 /* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve_config const *
+/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // struct gw_serve_config const *
 /* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 49), // struct gw_serve * *
 /* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 93), // int()(uint64_t *)
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(uint64_t *)
 /* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
 /* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
 /* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
 /* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(struct gw_arrival *)
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 112), // void()(struct gw_arrival *)
 /* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // void()(struct gw_serve *)
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 112), // void()(struct gw_serve *)
 /* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
 /* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
@@ -680,25 +680,26 @@ static void *_cffi_types[] = {
 /* 90 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
 /* 91 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
 /* 92 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_page_state
-/* 93 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 94 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 97), // struct gw_arrival_region const *
-/* 97 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
-/* 100 */ _CFFI_OP(_CFFI_OP_ARRAY, 99), // struct gw_inject_range[64]
-/* 101 */ (_cffi_opcode_t)(64),
-/* 102 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
-/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
-/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_serve
-/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_serve_config
-/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve_image
-/* 107 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // struct gw_serve_region const *
-/* 108 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_region
-/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_stats
-/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 96 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // struct gw_arrival_region const *
+/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
+/* 101 */ _CFFI_OP(_CFFI_OP_ARRAY, 100), // struct gw_inject_range[64]
+/* 102 */ (_cffi_opcode_t)(64),
+/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
+/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
+/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_serve
+/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_serve_config
+/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve_image
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // struct gw_serve_region const *
+/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_region
+/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_stats
+/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 112 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -782,6 +783,13 @@ static int _cffi_const_GW_INSTALL_CONTINUE(unsigned long long *o)
 {
   int n = (GW_INSTALL_CONTINUE) <= 0;
   *o = (unsigned long long)((GW_INSTALL_CONTINUE) | 0);  /* check that GW_INSTALL_CONTINUE is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_INSTALL_WRITE(unsigned long long *o)
+{
+  int n = (GW_INSTALL_WRITE) <= 0;
+  *o = (unsigned long long)((GW_INSTALL_WRITE) | 0);  /* check that GW_INSTALL_WRITE is an integer */
   return n;
 }
 
@@ -2078,6 +2086,15 @@ static int _cffi_const_GW_ARRIVAL_REGION_COUNT_MAX(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX(unsigned long long *o)
+{
+  int n = (GW_ARRIVAL_UFFD_COUNT_MAX) <= 0;
+  *o = (unsigned long long)((GW_ARRIVAL_UFFD_COUNT_MAX) | 0);  /* check that GW_ARRIVAL_UFFD_COUNT_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 16U))
+    n |= 2;
+  return n;
+}
+
 static int _cffi_const_GW_INJECT_RANGE_COUNT_MAX(unsigned long long *o)
 {
   int n = (GW_INJECT_RANGE_COUNT_MAX) <= 0;
@@ -2218,8 +2235,11 @@ static void _cffi_checkfld_struct_gw_arrival_config(struct gw_arrival_config *p)
   { char const * *tmp = &p->page_host; (void)tmp; }
   { char const * *tmp = &p->traceparent; (void)tmp; }
   (void)((p->page_port) | 0);  /* check that 'struct gw_arrival_config.page_port' is an integer */
-  (void)((p->uffd) | 0);  /* check that 'struct gw_arrival_config.uffd' is an integer */
+  { int32_t const * *tmp = &p->uffds; (void)tmp; }
+  (void)((p->uffd_count) | 0);  /* check that 'struct gw_arrival_config.uffd_count' is an integer */
   (void)((p->ram_fd) | 0);  /* check that 'struct gw_arrival_config.ram_fd' is an integer */
+  (void)((p->exit_channel_fd) | 0);  /* check that 'struct gw_arrival_config.exit_channel_fd' is an integer */
+  (void)((p->exit_doorbell_fd) | 0);  /* check that 'struct gw_arrival_config.exit_doorbell_fd' is an integer */
   (void)((p->install_method) | 0);  /* check that 'struct gw_arrival_config.install_method' is an integer */
   (void)((p->bulk_connection_count) | 0);  /* check that 'struct gw_arrival_config.bulk_connection_count' is an integer */
   (void)((p->adopt) | 0);  /* check that 'struct gw_arrival_config.adopt' is an integer */
@@ -2238,6 +2258,8 @@ static void _cffi_checkfld_struct_gw_arrival_region(struct gw_arrival_region *p)
   (void)((p->offset) | 0);  /* check that 'struct gw_arrival_region.offset' is an integer */
   (void)((p->host_addr) | 0);  /* check that 'struct gw_arrival_region.host_addr' is an integer */
   (void)((p->len) | 0);  /* check that 'struct gw_arrival_region.len' is an integer */
+  (void)((p->uffd_index) | 0);  /* check that 'struct gw_arrival_region.uffd_index' is an integer */
+  (void)((p->reserved) | 0);  /* check that 'struct gw_arrival_region.reserved' is an integer */
 }
 struct _cffi_align_struct_gw_arrival_region { char x; struct gw_arrival_region y; };
 
@@ -2380,12 +2402,14 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_ARRIVAL_REASON_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_REASON_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_REFUSED", (void *)_cffi_const_GW_ARRIVAL_REFUSED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_REGION_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_ARRIVAL_UFFD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_VIOLATION", (void *)_cffi_const_GW_ARRIVAL_VIOLATION, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_IMAGE_FROZEN", (void *)_cffi_const_GW_IMAGE_FROZEN, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_IMAGE_LIVE", (void *)_cffi_const_GW_IMAGE_LIVE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INJECT_RANGE_COUNT_MAX", (void *)_cffi_const_GW_INJECT_RANGE_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_INSTALL_CONTINUE", (void *)_cffi_const_GW_INSTALL_CONTINUE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INSTALL_COPY", (void *)_cffi_const_GW_INSTALL_COPY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_INSTALL_WRITE", (void *)_cffi_const_GW_INSTALL_WRITE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_ABSENT", (void *)_cffi_const_GW_PAGE_ABSENT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_FILLED", (void *)_cffi_const_GW_PAGE_FILLED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_INSTALLING", (void *)_cffi_const_GW_PAGE_INSTALLING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -2464,12 +2488,21 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "page_port", offsetof(struct gw_arrival_config, page_port),
                  sizeof(((struct gw_arrival_config *)0)->page_port),
                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
-  { "uffd", offsetof(struct gw_arrival_config, uffd),
-            sizeof(((struct gw_arrival_config *)0)->uffd),
-            _CFFI_OP(_CFFI_OP_NOOP, 4) },
+  { "uffds", offsetof(struct gw_arrival_config, uffds),
+             sizeof(((struct gw_arrival_config *)0)->uffds),
+             _CFFI_OP(_CFFI_OP_NOOP, 93) },
+  { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
+                  sizeof(((struct gw_arrival_config *)0)->uffd_count),
+                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ram_fd", offsetof(struct gw_arrival_config, ram_fd),
               sizeof(((struct gw_arrival_config *)0)->ram_fd),
               _CFFI_OP(_CFFI_OP_NOOP, 4) },
+  { "exit_channel_fd", offsetof(struct gw_arrival_config, exit_channel_fd),
+                       sizeof(((struct gw_arrival_config *)0)->exit_channel_fd),
+                       _CFFI_OP(_CFFI_OP_NOOP, 4) },
+  { "exit_doorbell_fd", offsetof(struct gw_arrival_config, exit_doorbell_fd),
+                        sizeof(((struct gw_arrival_config *)0)->exit_doorbell_fd),
+                        _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "install_method", offsetof(struct gw_arrival_config, install_method),
                       sizeof(((struct gw_arrival_config *)0)->install_method),
                       _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2484,7 +2517,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 96) },
+               _CFFI_OP(_CFFI_OP_NOOP, 97) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2500,6 +2533,12 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "len", offsetof(struct gw_arrival_region, len),
            sizeof(((struct gw_arrival_region *)0)->len),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "uffd_index", offsetof(struct gw_arrival_region, uffd_index),
+                  sizeof(((struct gw_arrival_region *)0)->uffd_index),
+                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "reserved", offsetof(struct gw_arrival_region, reserved),
+                sizeof(((struct gw_arrival_region *)0)->reserved),
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "phase", offsetof(struct gw_arrival_status, phase),
              sizeof(((struct gw_arrival_status *)0)->phase),
              _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2553,7 +2592,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 103) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 104) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
               _CFFI_OP(_CFFI_OP_NOOP, 87) },
@@ -2586,7 +2625,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 100) },
+              _CFFI_OP(_CFFI_OP_NOOP, 101) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2649,7 +2688,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 107) },
+               _CFFI_OP(_CFFI_OP_NOOP, 108) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2695,30 +2734,30 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 94, _CFFI_F_OPAQUE,
+  { "gw_arrival", 95, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 95, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 18 },
-  { "gw_arrival_region", 97, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 18, 3 },
-  { "gw_arrival_status", 98, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 21, 19 },
-  { "gw_inject_range", 99, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 40, 3 },
-  { "gw_inject_result", 102, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 43, 7 },
-  { "gw_latency_summary", 103, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 50, 5 },
-  { "gw_serve", 104, _CFFI_F_OPAQUE,
+  { "gw_arrival_config", 96, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 21 },
+  { "gw_arrival_region", 98, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 21, 5 },
+  { "gw_arrival_status", 99, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 19 },
+  { "gw_inject_range", 100, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 45, 3 },
+  { "gw_inject_result", 103, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 48, 7 },
+  { "gw_latency_summary", 104, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 55, 5 },
+  { "gw_serve", 105, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 105, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 55, 5 },
-  { "gw_serve_image", 106, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 60, 11 },
-  { "gw_serve_region", 108, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 71, 5 },
-  { "gw_serve_stats", 109, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 76, 9 },
+  { "gw_serve_config", 106, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 60, 5 },
+  { "gw_serve_image", 107, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 65, 11 },
+  { "gw_serve_region", 109, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 76, 5 },
+  { "gw_serve_stats", 110, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 81, 9 },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
@@ -2728,7 +2767,7 @@ static const struct _cffi_enum_s _cffi_enums[] = {
   { "gw_image_state", 90, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
   { "gw_install_method", 91, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
-    "GW_INSTALL_COPY,GW_INSTALL_CONTINUE" },
+    "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
   { "gw_page_state", 92, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
@@ -2741,12 +2780,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  64,  /* num_globals */
+  66,  /* num_globals */
   12,  /* num_struct_unions */
   4,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  112,  /* num_types */
+  113,  /* num_types */
   0,  /* flags */
 };
 

@@ -118,7 +118,12 @@ static bool copy_config(struct gw_arrival *arrival, const struct gw_arrival_conf
 	    config->bulk_connection_count > GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX ||
 	    config->region_count == 0 || config->region_count > GW_ARRIVAL_REGION_COUNT_MAX ||
 	    !config->regions || !config->page_map_path ||
-	    (config->page_size != 4096 && config->page_size != UINT32_C(2) << 20))
+	    (config->page_size != 4096 && config->page_size != UINT32_C(2) << 20) ||
+	    config->uffd_count > GW_ARRIVAL_UFFD_COUNT_MAX ||
+	    (config->uffd_count > 0 && !config->uffds) ||
+	    (config->exit_channel_fd < 0) != (config->exit_doorbell_fd < 0) ||
+	    /* A guest that nothing of ours can hold back would read zeros. */
+	    (config->uffd_count == 0 && config->exit_channel_fd < 0))
 		return false;
 	arrival->page_size = config->page_size;
 	arrival->epoch = config->epoch;
@@ -142,21 +147,42 @@ static int adopt_again(void *user)
 	return 0;
 }
 
-static int open_fds(struct gw_arrival *arrival, const struct gw_arrival_config *config)
+static int open_uffd(int fd, int *ret_uffd)
 {
+	int uffd;
 	int flags;
 
-	if (gw_uffd_is_uffd(config->uffd) != 1)
+	if (gw_uffd_is_uffd(fd) != 1)
 		return -EINVAL;
-	arrival->uffd = gw_sys_dup(config->uffd);
-	if (arrival->uffd < 0)
-		return arrival->uffd;
+	uffd = gw_sys_dup(fd);
+	if (uffd < 0)
+		return uffd;
 	/* A blocking one would hold the demand thread, and poll says EPOLLERR of it. */
-	flags = gw_sys_fcntl(arrival->uffd, F_GETFL, 0);
+	flags = gw_sys_fcntl(uffd, F_GETFL, 0);
 	if (flags >= 0 && (flags & O_NONBLOCK) == 0)
-		flags = gw_sys_fcntl(arrival->uffd, F_SETFL, flags | O_NONBLOCK);
-	if (flags < 0)
+		flags = gw_sys_fcntl(uffd, F_SETFL, flags | O_NONBLOCK);
+	if (flags < 0) {
+		(void)gw_sys_close(uffd);
 		return flags;
+	}
+	*ret_uffd = uffd;
+	return 0;
+}
+
+static int open_fds(struct gw_arrival *arrival, const struct gw_arrival_config *config)
+{
+	for (uint32_t i = 0; i < config->uffd_count; i++) {
+		const int err = open_uffd(config->uffds[i], &arrival->uffds[i]);
+
+		if (err < 0)
+			return err;
+		arrival->uffd_count++;
+	}
+	if (config->exit_channel_fd >= 0) {
+		arrival->doorbell_fd = gw_sys_dup(config->exit_doorbell_fd);
+		if (arrival->doorbell_fd < 0)
+			return arrival->doorbell_fd;
+	}
 	arrival->ram_fd = gw_sys_dup(config->ram_fd);
 	if (arrival->ram_fd < 0)
 		return arrival->ram_fd;
@@ -187,16 +213,20 @@ static int open_map(struct gw_arrival *arrival, const struct gw_arrival_config *
 static int check_memory(struct gw_arrival *arrival, const struct gw_arrival_config *config)
 {
 	const struct gw_install_again again = {.on_again = adopt_again, .user = arrival};
-	int err = gw_install_init(&arrival->install, arrival->uffd, arrival->ram_fd,
-				  config->page_size, config->install_method, arrival->map,
-				  config->regions, config->region_count);
+	int err = gw_install_init(&arrival->install, arrival->uffds, arrival->uffd_count,
+				  arrival->ram_fd, config->page_size, config->install_method,
+				  arrival->map, config->regions, config->region_count);
 
 	if (err < 0)
 		return err;
-	if (!config->adopt)
-		return gw_install_check_empty(&arrival->install);
-	err = gw_install_adopt(&arrival->install, &again);
-	if (err < 0)
+	err = config->adopt ? gw_install_adopt(&arrival->install, &again)
+			    : gw_install_check_empty(&arrival->install);
+	/* After the adoption: the vCPUs' bitmap is made what ours then is. */
+	if (err == 0 && config->exit_channel_fd >= 0)
+		err = gw_exits_attach(config->exit_channel_fd, config->page_size,
+				      gw_page_map_bitmap(arrival->map), &arrival->exits);
+	arrival->install.exits = arrival->exits;
+	if (err < 0 || !config->adopt)
 		return err;
 	/* Events that the dead one had read are nobody's now: everybody faults again. */
 	return gw_install_wake_all(&arrival->install);
@@ -221,7 +251,7 @@ static struct gw_arrival *allocate(void)
 		free(arrival);
 		return NULL;
 	}
-	arrival->uffd = -1;
+	arrival->doorbell_fd = -1;
 	arrival->ram_fd = -1;
 	arrival->wait_fd = -1;
 	arrival->wake_fd = -1;
@@ -294,8 +324,12 @@ void gw_arrival_destroy(struct gw_arrival *arrival)
 	for (uint32_t i = 0; i < GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX; i++)
 		bulk_fini(&arrival->bulks[i]);
 	gw_install_fini(&arrival->install);
+	gw_exits_detach(arrival->exits);
 	gw_page_map_destroy(arrival->map);
-	const int fds[] = {arrival->uffd, arrival->ram_fd, arrival->wait_fd, arrival->wake_fd};
+	for (uint32_t i = 0; i < arrival->uffd_count; i++)
+		(void)gw_sys_close(arrival->uffds[i]);
+	const int fds[] = {arrival->doorbell_fd, arrival->ram_fd, arrival->wait_fd,
+			   arrival->wake_fd};
 
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
@@ -390,8 +424,11 @@ int gw_arrival_finish(struct gw_arrival *arrival)
 		return -EBUSY;
 	for (uint32_t i = 0; i < arrival->install.region_count; i++) {
 		const struct gw_install_region *const region = &arrival->install.regions[i];
-		const int err = gw_uffd_unregister(arrival->uffd, region->host_addr,
-						   region->page_count * arrival->page_size);
+		const int err =
+			region->uffd < 0
+				? 0
+				: gw_uffd_unregister(region->uffd, region->host_addr,
+						     region->page_count * arrival->page_size);
 
 		if (err < 0)
 			return err;

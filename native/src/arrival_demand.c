@@ -15,7 +15,9 @@
 
 #include <godwit/sys.h>
 
-enum { TAG_UFFD, TAG_WAKE, TAG_LINK };
+enum { TAG_UFFD, TAG_WAKE, TAG_LINK, TAG_DOORBELL };
+
+#define EVENT_COUNT_MAX (GW_ARRIVAL_UFFD_COUNT_MAX + 3)
 
 static int on_again(void *user)
 {
@@ -63,7 +65,12 @@ static const struct link_handler handler = {
 
 static int watch(struct arrival_demand *demand, int fd, uint32_t tag)
 {
-	struct epoll_event event = {.events = EPOLLIN, .data.u32 = tag};
+	/*
+	 * The doorbell is the VMM's: read it, and a VMM that emptied it between poll and read would hold
+	 * us. Each ring is an edge of its own; nobody needs the count.
+	 */
+	const uint32_t edge = tag == TAG_DOORBELL ? EPOLLET : 0;
+	struct epoll_event event = {.events = EPOLLIN | edge, .data.u32 = tag};
 
 	return gw_sys_epoll_ctl(demand->epoll_fd, EPOLL_CTL_ADD, fd, &event);
 }
@@ -77,9 +84,11 @@ int demand_init(struct arrival_demand *demand, struct gw_arrival *arrival)
 	demand->epoll_fd = gw_sys_epoll_create();
 	if (demand->epoll_fd < 0)
 		return demand->epoll_fd;
-	err = watch(demand, arrival->uffd, TAG_UFFD);
-	if (err == 0)
-		err = watch(demand, arrival->wake_fd, TAG_WAKE);
+	err = watch(demand, arrival->wake_fd, TAG_WAKE);
+	for (uint32_t i = 0; i < arrival->uffd_count && err == 0; i++)
+		err = watch(demand, arrival->uffds[i], TAG_UFFD);
+	if (err == 0 && arrival->exits)
+		err = watch(demand, arrival->doorbell_fd, TAG_DOORBELL);
 	if (err < 0)
 		return err;
 	return link_init(&demand->link, arrival, 0, GW_PAGE_LANE_DEMAND, demand->epoll_fd, TAG_LINK,
@@ -162,6 +171,20 @@ static int timeout_ms(uint64_t due_ns, uint64_t now_ns)
 	return ms < ARRIVAL_WAIT_MS_MAX ? (int)ms : ARRIVAL_WAIT_MS_MAX;
 }
 
+/* Sleep, or look only, if something is due or a vCPU has posted. */
+static int wait_events(struct arrival_demand *demand, struct epoll_event *ret_events, int timeout)
+{
+	struct gw_exits *const exits = demand->arrival->exits;
+
+	if (!exits || timeout == 0 || !gw_exits_sleep(exits))
+		return gw_sys_epoll_wait(demand->epoll_fd, ret_events, EVENT_COUNT_MAX,
+					 exits ? 0 : timeout);
+	const int count = gw_sys_epoll_wait(demand->epoll_fd, ret_events, EVENT_COUNT_MAX, timeout);
+
+	gw_exits_awake(exits);
+	return count;
+}
+
 void *demand_main(void *argument)
 {
 	struct arrival_demand *const demand = argument;
@@ -170,23 +193,26 @@ void *demand_main(void *argument)
 	uint64_t due_ns = on_time(demand, now_ns);
 
 	while (!atomic_load(&arrival->stopping)) {
-		struct epoll_event events[3];
+		struct epoll_event events[EVENT_COUNT_MAX];
 		uint32_t link_events = 0;
-		const int count =
-			gw_sys_epoll_wait(demand->epoll_fd, events, 3, timeout_ms(due_ns, now_ns));
+		const int count = wait_events(demand, events, timeout_ms(due_ns, now_ns));
+		bool faulted = false;
 
 		now_ns = gw_sys_now_ns();
 		for (int i = 0; i < count; i++) {
 			if (events[i].data.u32 == TAG_UFFD)
-				demand_read_events(demand);
+				faulted = true;
 			else if (events[i].data.u32 == TAG_WAKE)
 				(void)arrival_drain_fd(arrival->wake_fd);
-			else
+			else if (events[i].data.u32 == TAG_LINK)
 				link_events = events[i].events;
 		}
+		if (faulted)
+			demand_read_events(demand);
 		demand_take_settled(demand);
 		/* Wants first: the network works on them while we install what has come. */
 		demand_handle_events(demand);
+		demand_handle_exits(demand);
 		demand_send_faults(demand, now_ns);
 		link_flush(&demand->link, now_ns);
 		if (link_events)

@@ -157,13 +157,13 @@ uint64_t demand_removal_due_ns(const struct arrival_demand *demand)
 	return due_ns;
 }
 
-void demand_read_events(struct arrival_demand *demand)
+static void read_events_of(struct arrival_demand *demand, int uffd)
 {
 	struct uffd_msg events[ARRIVAL_READ_COUNT];
 
 	/* Bounded by the guest's threads: each has one fault at a time. */
 	for (;;) {
-		const int count = gw_uffd_read(demand->arrival->uffd, events, ARRIVAL_READ_COUNT);
+		const int count = gw_uffd_read(uffd, events, ARRIVAL_READ_COUNT);
 		const uint64_t now_ns = gw_sys_now_ns();
 
 		if (count < 0) {
@@ -192,6 +192,12 @@ void demand_read_events(struct arrival_demand *demand)
 		if (count < (int)ARRIVAL_READ_COUNT)
 			return;
 	}
+}
+
+void demand_read_events(struct arrival_demand *demand)
+{
+	for (uint32_t i = 0; i < demand->arrival->uffd_count; i++)
+		read_events_of(demand, demand->arrival->uffds[i]);
 }
 
 /* --- handling --------------------------------------------------------------------------------- */
@@ -310,19 +316,38 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 	return true;
 }
 
-static void handle_fault(struct arrival_demand *demand, uint64_t address, bool minor,
+/* How the fault on a page came to us. */
+enum fault_source {
+	FAULT_MISSING, /* event of a userfaultfd: its thread sleeps in the kernel */
+	FAULT_MINOR,   /* the same; the page cache has the page */
+	FAULT_EXIT,    /* a vCPU in its exit, which sleeps until the page's bit is clear */
+};
+
+static void answer_settled(struct arrival_demand *demand, uint64_t page, enum fault_source source,
+			   uint64_t read_ns)
+{
+	struct gw_arrival *const arrival = demand->arrival;
+
+	/* Its bit is clear, or whoever settled the page is about to clear it and to wake. */
+	if (source == FAULT_EXIT) {
+		record_latency(arrival, read_ns);
+		return;
+	}
+	const int outcome =
+		gw_install_fault(&arrival->install, page, source == FAULT_MINOR, &demand->again);
+
+	if (outcome == GW_INSTALL_DONE)
+		record_latency(arrival, read_ns);
+	else
+		arrival_on_outcome(arrival, outcome);
+}
+
+static void handle_fault(struct arrival_demand *demand, uint64_t page, enum fault_source source,
 			 uint64_t read_ns)
 {
 	struct gw_arrival *const arrival = demand->arrival;
-	uint64_t page = 0;
 
 	gw_page_map_count(arrival->map, GW_COUNT_FAULT, 1);
-	if (!gw_install_page_of(&arrival->install, address, &page)) {
-		gw_install_violate(&arrival->install);
-		arrival_set_reason(arrival, "a fault at %#llx, outside of every region",
-				   (unsigned long long)address);
-		return;
-	}
 	for (;;) {
 		const uint8_t state = gw_page_map_get(arrival->map, page);
 
@@ -335,16 +360,9 @@ static void handle_fault(struct arrival_demand *demand, uint64_t address, bool m
 			continue;
 		case GW_PAGE_PRESENT:
 		case GW_PAGE_ZERO:
-		case GW_PAGE_REMOVED: {
-			const int outcome =
-				gw_install_fault(&arrival->install, page, minor, &demand->again);
-
-			if (outcome == GW_INSTALL_DONE)
-				record_latency(arrival, read_ns);
-			else
-				arrival_on_outcome(arrival, outcome);
+		case GW_PAGE_REMOVED:
+			answer_settled(demand, page, source, read_ns);
 			return;
-		}
 		case GW_PAGE_INSTALLING:
 		case GW_PAGE_FILLED:
 			/* About to be woken by who installs it, or to fault again if that fails. */
@@ -355,6 +373,23 @@ static void handle_fault(struct arrival_demand *demand, uint64_t address, bool m
 	}
 }
 
+static void handle_event(struct arrival_demand *demand, const struct uffd_msg *event,
+			 uint64_t read_ns)
+{
+	struct gw_arrival *const arrival = demand->arrival;
+	const uint64_t address = event->arg.pagefault.address;
+	const bool minor = (event->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR) != 0;
+	uint64_t page = 0;
+
+	if (!gw_install_page_of(&arrival->install, address, &page)) {
+		gw_install_violate(&arrival->install);
+		arrival_set_reason(arrival, "a fault at %#llx, outside of every region",
+				   (unsigned long long)address);
+		return;
+	}
+	handle_fault(demand, page, minor ? FAULT_MINOR : FAULT_MISSING, read_ns);
+}
+
 void demand_handle_events(struct arrival_demand *demand)
 {
 	while (demand->event_count > 0) {
@@ -363,9 +398,27 @@ void demand_handle_events(struct arrival_demand *demand)
 
 		demand->event_first = (demand->event_first + 1) % ARRIVAL_EVENT_COUNT_MAX;
 		demand->event_count--;
-		handle_fault(demand, event.arg.pagefault.address,
-			     (event.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR) != 0, read_ns);
+		handle_event(demand, &event, read_ns);
 	}
+}
+
+void demand_handle_exits(struct arrival_demand *demand)
+{
+	struct gw_arrival *const arrival = demand->arrival;
+	struct gw_exit_request requests[ARRIVAL_READ_COUNT];
+	uint32_t count;
+
+	if (!arrival->exits)
+		return;
+	do {
+		const uint64_t now_ns = gw_sys_now_ns();
+
+		count = gw_exits_take(arrival->exits, requests, ARRIVAL_READ_COUNT);
+		for (uint32_t i = 0; i < count; i++)
+			handle_fault(demand, requests[i].page, FAULT_EXIT, now_ns);
+		/* A VMM that posts for ever must not keep the pages from coming. */
+	} while (count == ARRIVAL_READ_COUNT &&
+		 table_count(&demand->faults) < ARRIVAL_FAULT_COUNT_MAX);
 }
 
 void demand_answered(struct arrival_demand *demand, uint64_t first, uint64_t count)

@@ -10,7 +10,7 @@
  * Source     DESIGN 3.1-3.3; docs/design/page-path.md.
  *
  *            +--------------- demand thread ---------------+
- *   uffd --> | events -> faults -> want --> demand link ----|--> page server
+ *   uffds -> | events -> faults -> want --> demand link ----|--> page server
  *            |            ^                     |           |
  *            |            +-- install, publish, wake <------|---
  *            +----------------------------------------------+
@@ -31,6 +31,7 @@
 #include <stdint.h>
 
 #include <godwit/arrival.h>
+#include <godwit/exits.h>
 #include <godwit/grpc.h>
 #include <godwit/install.h>
 #include <godwit/page_wire.h>
@@ -195,7 +196,10 @@ struct arrival_bulk {
 
 struct gw_arrival {
 	/* Constant after create. */
-	int uffd;
+	int uffds[GW_ARRIVAL_UFFD_COUNT_MAX];
+	uint32_t uffd_count;
+	int doorbell_fd;	/* of the exit channel; -1: none */
+	struct gw_exits *exits; /* NULL: none */
 	int ram_fd;
 	int wait_fd;
 	int wake_fd; /* the demand thread's */
@@ -280,6 +284,8 @@ void link_set_up(struct arrival_link *link);
 void link_on_message(struct arrival_link *link, const uint8_t *data, size_t len);
 
 /* arrival_fault.c */
+/* Take what vCPUs have posted, and see to it that their pages come. */
+void demand_handle_exits(struct arrival_demand *demand);
 /* Read what there is into the ring; removals are acted on at once. */
 void demand_read_events(struct arrival_demand *demand);
 void demand_handle_events(struct arrival_demand *demand);

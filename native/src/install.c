@@ -48,9 +48,9 @@ static const struct gw_install_region *region_of(const struct gw_install *instal
 	return NULL;
 }
 
-/* The part of a run that is contiguous in the guest's process too. */
+/* The part of a run that is contiguous in the guest's process too, and of one userfaultfd. */
 static uint64_t span_at(const struct gw_install *install, uint64_t first, uint64_t count,
-			uint64_t *ret_address)
+			int *ret_uffd, uint64_t *ret_address)
 {
 	const struct gw_install_region *const region = region_of(install, first);
 
@@ -58,13 +58,15 @@ static uint64_t span_at(const struct gw_install *install, uint64_t first, uint64
 		return 0;
 	const uint64_t left = region->page_count - (first - region->first_page);
 
+	*ret_uffd = region->uffd;
 	*ret_address = region->host_addr + (first - region->first_page) * install->page_size;
 	return count < left ? count : left;
 }
 
-bool gw_install_host_addr(const struct gw_install *install, uint64_t page, uint64_t *ret_address)
+bool gw_install_host_addr(const struct gw_install *install, uint64_t page, int *ret_uffd,
+			  uint64_t *ret_address)
 {
-	return span_at(install, page, 1, ret_address) == 1;
+	return span_at(install, page, 1, ret_uffd, ret_address) == 1;
 }
 
 bool gw_install_page_of(const struct gw_install *install, uint64_t address, uint64_t *ret_page)
@@ -84,15 +86,16 @@ bool gw_install_page_of(const struct gw_install *install, uint64_t address, uint
 void gw_install_wake(const struct gw_install *install, uint64_t first, uint64_t count)
 {
 	uint64_t address = 0;
+	int uffd = -1;
 
 	while (count > 0) {
-		const uint64_t span = span_at(install, first, count, &address);
+		const uint64_t span = span_at(install, first, count, &uffd, &address);
 
 		if (span == 0)
 			return;
 		/* Fails for a range that is no range, and in tests; a waiter not woken waits for ever. */
-		if (gw_uffd_wake(install->uffd, address, span * install->page_size) < 0)
-			(void)gw_uffd_wake(install->uffd, address, span * install->page_size);
+		if (uffd >= 0 && gw_uffd_wake(uffd, address, span * install->page_size) < 0)
+			(void)gw_uffd_wake(uffd, address, span * install->page_size);
 		first += span;
 		count -= span;
 	}
@@ -102,12 +105,16 @@ int gw_install_wake_all(const struct gw_install *install)
 {
 	for (uint32_t i = 0; i < install->region_count; i++) {
 		const struct gw_install_region *const region = &install->regions[i];
-		const int err = gw_uffd_wake(install->uffd, region->host_addr,
-					     region->page_count * install->page_size);
+		const int err = region->uffd < 0
+					? 0
+					: gw_uffd_wake(region->uffd, region->host_addr,
+						       region->page_count * install->page_size);
 
 		if (err < 0)
 			return err;
 	}
+	if (install->exits)
+		gw_exits_repost(install->exits);
 	return 0;
 }
 
@@ -117,12 +124,19 @@ void gw_install_violate(struct gw_install *install)
 	gw_page_map_set_violated(install->map);
 }
 
+void gw_install_publish(struct gw_install *install, uint64_t first, uint64_t count)
+{
+	gw_bitmap_publish(gw_page_map_bitmap(install->map), first, count);
+	if (install->exits)
+		gw_exits_publish(install->exits, first, count);
+}
+
 /* Publish what is settled, then wake. */
 void gw_install_publish_and_wake(struct gw_install *install, uint64_t first, uint64_t count)
 {
 	if (count == 0)
 		return;
-	gw_bitmap_publish(gw_page_map_bitmap(install->map), first, count);
+	gw_install_publish(install, first, count);
 	GW_HOOK("install.published");
 	gw_install_wake(install, first, count);
 }
@@ -132,6 +146,7 @@ struct claimed {
 	uint64_t first;
 	uint64_t count;
 	uint64_t address;
+	int uffd;
 	const uint8_t *data;
 	enum gw_page_counter counter; /* what they count as once they are PRESENT */
 };
@@ -215,7 +230,7 @@ static int copy_claimed(struct gw_install *install, const struct claimed *claime
 
 		if (run == 0)
 			return GW_INSTALL_DONE;
-		const int answer = gw_uffd_copy(install->uffd, claimed->address + at * page_size,
+		const int answer = gw_uffd_copy(claimed->uffd, claimed->address + at * page_size,
 						claimed->data + at * page_size, run * page_size,
 						&done);
 
@@ -303,7 +318,7 @@ static int continue_filled(struct gw_install *install, const struct claimed *cla
 
 	while (at < end) {
 		uint64_t done = 0;
-		const int answer = gw_uffd_continue(install->uffd,
+		const int answer = gw_uffd_continue(claimed->uffd,
 						    claimed->address + at * page_size,
 						    (end - at) * page_size, &done);
 		/* EXISTS: mapped already; the content is ours (FILLED), so is the mapping of it. */
@@ -329,7 +344,14 @@ static int continue_filled(struct gw_install *install, const struct claimed *cla
 	return GW_INSTALL_DONE;
 }
 
-/* Fill, mark, continue claimed pages. */
+static int fill_outcome(int err)
+{
+	if (err < 0)
+		return err == -ENOSPC || err == -ENOMEM ? GW_INSTALL_FULL : err;
+	return GW_INSTALL_DONE;
+}
+
+/* Fill; and with CONTINUE mark, continue claimed pages. */
 static int fill_claimed(struct gw_install *install, const struct claimed *claimed,
 			const struct gw_install_again *again)
 {
@@ -345,6 +367,11 @@ static int fill_claimed(struct gw_install *install, const struct claimed *claime
 
 	GW_HOOK("install.copied");
 	put_back(install, first + filled, claimed->count - filled);
+	if (install->method == GW_INSTALL_WRITE) {
+		/* Nobody can see it before its bit is clear: there is nothing to map. */
+		settle_present(install, claimed, 0, filled, GW_PAGE_INSTALLING);
+		return fill_outcome(fill_err);
+	}
 	for (uint64_t i = 0; i < filled; i++) {
 		/* REMOVED meanwhile: what we wrote must not be what the guest finds. */
 		if (!gw_page_map_move(install->map, first + i, GW_PAGE_INSTALLING, GW_PAGE_FILLED))
@@ -360,9 +387,7 @@ static int fill_claimed(struct gw_install *install, const struct claimed *claime
 			return outcome;
 		at += run;
 	}
-	if (fill_err < 0)
-		return fill_err == -ENOSPC || fill_err == -ENOMEM ? GW_INSTALL_FULL : fill_err;
-	return GW_INSTALL_DONE;
+	return fill_outcome(fill_err);
 }
 
 /*
@@ -396,7 +421,8 @@ int gw_install_run(struct gw_install *install, uint64_t first, uint64_t count, c
 		struct claimed claimed = {.first = first + at,
 					  .data = data + at * install->page_size};
 		uint8_t state = 0;
-		const uint64_t span = span_at(install, first + at, count - at, &claimed.address);
+		const uint64_t span =
+			span_at(install, first + at, count - at, &claimed.uffd, &claimed.address);
 
 		if (span == 0)
 			return -EINVAL;
@@ -411,9 +437,9 @@ int gw_install_run(struct gw_install *install, uint64_t first, uint64_t count, c
 		claimed.counter = state == GW_PAGE_REQUESTED_DEMAND ? GW_COUNT_DEMAND_PAGE
 								    : GW_COUNT_BULK_PAGE;
 		GW_HOOK("install.claimed");
-		const int outcome = install->method == GW_INSTALL_CONTINUE
-					    ? fill_claimed(install, &claimed, again)
-					    : copy_claimed(install, &claimed, again);
+		const int outcome = install->method == GW_INSTALL_COPY
+					    ? copy_claimed(install, &claimed, again)
+					    : fill_claimed(install, &claimed, again);
 
 		if (outcome != GW_INSTALL_DONE)
 			return outcome;

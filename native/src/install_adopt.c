@@ -43,8 +43,21 @@ static int map_huge(struct gw_install *install)
 	return err;
 }
 
-int gw_install_init(struct gw_install *install, int uffd, int ram_fd, uint32_t page_size,
-		    uint32_t method, struct gw_page_map *map,
+static bool method_is_possible(uint32_t method, uint32_t page_size, uint32_t uffd_count)
+{
+	switch (method) {
+	case GW_INSTALL_COPY:
+	case GW_INSTALL_CONTINUE:
+		return uffd_count >= 1 && uffd_count <= GW_ARRIVAL_UFFD_COUNT_MAX;
+	case GW_INSTALL_WRITE:
+		return uffd_count == 0 && page_size == PAGE_SIZE_SMALL;
+	default:
+		return false;
+	}
+}
+
+int gw_install_init(struct gw_install *install, const int *uffds, uint32_t uffd_count, int ram_fd,
+		    uint32_t page_size, uint32_t method, struct gw_page_map *map,
 		    const struct gw_arrival_region *regions, uint32_t region_count)
 {
 	uint64_t offset = 0;
@@ -52,23 +65,24 @@ int gw_install_init(struct gw_install *install, int uffd, int ram_fd, uint32_t p
 
 	memset(install, 0, sizeof(*install));
 	if ((page_size != PAGE_SIZE_SMALL && page_size != PAGE_SIZE_HUGE) ||
-	    (method != GW_INSTALL_COPY && method != GW_INSTALL_CONTINUE) || region_count == 0 ||
+	    !method_is_possible(method, page_size, uffd_count) || region_count == 0 ||
 	    region_count > GW_ARRIVAL_REGION_COUNT_MAX)
 		return -EINVAL;
 	for (uint32_t i = 0; i < region_count; i++) {
 		const struct gw_arrival_region *const region = &regions[i];
 
 		if (region->offset != offset || region->len == 0 || region->host_addr == 0 ||
+		    (region->uffd_index > 0 && region->uffd_index >= uffd_count) ||
 		    region->len % page_size != 0 || region->host_addr % page_size != 0)
 			return -EINVAL;
 		install->regions[i].first_page = offset / page_size;
 		install->regions[i].page_count = region->len / page_size;
 		install->regions[i].host_addr = region->host_addr;
+		install->regions[i].uffd = uffd_count > 0 ? uffds[region->uffd_index] : -1;
 		offset += region->len;
 	}
 	if (offset != gw_page_map_page_count(map) * page_size)
 		return -EINVAL;
-	install->uffd = uffd;
 	install->ram_fd = ram_fd;
 	install->page_size = page_size;
 	install->method = method;
@@ -151,12 +165,12 @@ static int has_data_huge(const struct gw_install *install, uint64_t page,
 {
 	uint64_t address = 0;
 	uint64_t done = 0;
+	int uffd = -1;
 
-	if (!gw_install_host_addr(install, page, &address))
+	if (!gw_install_host_addr(install, page, &uffd, &address))
 		return -EINVAL;
 	for (;;) {
-		const int answer =
-			gw_uffd_continue(install->uffd, address, install->page_size, &done);
+		const int answer = gw_uffd_continue(uffd, address, install->page_size, &done);
 
 		if (answer == GW_UFFD_NO_PAGE)
 			return 0;
@@ -261,7 +275,7 @@ int gw_install_adopt(struct gw_install *install, const struct gw_install_again *
 		}
 		/* A settled state may have its bit set, never the other way round: repaired all the same. */
 		if (gw_page_state_is_final((uint8_t)wanted)) {
-			gw_bitmap_publish(gw_page_map_bitmap(map), page, 1);
+			gw_install_publish(install, page, 1);
 			settled_count++;
 		} else {
 			gw_bitmap_mark_absent(gw_page_map_bitmap(map), page, 1);

@@ -21,14 +21,13 @@
 #include <godwit/uffd.h>
 
 /* Give a zero page to who waits on a page that has none. */
-static int zero_answer(const struct gw_install *install, uint64_t address)
+static int zero_answer(const struct gw_install *install, int uffd, uint64_t address)
 {
 	uint64_t done = 0;
 
 	if (install->zeros)
-		return gw_uffd_copy(install->uffd, address, install->zeros, install->page_size,
-				    &done);
-	return gw_uffd_zeropage(install->uffd, address, install->page_size, &done);
+		return gw_uffd_copy(uffd, address, install->zeros, install->page_size, &done);
+	return gw_uffd_zeropage(uffd, address, install->page_size, &done);
 }
 
 int gw_install_fault(struct gw_install *install, uint64_t page, bool minor,
@@ -36,16 +35,22 @@ int gw_install_fault(struct gw_install *install, uint64_t page, bool minor,
 {
 	uint64_t address = 0;
 	uint64_t done = 0;
+	int uffd = -1;
 
-	if (!gw_install_host_addr(install, page, &address))
+	if (!gw_install_host_addr(install, page, &uffd, &address))
 		return -EINVAL;
 	for (;;) {
 		if (gw_page_map_is_violated(install->map))
 			return GW_INSTALL_VIOLATED;
+		/* A vCPU in an exit needs no page made for it: its bit is clear, a hole reads zero. */
+		if (uffd < 0) {
+			gw_install_publish(install, page, 1);
+			return GW_INSTALL_DONE;
+		}
 		/* Minor: the page cache has the page, this mapping of it was dropped. */
 		const int answer =
-			minor ? gw_uffd_continue(install->uffd, address, install->page_size, &done)
-			      : zero_answer(install, address);
+			minor ? gw_uffd_continue(uffd, address, install->page_size, &done)
+			      : zero_answer(install, uffd, address);
 
 		switch (answer) {
 		case GW_UFFD_NO_PAGE:
@@ -96,7 +101,7 @@ int gw_install_zero_run(struct gw_install *install, uint64_t first, uint64_t cou
 			continue;
 		}
 		gw_page_map_count(install->map, GW_COUNT_ZERO_PAGE, 1);
-		gw_bitmap_publish(gw_page_map_bitmap(install->map), page, 1);
+		gw_install_publish(install, page, 1);
 		if (state == GW_PAGE_REQUESTED_DEMAND) {
 			const int outcome = gw_install_fault(install, page, false, again);
 
@@ -167,7 +172,7 @@ int64_t gw_install_removed(struct gw_install *install, uint64_t first, uint64_t 
 			moved_count++;
 			/* Counted first: who sees that nothing is absent sees where it all went. */
 			gw_page_map_count(install->map, GW_COUNT_REMOVED_PAGE, 1);
-			gw_bitmap_publish(gw_page_map_bitmap(install->map), page, 1);
+			gw_install_publish(install, page, 1);
 		}
 		/* Who waits there faults again and gets its zero page, or waits on as before. */
 		if (moved_count > 0)

@@ -67,8 +67,8 @@ static void bench_open(struct bench *bench, const struct guest *guest, bool adop
 		CHECK_EQ(gw_page_map_adopt(path, &identity, &bench->map), 0);
 	else
 		CHECK_EQ(gw_page_map_create(path, &identity, &bench->map), 0);
-	CHECK_EQ(gw_install_init(&bench->install, guest->uffd, guest->ram_fd, PAGE, method,
-				 bench->map, &region, 1),
+	CHECK_EQ(gw_install_init(&bench->install, &bench->guest.uffd, 1, guest->ram_fd, PAGE,
+				 method, bench->map, &region, 1),
 		 0);
 }
 

@@ -55,7 +55,10 @@ static struct gw_arrival_config config_of(const struct guest *guest, uint32_t po
 		.page_host = "127.0.0.1",
 		.traceparent = "",
 		.page_port = port,
-		.uffd = guest->uffd,
+		.uffds = &guest->uffd,
+		.uffd_count = 1,
+		.exit_channel_fd = -1,
+		.exit_doorbell_fd = -1,
 		.ram_fd = guest->ram_fd,
 		.install_method = method,
 		.bulk_connection_count = bulk_count,
@@ -615,8 +618,12 @@ static void what_cannot_be_created(void)
 	REFUSED(bulk_connection_count, 0, -EINVAL);
 	REFUSED(bulk_connection_count, 9, -EINVAL);
 	REFUSED(region_count, 0, -EINVAL);
-	REFUSED(install_method, 3, -EINVAL);
-	REFUSED(uffd, guest.ram_fd, -EINVAL);
+	REFUSED(install_method, 4, -EINVAL);
+	REFUSED(install_method, GW_INSTALL_WRITE, -EINVAL);
+	REFUSED(uffds, &guest.ram_fd, -EINVAL);
+	REFUSED(uffd_count, 0, -EINVAL);
+	REFUSED(uffd_count, 17, -EINVAL);
+	REFUSED(exit_channel_fd, guest.ram_fd, -EINVAL);
 	REFUSED(adopt, 1, -ENOENT);
 	REFUSED(page_map_path, "/nowhere/map", -ENOENT);
 	/* Memory that is not empty is not the guest's. */

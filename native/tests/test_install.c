@@ -74,7 +74,7 @@ static struct bench *bench_create(void)
 
 	CHECK_EQ(gw_page_map_create(path, &identity, &bench->map), 0);
 	CHECK_EQ(gw_page_map_unlink(path), 0); /* mapped it lives on, and no test can leave it */
-	CHECK_EQ(gw_install_init(&bench->install, bench->guest.uffd, bench->guest.ram_fd, PAGE,
+	CHECK_EQ(gw_install_init(&bench->install, &bench->guest.uffd, 1, bench->guest.ram_fd, PAGE,
 				 method, bench->map, regions, 2),
 		 0);
 	CHECK_EQ(gw_install_check_empty(&bench->install), 0);
@@ -505,27 +505,32 @@ static void nonsense_is_refused(void)
 {
 	struct bench *const bench = bench_create();
 	struct gw_install wrong;
+	const int no_uffd = 0;
 	struct gw_arrival_region regions[2] = {
 		{.offset = 0, .host_addr = 0x10000, .len = 32 * PAGE},
 		{.offset = 32 * PAGE, .host_addr = 0x900000, .len = 32 * PAGE},
 	};
 	uint64_t page = 0;
 
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, PAGE, method, bench->map, regions, 2), 0);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, PAGE, method, bench->map, regions, 2), 0);
 	CHECK(gw_install_page_of(&wrong, 0x900000 + 5 * PAGE + 77, &page));
 	CHECK_EQ(page, 37);
 	CHECK(gw_install_page_of(&wrong, 0x10000, &page));
 	CHECK_EQ(page, 0);
 	CHECK(!gw_install_page_of(&wrong, 0x10000 + 32 * PAGE, &page));
 	CHECK(!gw_install_page_of(&wrong, 0xffff, &page));
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, PAGE, method, bench->map, regions, 1), -EINVAL);
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, 8192, method, bench->map, regions, 2), -EINVAL);
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, PAGE, 3, bench->map, regions, 2), -EINVAL);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, PAGE, method, bench->map, regions, 1),
+		 -EINVAL);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, 8192, method, bench->map, regions, 2),
+		 -EINVAL);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, PAGE, 4, bench->map, regions, 2), -EINVAL);
 	regions[1].offset = 33 * PAGE;
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, PAGE, method, bench->map, regions, 2), -EINVAL);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, PAGE, method, bench->map, regions, 2),
+		 -EINVAL);
 	regions[1].offset = 32 * PAGE;
 	regions[1].host_addr += 8;
-	CHECK_EQ(gw_install_init(&wrong, 0, 0, PAGE, method, bench->map, regions, 2), -EINVAL);
+	CHECK_EQ(gw_install_init(&wrong, &no_uffd, 1, 0, PAGE, method, bench->map, regions, 2),
+		 -EINVAL);
 	CHECK_EQ(gw_install_run(&bench->install, PAGE_COUNT, 1, patterns, &bench->again), -EINVAL);
 	bench_destroy(bench);
 }

@@ -153,7 +153,7 @@ class ArrivalEngines:
             image_id=arriving.image_id,
             page_host=address.host,
             page_port=address.port,
-            uffd=injection.uffd,
+            uffds=(injection.uffd,),
             ram_fd=ram_fd,
             regions=injection.regions,
             traceparent=arriving.traceparent,

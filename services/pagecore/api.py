@@ -32,6 +32,8 @@ class InstallMethod(enum.IntEnum):
 
     COPY = 1
     CONTINUE = 2
+    WRITE = 3
+    """Written to the RAM file: no userfaultfd; only with an exit channel."""
 
 
 class ImageState(enum.IntEnum):
@@ -51,6 +53,8 @@ class ArrivalRegion:
     """Of its first byte, in the VMM's process."""
     len_bytes: int
     """> 0, page aligned."""
+    uffd_index: int = 0
+    """Which of `ArrivalConfig.uffds` it is registered with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +68,13 @@ class ArrivalConfig:
     image_id: str
     page_host: str
     page_port: int
-    uffd: int
+    uffds: Sequence[int]
+    """Empty only with InstallMethod.WRITE. Duplicated, like all descriptors here."""
     ram_fd: int
     regions: Sequence[ArrivalRegion]
+    exit_channel_fd: int = -1
+    """A VMM's (docs/exit-channel.md); -1: its vCPUs make no exits."""
+    exit_doorbell_fd: int = -1
     traceparent: str = ""
     install_method: InstallMethod = InstallMethod.COPY
     bulk_connection_count: int = 1

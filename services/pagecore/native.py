@@ -151,6 +151,8 @@ class NativeArrival:
             native.offset = region.offset
             native.host_addr = region.host_addr
             native.len = region.len_bytes
+            native.uffd_index = region.uffd_index
+        uffds = ffi.new("int32_t[]", list(config.uffds) or [-1])
         native_config = ffi.new("struct gw_arrival_config *")
         native_config.struct_size = ffi.sizeof("struct gw_arrival_config")
         native_config.page_size = config.page_size_bytes
@@ -163,7 +165,10 @@ class NativeArrival:
             native_config.traceparent,
         ) = strings
         native_config.page_port = config.page_port
-        native_config.uffd = config.uffd
+        native_config.uffds = uffds
+        native_config.uffd_count = len(config.uffds)
+        native_config.exit_channel_fd = config.exit_channel_fd
+        native_config.exit_doorbell_fd = config.exit_doorbell_fd
         native_config.ram_fd = config.ram_fd
         native_config.install_method = int(config.install_method)
         native_config.bulk_connection_count = config.bulk_connection_count

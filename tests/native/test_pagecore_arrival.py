@@ -113,7 +113,7 @@ class Destination:
             image_id="web.1",
             page_host=host,
             page_port=int(port),
-            uffd=self.injection.uffd,
+            uffds=(self.injection.uffd,),
             ram_fd=self.ram_fd,
             regions=self.injection.regions,
             install_method=InstallMethod.CONTINUE if minor else InstallMethod.COPY,
@@ -252,7 +252,7 @@ def test_a_successor_adopts_what_is_there(
             pid=guest.pid, remote_fd=destination.injection.remote_fd, ram_fd=destination.ram_fd
         )
         assert taken.regions == destination.injection.regions
-        config = replace(destination.config, uffd=taken.uffd, adopt=True)
+        config = replace(destination.config, uffds=(taken.uffd,), adopt=True)
         with pytest.raises(OSError, match="gw_arrival_create") as caught:
             core.create_arrival(replace(config, epoch=EPOCH + 1))
         assert caught.value.errno == errno.ESTALE

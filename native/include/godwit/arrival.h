@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * arrival.h - destination half of post-copy: userfault events become page
+ * arrival.h - destination half of post-copy: userfault events and vCPU exits become page
  * requests, the pages that come back are installed, published and woken.
  *
  * Threads    One engine per arriving guest. It owns one demand thread (reads the
- *            userfaultfd, talks on the demand connection, installs what it
+ *            userfaultfds and the exit channel, talks on the demand connection, installs what it
  *            receives) and one thread a bulk connection. Every function here may
  *            be called from any thread, one caller at a time per engine; none
  *            calls back. Nothing here needs the caller to make progress.
  * Errors     Functions return a count or an outcome >= 0, or -errno; they never
  *            log and never touch a ret_ argument when they fail. What goes wrong
  *            later is in gw_arrival_status and makes wait_fd readable.
- * Ownership  create duplicates `uffd` and `ram_fd`; the caller keeps its own. The
- *            VMM keeps its own userfaultfd always: destroy closes ours and leaves
+ * Ownership  create duplicates the descriptors; the caller keeps its own. The
+ *            VMM keeps its own userfaultfds always: destroy closes ours and leaves
  *            the guest blocked on what is absent, never reading zeros.
  * Units      Offsets and lengths are bytes of the image, page aligned.
  * Source     DESIGN 3.1-3.3; userfaultfd(2); docs/design/page-path.md.
@@ -28,6 +28,7 @@
 /* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
 
 #define GW_ARRIVAL_REGION_COUNT_MAX	     64
+#define GW_ARRIVAL_UFFD_COUNT_MAX	     16
 #define GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX 8
 #define GW_ARRIVAL_REASON_LEN_MAX	     192
 
@@ -51,12 +52,19 @@ enum gw_install_method {
 	GW_INSTALL_COPY = 1, /* UFFDIO_COPY on MISSING: the default */
 	GW_INSTALL_CONTINUE =
 		2, /* fill through an alias of ram_fd, then UFFDIO_CONTINUE: needs MINOR */
+	/*
+	 * Write to ram_fd; no userfaultfd. Only with an exit channel whose guest cannot see a page
+	 * before its bit is clear (PROT_NONE).
+	 */
+	GW_INSTALL_WRITE = 3,
 };
 
 struct gw_arrival_region {
-	uint64_t offset;    /* of its first byte, in the image; equals its offset in ram_fd */
-	uint64_t host_addr; /* of its first byte, in the guest's process */
-	uint64_t len;	    /* > 0 */
+	uint64_t offset;     /* of its first byte, in the image; equals its offset in ram_fd */
+	uint64_t host_addr;  /* of its first byte, in the guest's process */
+	uint64_t len;	     /* > 0 */
+	uint32_t uffd_index; /* of the userfaultfd that it is registered with; 0 if there is none */
+	uint32_t reserved;   /* zero */
 };
 
 struct gw_arrival_config {
@@ -69,9 +77,12 @@ struct gw_arrival_config {
 	const char *page_host;	   /* numeric address of the page server */
 	const char *traceparent;   /* may be empty */
 	uint32_t page_port;	   /* 1..65535 */
-	int32_t uffd;		   /* API handshake done, regions registered */
-	int32_t ram_fd;		 /* the destination's RAM file: the page cache is looked up here */
-	uint32_t install_method; /* enum gw_install_method */
+	const int32_t *uffds;	   /* API handshake done, regions registered */
+	uint32_t uffd_count;	   /* 0 with GW_INSTALL_WRITE, else 1..GW_ARRIVAL_UFFD_COUNT_MAX */
+	int32_t ram_fd;		  /* the destination's RAM file: the page cache is looked up here */
+	int32_t exit_channel_fd;  /* of the VMM (docs/exit-channel.md); -1: its faults are uffd's */
+	int32_t exit_doorbell_fd; /* with it, else -1 */
+	uint32_t install_method;  /* enum gw_install_method */
 	uint32_t bulk_connection_count; /* 1..GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX */
 	uint32_t adopt;			/* 1: page_map_path is a predecessor's: take it over */
 	uint64_t bulk_bytes_per_s_max;	/* 0 = no limit; demand is never limited */

@@ -13,7 +13,8 @@
  * Units      Pages, counted from the start of the image; addresses are the guest process's.
  * Source     DESIGN 3.2; KERNEL.md 1; docs/design/page-path.md.
  *
- * The order, kept everywhere: INSTALLING, content, PRESENT, bit (release), wake.
+ * The order, kept everywhere: INSTALLING, content, PRESENT, bit (release), wake; our own bit, which
+ * nobody else can write, before the one that the vCPUs obey.
  */
 #ifndef GW_INSTALL_H
 #define GW_INSTALL_H
@@ -23,6 +24,7 @@
 #include <stdint.h>
 
 #include <godwit/arrival.h>
+#include <godwit/exits.h>
 #include <godwit/page_map.h>
 
 enum gw_install_outcome {
@@ -44,23 +46,27 @@ struct gw_install_region {
 	uint64_t first_page;
 	uint64_t page_count;
 	uint64_t host_addr;
+	int uffd; /* -1: none, GW_INSTALL_WRITE */
 };
 
 struct gw_install {
-	int uffd;
 	int ram_fd;
 	uint32_t page_size;
 	uint32_t method; /* enum gw_install_method */
 	uint32_t region_count;
 	struct gw_page_map *map;
-	uint8_t *alias; /* page size 2 MiB, CONTINUE: our own mapping of the file */
-	uint8_t *zeros; /* page size 2 MiB: there is no ZEROPAGE, zeros are copied */
+	struct gw_exits *exits; /* told of each page after the map; NULL: no vCPU exits */
+	uint8_t *alias;		/* page size 2 MiB, CONTINUE: our own mapping of the file */
+	uint8_t *zeros;		/* page size 2 MiB: there is no ZEROPAGE, zeros are copied */
 	struct gw_install_region regions[GW_ARRIVAL_REGION_COUNT_MAX];
 };
 
-/* Regions laid end to end from offset 0. Returns 0; -EINVAL; -ENOMEM; -errno of mmap. */
-int gw_install_init(struct gw_install *install, int uffd, int ram_fd, uint32_t page_size,
-		    uint32_t method, struct gw_page_map *map,
+/*
+ * Regions laid end to end from offset 0, each with one of the userfaultfds; none with
+ * GW_INSTALL_WRITE. Returns 0; -EINVAL; -ENOMEM; -errno of mmap.
+ */
+int gw_install_init(struct gw_install *install, const int *uffds, uint32_t uffd_count, int ram_fd,
+		    uint32_t page_size, uint32_t method, struct gw_page_map *map,
 		    const struct gw_arrival_region *regions, uint32_t region_count);
 void gw_install_fini(struct gw_install *install);
 
@@ -77,7 +83,7 @@ int gw_install_check_empty(const struct gw_install *install);
  *   state                      | hole                | data
  *   ABSENT, REQUESTED          | ABSENT              | violation
  *   INSTALLING, COPY           | ABSENT              | PRESENT: a copy shows whole pages only
- *   INSTALLING, CONTINUE       | ABSENT              | ABSENT, punched: nobody has seen it
+ *   INSTALLING, other methods  | ABSENT              | ABSENT, punched: nobody has seen it
  *   FILLED                     | REMOVED             | CONTINUE again, PRESENT
  *   PRESENT                    | REMOVED             | PRESENT
  *   ZERO                       | ZERO                | PRESENT: its fault was answered
@@ -112,10 +118,15 @@ int gw_install_fault(struct gw_install *install, uint64_t page, bool minor,
  */
 int64_t gw_install_removed(struct gw_install *install, uint64_t first, uint64_t count);
 
-/* Where the guest's process has the page; false if no region has it. */
-bool gw_install_host_addr(const struct gw_install *install, uint64_t page, uint64_t *ret_address);
+/* Where the guest's process has the page, and its userfaultfd (-1: none); false if no region has it. */
+bool gw_install_host_addr(const struct gw_install *install, uint64_t page, int *ret_uffd,
+			  uint64_t *ret_address);
 /* The page that a fault address is in; false if no region has it. */
 bool gw_install_page_of(const struct gw_install *install, uint64_t address, uint64_t *ret_page);
+
+/* The pages may be touched: clear their bits, ours and the vCPUs'; who waits is not woken by it
+ * unless it is a vCPU in an exit. */
+void gw_install_publish(struct gw_install *install, uint64_t first, uint64_t count);
 
 /* Everybody who waits, anywhere, faults again. Returns 0; -errno. */
 int gw_install_wake_all(const struct gw_install *install);

@@ -33,7 +33,7 @@ CONFIG = ArrivalConfig(
     image_id="i",
     page_host="127.0.0.1",
     page_port=1,
-    uffd=-1,
+    uffds=(-1,),
     ram_fd=-1,
     regions=(ArrivalRegion(offset=0, host_addr=1 << 40, len_bytes=10 * PAGE),),
 )
