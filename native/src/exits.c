@@ -4,8 +4,8 @@
  *
  * Threads, Errors, Ownership, Units, Source: see exits.h.
  *
- * Lost wakes. Two pairs of stores and loads, each with a full fence between them on both sides, so
- * that at least one side sees the other's store:
+ * Lost wakes. Two pairs of stores and loads; all eight are sequentially consistent, so that at
+ * least one side sees the other's store. (Fences would do as well; TSan does not know them.)
  *
  *   vCPU:  waiting = 1          | look at the bit       publish: clear the bit | look at waiting
  *   vCPU:  request_head + 1     | look at agent_idle    sleep:   agent_idle = 1 | look at the heads
@@ -165,7 +165,7 @@ uint64_t gw_exits_refused_count(const struct gw_exits *exits)
 
 static uint32_t untaken_count(const struct gw_exit_vcpu *vcpu, uint32_t tail)
 {
-	const uint32_t head = atomic_load_explicit(&vcpu->request_head, memory_order_acquire);
+	const uint32_t head = atomic_load_explicit(&vcpu->request_head, memory_order_seq_cst);
 
 	/* More than the ring holds is nonsense; its last slots are as good as any. */
 	return head - tail <= GW_EXIT_REQUEST_COUNT ? head - tail : GW_EXIT_REQUEST_COUNT;
@@ -212,9 +212,8 @@ uint32_t gw_exits_take(struct gw_exits *exits, struct gw_exit_request *ret_reque
 
 bool gw_exits_sleep(struct gw_exits *exits)
 {
-	atomic_store_explicit(&exits->header->agent_idle, 1, memory_order_relaxed);
+	atomic_store_explicit(&exits->header->agent_idle, 1, memory_order_seq_cst);
 	GW_HOOK("exits.idle");
-	atomic_thread_fence(memory_order_seq_cst);
 	for (uint32_t i = 0; i < exits->vcpu_count; i++) {
 		const struct gw_exit_vcpu *const vcpu = &exits->vcpus[i];
 		const uint32_t tail =
@@ -251,7 +250,7 @@ static void clear_bits(struct gw_exits *exits, uint64_t first, uint64_t count)
 		const uint64_t mask = (span == BITS_PER_WORD ? 0 : UINT64_C(1) << span) - 1;
 
 		atomic_fetch_and_explicit(&exits->bitmap[first / BITS_PER_WORD], ~(mask << bit),
-					  memory_order_release);
+					  memory_order_seq_cst);
 		first += span;
 		count -= span;
 	}
@@ -259,10 +258,9 @@ static void clear_bits(struct gw_exits *exits, uint64_t first, uint64_t count)
 
 static bool waits_for(const struct gw_exit_vcpu *vcpu, uint64_t first, uint64_t count)
 {
-	if (atomic_load_explicit(&vcpu->waiting, memory_order_relaxed) == 0)
+	/* Acquire as well: its pages were stored before. */
+	if (atomic_load_explicit(&vcpu->waiting, memory_order_seq_cst) == 0)
 		return false;
-	/* Its pages were stored before. */
-	atomic_thread_fence(memory_order_acquire);
 	for (uint32_t i = 0; i < GW_EXIT_WAIT_COUNT; i++) {
 		const uint64_t page =
 			atomic_load_explicit(&vcpu->wait_pages[i], memory_order_relaxed);
@@ -279,7 +277,6 @@ void gw_exits_publish(struct gw_exits *exits, uint64_t first, uint64_t count)
 		return;
 	clear_bits(exits, first, count);
 	GW_HOOK("exits.cleared");
-	atomic_thread_fence(memory_order_seq_cst);
 	for (uint32_t i = 0; i < exits->vcpu_count; i++)
 		if (waits_for(&exits->vcpus[i], first, count))
 			wake(&exits->vcpus[i]);
