@@ -68,8 +68,8 @@ struct gw_vmm_config {
 	uint32_t uffd_count; /* 1..GW_VMM_UFFD_COUNT_MAX: the memory is dealt out among so many */
 	uint32_t spin_ns;    /* how long a vCPU looks at the bit before it sleeps; 0 = not at all */
 	int ram_fd;
-	const char *vmm_name;	/* for people */
-	const char *why;	/* of the backend, for people; may be NULL */
+	const char *vmm_name; /* for people */
+	const char *why;      /* of the backend, for people; may be NULL */
 	const struct gw_vmm_region *regions;
 	uint32_t region_count;
 	/*
@@ -86,16 +86,38 @@ enum gw_vmm_exit {
 	GW_VMM_EXIT_USERFAULT = 1,  /* gpa is absent: gw_vmm_fault */
 	GW_VMM_EXIT_BARE_FAULT = 2, /* EFAULT without an address: find it, then gw_vmm_fault */
 	GW_VMM_EXIT_PRIVATE = 3,    /* to be private: fetch, import, then flip the attribute */
-	GW_VMM_EXIT_SHARED = 4,	    /* to be shared: flip */
+	/* To be shared: flip. Where the attribute says so already: hold, nothing would change. */
+	GW_VMM_EXIT_SHARED = 4,
 	GW_VMM_EXIT_INTERRUPTED = 5, /* EINTR, EAGAIN: run again unless kicked */
 	GW_VMM_EXIT_POISON = 6,	     /* EHWPOISON: the page's content is lost in this host */
-	GW_VMM_EXIT_RAM_MMIO = 7,    /* MMIO inside RAM: there is no slot where there should be */
-	GW_VMM_EXIT_UNKNOWN = 8,     /* exit 39 with flags that nobody knows: hold the guest */
+	/*
+	 * MMIO inside RAM: KVM's emulator could not reach the page, absent or without a slot. Absent:
+	 * gw_vmm_fault, then answer the access out of RAM, as a device would. Running again without an
+	 * answer gives the guest zeros, or loses its store.
+	 */
+	GW_VMM_EXIT_RAM_MMIO = 7,
+	GW_VMM_EXIT_UNKNOWN = 8, /* exit 39 that nobody knows how to read: hold the guest */
+	/*
+	 * KVM's emulator gave up. So it does where it cannot fetch the instruction, or cannot reach a
+	 * page with a locked one: find the pages as for BARE_FAULT. One is absent: gw_vmm_fault, run
+	 * again. None is: a real failure, the VMM's usual work. Needs
+	 * KVM_CAP_EXIT_ON_EMULATION_FAILURE, without which KVM may give the guest a #UD instead.
+	 */
+	GW_VMM_EXIT_NOT_EMULATED = 9,
 };
 
+/* gw_vmm_exit_info.gpa where the class has no address. */
+#define GW_VMM_GPA_NONE UINT64_MAX
+
 struct gw_vmm_exit_info {
-	uint64_t gpa; /* USERFAULT, PRIVATE, SHARED, RAM_MMIO */
-	uint64_t len; /* USERFAULT, PRIVATE, SHARED */
+	/* USERFAULT, PRIVATE, SHARED, RAM_MMIO; POISON where the kernel says it; UNKNOWN, as found. */
+	uint64_t gpa;
+	/* Bytes from gpa on; 0 without gpa. NOT_EMULATED: of the instruction, as far as KVM got it. */
+	uint64_t len;
+	/*
+	 * USERFAULT, PRIVATE, SHARED, UNKNOWN: the kernel's. RAM_MMIO, NOT_EMULATED: of enum
+	 * gw_exit_flag; NOT_EMULATED has GW_EXIT_EXEC where the fetch itself may be what failed.
+	 */
 	uint64_t flags;
 };
 
@@ -184,7 +206,7 @@ void gw_vmm_destroy(struct gw_vmm *vmm);
 
 /*
  * What a return of KVM_RUN means. `result` is 0 or -errno; `run` is the struct kvm_run;
- * ram: is the address RAM of this machine (for MMIO)? Pure: no system call.
+ * is_ram: is the address RAM of this machine? Must not be NULL. Pure: no system call.
  */
 struct kvm_run;
 enum gw_vmm_exit gw_vmm_classify(int result, const struct kvm_run *run,
