@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "accel.h"
+#include "guest/platform.h"
 
 static void add_slots(const struct mv_memory *memory, struct mv_text *text)
 {
@@ -77,6 +78,32 @@ static void add_beat(struct mv_text *text, const char *name, const struct mv_bea
 		    beat->number, beat->time_ns);
 }
 
+static uint64_t to_ns(const struct mv_machine *machine, uint64_t ticks)
+{
+	const uint64_t tick_count = gm_tick() - machine->made_tick;
+	const uint64_t time_ns = mv_now_ns() - machine->made_ns;
+
+	return tick_count > 0 ? (uint64_t)((double)ticks * (double)time_ns / (double)tick_count)
+			      : 0;
+}
+
+static void add_touches(struct mv_text *text, const struct mv_vcpu *vcpu)
+{
+	const struct mv_machine *machine = vcpu->machine;
+	struct gw_latency_summary summary;
+
+	gw_histogram_summarise(&vcpu->touches.ticks, &summary);
+	if (summary.sample_count == 0)
+		return;
+	mv_text_add(text, ",\"touches\":{\"count\":%" PRIu64, summary.sample_count);
+	add_number(text, "span_ns", to_ns(machine, vcpu->touches.span_ticks));
+	add_number(text, "p50_ns", to_ns(machine, summary.p50_ns));
+	add_number(text, "p99_ns", to_ns(machine, summary.p99_ns));
+	add_number(text, "p999_ns", to_ns(machine, summary.p999_ns));
+	add_number(text, "max_ns", to_ns(machine, summary.max_ns));
+	mv_text_add(text, "}");
+}
+
 static void add_vcpu(struct mv_text *text, const struct mv_vcpu *vcpu)
 {
 	const struct mv_told *told = &vcpu->told;
@@ -98,6 +125,7 @@ static void add_vcpu(struct mv_text *text, const struct mv_vcpu *vcpu)
 	add_number(text, "beat_gap_max_ns", told->beat_gap_max_ns);
 	add_number(text, "beat_jumps", told->beat_jump_count);
 	add_number(text, "sweep", told->sweep_number);
+	add_touches(text, vcpu);
 	mv_text_add(text, "}");
 }
 

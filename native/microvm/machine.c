@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #include "accel.h"
-#include "guest/workload.h"
+#include "guest/platform.h"
 
 #define NS_PER_S    1000000000ull
 #define US_PER_S    1000000ull
@@ -270,7 +270,7 @@ static int check_config(const struct mv_machine_config *config, struct mv_error 
 				 config->vcpu_count);
 	if (config->memory.incoming)
 		return 0;
-	if (config->workload < GM_WORKLOAD_VERIFY || config->workload > GM_WORKLOAD_IDLE)
+	if (config->workload < GM_WORKLOAD_VERIFY || config->workload > GM_WORKLOAD_MEASURE)
 		return mv_refuse(error, -EINVAL, "no workload %u", config->workload);
 	if (config->tick_us < TICK_US_MIN || config->tick_us > TICK_US_MAX)
 		return mv_refuse(error, -EINVAL, "a tick is %u to %u microseconds, not %u",
@@ -333,6 +333,8 @@ static struct mv_machine *allocate(const struct mv_machine_config *config)
 	machine->config = *config;
 	machine->memory.fd = -1;
 	machine->notify_fd = -1;
+	machine->made_tick = gm_tick();
+	machine->made_ns = mv_now_ns();
 	machine->state = config->memory.incoming ? MV_INCOMING : MV_PAUSED;
 	return machine;
 }

@@ -86,6 +86,8 @@ struct mv_machine {
 	struct mv_memory memory;
 	const struct mv_accel_ops *accel;
 	void *accel_data;
+	uint64_t made_tick; /* gm_tick() and mv_now_ns() of one moment */
+	uint64_t made_ns;
 	char accel_reason[MV_ERROR_LEN_MAX]; /* why not KVM; empty if it is, or was not asked for */
 	struct mv_fault_handler fault_handler;
 	int notify_fd; /* eventfd: readable when an event came or a sweep ended */

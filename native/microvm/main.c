@@ -36,7 +36,7 @@ static const char USAGE[] =
 	"  --vcpus N               1 to 32 (default 1)\n"
 	"  --incoming              wait for `load`; the memory file may be there already\n"
 	"  --paused                make a new guest, but wait for `resume`\n"
-	"  --workload NAME         verify, sequential, hot, idle (default verify)\n"
+	"  --workload NAME         verify, sequential, hot, idle, measure (default verify)\n"
 	"  --workload-size SIZE    memory that the workload keeps (default half)\n"
 	"  --workload-offset SIZE  where in memory it begins (default 4M, which is the least)\n"
 	"  --ops-per-second N      limit of each vCPU's page touches (default none)\n"
@@ -131,7 +131,8 @@ static uint32_t parse_name(const char *option, const char *text, const char *con
 static void set_option(struct options *options, enum option_name name)
 {
 	static const char *const accels[] = {"auto", "kvm", "thread", NULL};
-	static const char *const workloads[] = {"verify", "sequential", "hot", "idle", NULL};
+	static const char *const workloads[] = {"verify", "sequential", "hot",
+						"idle",	  "measure",	NULL};
 	struct mv_machine_config *config = &options->config;
 
 	switch (name) {

@@ -19,6 +19,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include <godwit/stats.h>
+
 #include "guest/layout.h"
 
 /* Ends KVM_RUN. Its handler does nothing; nobody else may use it in this process. */
@@ -57,6 +59,12 @@ struct mv_vcpu_counters {
 	_Atomic uint64_t idle_ns;	    /* asleep because the guest asked for it */
 };
 
+/* First touches that the guest has timed (--workload measure), guarded by the machine's lock. */
+struct mv_touches {
+	uint64_t span_ticks; /* from the first one's start to the last one's end */
+	struct gw_histogram ticks;
+};
+
 struct mv_vcpu {
 	struct mv_machine *machine;
 	uint32_t id;
@@ -73,6 +81,7 @@ struct mv_vcpu {
 	pthread_cond_t wake; /* with the lock: kicked, or resumed */
 	struct mv_told told;
 	struct mv_vcpu_counters counters;
+	struct mv_touches touches;
 	void *accel_data;
 };
 

@@ -358,7 +358,7 @@ static void what_cannot_be_is_refused(void)
 		CASE(vcpu_count, 0, "vCPUs"),
 		CASE(vcpu_count, GM_VCPU_COUNT_MAX + 1, "vCPUs"),
 		CASE(workload, 0, "workload"),
-		CASE(workload, 5, "workload"),
+		CASE(workload, GM_WORKLOAD_MEASURE + 1, "workload"),
 		CASE(tick_us, 199, "tick"),
 		CASE(tick_us, 1000001, "tick"),
 		CASE(memory.size, 62ull << 20, "64 MiB"),

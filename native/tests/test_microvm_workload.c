@@ -5,7 +5,7 @@
  * it finds nothing, wherever the guest was stopped and copied.
  */
 #include "check.h"
-#include "guest/workload.h"
+#include "guest/measure.h"
 
 #define VCPU_COUNT 2u
 #define PAGE_COUNT 20u
@@ -31,6 +31,7 @@ struct world {
 	uint64_t filled_pages;
 	uint64_t kinds[KIND_COUNT]; /* errors reported, by enum gm_error */
 	uint64_t beats[VCPU_COUNT];
+	uint64_t touch_count;
 };
 
 static uint32_t hypercall(struct gm_vcpu *vcpu, uint32_t call, const uint64_t args[4])
@@ -54,6 +55,11 @@ static uint32_t hypercall(struct gm_vcpu *vcpu, uint32_t call, const uint64_t ar
 		world->swept[id] = args[0];
 		world->swept_pages += args[1];
 		world->swept_errors += args[2];
+		return 0;
+	case GM_CALL_MEASURED:
+		CHECK(args[2] < args[3]);
+		CHECK(args[0] > 0);
+		world->touch_count += args[1];
 		return 0;
 	default:
 		CHECK_EQ(call, GM_CALL_IDLE);
@@ -387,6 +393,27 @@ static void the_pages_are_dealt_out(void)
 	CHECK_EQ(next, boot.work_page_count);
 }
 
+static void each_page_is_measured_once(void)
+{
+	struct world *world = create(GM_WORKLOAD_MEASURE, 0);
+
+	for (uint64_t count = 1; count < 300; count++) {
+		bool seen[300] = {false};
+
+		for (uint64_t i = 0; i < count; i++) {
+			const uint64_t page = gm_measure_order(i, count);
+
+			CHECK(page < count);
+			CHECK(!seen[page]);
+			seen[page] = true;
+		}
+	}
+	run_until_filled(world);
+	CHECK_EQ(sweep(world), 0);
+	CHECK_EQ(world->touch_count, PAGE_COUNT - SHARED);
+	destroy(world);
+}
+
 int main(void)
 {
 	RUN(the_pages_are_dealt_out);
@@ -400,5 +427,6 @@ int main(void)
 	RUN(sequential_goes_round);
 	RUN(hot_is_hot_and_idle_is_idle);
 	RUN(a_limit_is_kept);
+	RUN(each_page_is_measured_once);
 	return EXIT_SUCCESS;
 }

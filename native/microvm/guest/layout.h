@@ -59,6 +59,7 @@ enum gm_workload {
 	GM_WORKLOAD_SEQUENTIAL = 2, /* its own pages in order, over and over */
 	GM_WORKLOAD_HOT = 3,	    /* 15 of 16 touches on a sixteenth of its own pages */
 	GM_WORKLOAD_IDLE = 4,	    /* fills its pages, then only beats */
+	GM_WORKLOAD_MEASURE = 5,    /* idle; before a sweep it times the first touch of each page */
 };
 
 #define GM_BOOT_MAGIC 0x746f6f42764d6d47ull /* "GmMvBoot" */
@@ -113,8 +114,9 @@ enum gm_call {
 	GM_CALL_ERROR = 3,    /* enum gm_error, page, got, want */
 	GM_CALL_FILLED = 4,   /* pages filled */
 	GM_CALL_VERIFIED = 5, /* sweep number, pages checked, errors found in it, ops */
+	GM_CALL_MEASURED = 6, /* ticks that a touch took at most, touches, first tick, last tick */
 };
-#define GM_CALL_MAX 5u
+#define GM_CALL_MAX 6u
 
 enum gm_error {
 	GM_ERROR_TAG = 1,      /* the page's number: another page, or none */

@@ -13,6 +13,22 @@
 
 #include "workload.h"
 
+/* Not before what comes before it, nor after what comes after. */
+static inline uint64_t gm_tick(void)
+{
+#ifdef __x86_64__
+	uint32_t low, high;
+
+	__asm__ volatile("lfence; rdtsc; lfence" : "=a"(low), "=d"(high) : : "memory");
+	return (uint64_t)high << 32 | low;
+#else
+	uint64_t ticks;
+
+	__asm__ volatile("isb; mrs %0, cntvct_el0; isb" : "=r"(ticks) : : "memory");
+	return ticks;
+#endif
+}
+
 #ifdef GM_GUEST
 
 static inline void *gm_at(const struct gm_vcpu *vcpu, uint64_t offset)

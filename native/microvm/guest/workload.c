@@ -11,6 +11,7 @@
  */
 #include "workload.h"
 
+#include "measure.h"
 #include "platform.h"
 
 #define OPS_PER_STEP	     8u
@@ -29,11 +30,12 @@ enum gm_phase {
 	PHASE_SWEEP_WAIT = 4, /* until nobody touches pages any more */
 	PHASE_SWEEP = 5,
 	PHASE_SWEPT_WAIT = 6, /* until everybody's share is counted */
+	PHASE_MEASURE = 7,    /* before a sweep */
 };
 
 bool gm_phase_valid(uint64_t phase)
 {
-	return phase >= PHASE_FILL && phase <= PHASE_SWEPT_WAIT;
+	return phase >= PHASE_FILL && phase <= PHASE_MEASURE;
 }
 
 static const struct gm_boot *boot_of(const struct gm_vcpu *vcpu)
@@ -220,7 +222,8 @@ static void run(struct gm_vcpu *vcpu)
 
 	if (boot->op_count_per_tick > 0 && vcpu->ctx.op_budget < count)
 		count = vcpu->ctx.op_budget;
-	if (boot->workload == GM_WORKLOAD_IDLE || count == 0) {
+	if (boot->workload == GM_WORKLOAD_IDLE || boot->workload == GM_WORKLOAD_MEASURE ||
+	    count == 0) {
 		sleep_a_tick(vcpu);
 		return;
 	}
@@ -367,8 +370,31 @@ static bool beat(struct gm_vcpu *vcpu)
 			     ticks);
 	if (asked <= ctx->sweep_number || ctx->phase != PHASE_RUN)
 		return false;
+	if (boot_of(vcpu)->workload == GM_WORKLOAD_MEASURE) {
+		gm_measure_begin(vcpu);
+		ctx->cursor = 0;
+		ctx->phase = PHASE_MEASURE;
+		return true;
+	}
 	begin_sweep(vcpu, asked);
 	return true;
+}
+
+static void measure(struct gm_vcpu *vcpu)
+{
+	uint64_t first;
+	const uint64_t count = gm_own_pages(boot_of(vcpu), vcpu->ctx.id, &first);
+
+	for (uint32_t i = 0; i < OPS_PER_STEP && vcpu->ctx.cursor < count; i++) {
+		const uint64_t page = first + gm_measure_order(vcpu->ctx.cursor++, count);
+
+		gm_measure_touch(vcpu, &page_at(vcpu, page)->tag);
+	}
+	if (vcpu->ctx.cursor < count)
+		return;
+	gm_measure_report(vcpu);
+	/* Whoever asked waits for this sweep or a later one: one more than the last is either. */
+	begin_sweep(vcpu, vcpu->ctx.sweep_number + 1);
 }
 
 void gm_vcpu_init(struct gm_vcpu *vcpu, uint64_t id)
@@ -423,6 +449,9 @@ void gm_vcpu_step(struct gm_vcpu *vcpu)
 	case PHASE_SWEPT_WAIT:
 		if (everybody_arrived(vcpu))
 			end_sweep(vcpu);
+		break;
+	case PHASE_MEASURE:
+		measure(vcpu);
 		break;
 	}
 }

@@ -69,8 +69,20 @@ struct gm_ctx {
 };
 _Static_assert(sizeof(struct gm_ctx) == 16 * 8, "state blobs hold it");
 
+/* How long touches took: powers of two, each cut in 32, as in godwit/stats.h. */
+#define GM_MEASURE_CUT_BITS	5u
+#define GM_MEASURE_BUCKET_COUNT 1024u /* up to 2^36 ticks; what takes longer counts as that */
+
+/* Of one measurement, which a move would lose. Times are ticks of the TSC. */
+struct gm_measure {
+	uint64_t first_tick;
+	uint64_t last_tick;
+	uint32_t counts[GM_MEASURE_BUCKET_COUNT];
+};
+
 struct gm_vcpu {
 	struct gm_ctx ctx;
+	struct gm_measure measure;
 #ifndef GM_GUEST
 	uint8_t *ram; /* of image offset 0 */
 	uint32_t (*hypercall)(struct gm_vcpu *vcpu, uint32_t call, const uint64_t args[4]);
