@@ -267,6 +267,11 @@ int gw_sys_madvise(void *address, size_t len, int advice)
 	RETURN_OF(GW_SYS_MADVISE, int, madvise(address, len, advice));
 }
 
+int gw_sys_mprotect(void *address, size_t len, int prot)
+{
+	RETURN_OF(GW_SYS_MPROTECT, int, mprotect(address, len, prot));
+}
+
 int gw_sys_futex_wait(const _Atomic uint32_t *word, uint32_t expected, uint64_t timeout_ns)
 {
 	const struct timespec timeout = {

@@ -21,12 +21,17 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
+/* Linux 5.11; the headers of old distributions lack it. */
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
 #define DEVICE_PATH "/dev/userfaultfd"
 
-static int open_raw(void)
+static int open_raw(int mode)
 {
 	/* NOLINTNEXTLINE(performance-no-int-to-ptr): this ioctl takes flags where others take a pointer. */
-	void *const flags = (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK);
+	void *const flags = (void *)(uintptr_t)(O_CLOEXEC | O_NONBLOCK | mode);
 	const int device = gw_sys_open(DEVICE_PATH, O_RDWR | O_CLOEXEC, 0);
 
 	/* The device needs a file permission only; the call needs CAP_SYS_PTRACE or the sysctl. */
@@ -37,13 +42,13 @@ static int open_raw(void)
 		if (uffd >= 0)
 			return uffd;
 	}
-	return gw_sys_userfaultfd(O_CLOEXEC | O_NONBLOCK);
+	return gw_sys_userfaultfd(O_CLOEXEC | O_NONBLOCK | mode);
 }
 
-int gw_uffd_open(uint64_t features, uint64_t *ret_granted)
+static int open_mode(int mode, uint64_t features, uint64_t *ret_granted)
 {
 	struct uffdio_api api = {.api = UFFD_API, .features = features};
-	const int uffd = open_raw();
+	const int uffd = open_raw(mode);
 
 	if (uffd < 0)
 		return uffd;
@@ -56,6 +61,16 @@ int gw_uffd_open(uint64_t features, uint64_t *ret_granted)
 	if (ret_granted)
 		*ret_granted = api.features;
 	return uffd;
+}
+
+int gw_uffd_open(uint64_t features, uint64_t *ret_granted)
+{
+	return open_mode(0, features, ret_granted);
+}
+
+int gw_uffd_open_user_mode(uint64_t features, uint64_t *ret_granted)
+{
+	return open_mode(UFFD_USER_MODE_ONLY, features, ret_granted);
 }
 
 int gw_uffd_register(int uffd, uint64_t address, uint64_t len, uint64_t mode, uint64_t *ret_ioctls)

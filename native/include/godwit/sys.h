@@ -75,6 +75,7 @@
 	X(MMAP)              \
 	X(MUNMAP)            \
 	X(MADVISE)           \
+	X(MPROTECT)          \
 	X(FUTEX)             \
 	X(IOCTL)             \
 	X(USERFAULTFD)       \
@@ -147,6 +148,7 @@ int gw_sys_mmap(void *hint, size_t len, int prot, int flags, int fd, off_t offse
 		void **ret_address);
 int gw_sys_munmap(void *address, size_t len);
 int gw_sys_madvise(void *address, size_t len, int advice);
+int gw_sys_mprotect(void *address, size_t len, int prot);
 
 /*
  * Sleep while *word is `expected`, on memory that processes share; timeout_ns = 0: without end. 0;

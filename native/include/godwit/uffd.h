@@ -67,6 +67,11 @@ enum gw_uffd_outcome {
  * Returns the fd (O_CLOEXEC, O_NONBLOCK); -EINVAL a feature is unknown; -EPERM; -errno.
  */
 int gw_uffd_open(uint64_t features, uint64_t *ret_granted);
+/*
+ * The same for faults of user space only, which needs no privilege. An access of the kernel, also of
+ * KVM, to an absent page fails then with EFAULT: it never waits, and never reads zeros.
+ */
+int gw_uffd_open_user_mode(uint64_t features, uint64_t *ret_granted);
 
 /* `mode` of UFFDIO_REGISTER_MODE_*. ret_ioctls: bit n = ioctl n works on the range; may be NULL. */
 int gw_uffd_register(int uffd, uint64_t address, uint64_t len, uint64_t mode, uint64_t *ret_ioctls);

@@ -31,6 +31,7 @@
 #define GW_VMM_REGION_COUNT_MAX 16
 #define GW_VMM_UFFD_COUNT_MAX	16
 #define GW_VMM_REASON_LEN_MAX	192
+#define GW_VMM_SPIN_NS_MAX	1000000
 
 /* How a missing page makes itself known. Chosen by trying: see gw_vmm_create. */
 enum gw_vmm_backend {
@@ -54,8 +55,8 @@ struct gw_vmm_region {
 	uint64_t host_addr; /* where the VMM itself has it mapped: the VMM's window */
 	/*
 	 * Where vCPUs, or threads, have it mapped: what the memory slot's userspace_addr is. The same
-	 * as host_addr for GW_VMM_UFFD and GW_VMM_KVM_USERFAULT; 0 = the region takes no exits and
-	 * blocks in the kernel (what KVM's own emulator touches, say).
+	 * as host_addr, or 0, for GW_VMM_UFFD and GW_VMM_KVM_USERFAULT. For GW_VMM_EXIT_EMULATION 0 =
+	 * the region takes no exits and blocks in the kernel (what KVM's own emulator touches, say).
 	 */
 	uint64_t guest_addr;
 };
@@ -66,15 +67,28 @@ struct gw_vmm_config {
 	uint32_t vcpu_count;  /* 1..GW_EXIT_VCPU_COUNT_MAX */
 	enum gw_vmm_backend backend;
 	uint32_t uffd_count; /* 1..GW_VMM_UFFD_COUNT_MAX: the memory is dealt out among so many */
-	uint32_t spin_ns;    /* how long a vCPU looks at the bit before it sleeps; 0 = not at all */
+	/*
+	 * How long a vCPU looks at the bit before it sleeps, at most: less, while that does not pay.
+	 * 0 = not at all; up to GW_VMM_SPIN_NS_MAX.
+	 */
+	uint32_t spin_ns;
+	/*
+	 * Where userfaultfd is refused, take one for faults of user space only. Enough for threads.
+	 * Under KVM it is not: an access of the kernel to what takes no exits fails with EFAULT.
+	 */
+	bool user_mode_ok;
 	int ram_fd;
 	const char *vmm_name; /* for people */
 	const char *why;      /* of the backend, for people; may be NULL */
+	/*
+	 * Ascending by offset from 0 on, without holes: the image. No two overlap anywhere. With
+	 * GW_VMM_KVM_USERFAULT offsets are multiples of 64 pages: a slot's bitmap begins with a word.
+	 */
 	const struct gw_vmm_region *regions;
 	uint32_t region_count;
 	/*
-	 * Called once, on the library's thread, when every page is here. gw_vmm_release afterwards,
-	 * from any thread, tells the agent that it may go.
+	 * Called once, on the library's thread with all signals blocked, when every page is here.
+	 * gw_vmm_release afterwards, from any thread, tells the agent that it may go.
 	 */
 	void (*on_complete)(void *opaque);
 	void *opaque;
@@ -121,6 +135,7 @@ struct gw_vmm_exit_info {
 	uint64_t flags;
 };
 
+/* All 0 for GW_VMM_UFFD, as for a vCPU that does not exist. */
 struct gw_vmm_stats {
 	uint64_t exit_count;	 /* gw_vmm_fault calls */
 	uint64_t spurious_count; /* whose pages were all here already */
@@ -135,14 +150,17 @@ enum gw_vmm_fault_outcome {
 
 /*
  * Is the backend possible here? Tried on throw-away objects: a KVM machine, a userfaultfd, a mapping.
- * `kvm_fd` is /dev/kvm or -1. Returns 0, or why not as -errno, with words in ret_reason.
+ * `kvm_fd` is /dev/kvm, or -1: the guest is threads, and userfaultfd for user space is enough
+ * (config: user_mode_ok). Returns 0, or why not as -errno; either way with words in ret_reason.
  */
 int gw_vmm_try(enum gw_vmm_backend backend, int kvm_fd, char ret_reason[GW_VMM_REASON_LEN_MAX]);
 
 /*
  * Registers userfaultfds, makes channel and doorbell, every bit set. GW_VMM_AUTO is refused: the VMM
  * chooses with gw_vmm_try, because where its guest_addr mappings are depends on it.
- * Returns 0; -EINVAL a field is out of range; -ENOMEM; -errno of the call that failed.
+ * Returns 0; -EINVAL a field is out of range; -EEXIST the memory has content already, which would be
+ * taken for the guest's; -ENOMEM; -errno of the call that failed. After a failure with
+ * GW_VMM_EXIT_SIGSEGV the guest_addr mappings may be PROT_NONE.
  */
 int gw_vmm_create(const struct gw_vmm_config *config, struct gw_vmm **ret_vmm);
 
@@ -152,11 +170,17 @@ int gw_vmm_create(const struct gw_vmm_config *config, struct gw_vmm **ret_vmm);
  */
 int gw_vmm_connect(struct gw_vmm *vmm, const char *socket_path);
 
-/* Of one region's memory slot. flags: 0, or KVM_MEM_USERFAULT; bitmap: the slot's own first word. */
+/*
+ * Of one region's memory slot. flags: KVM_MEM_USERFAULT until on_complete, 0 after it and for other
+ * backends; bitmap: the slot's own first word, NULL for GW_VMM_UFFD.
+ */
 uint32_t gw_vmm_slot_flags(const struct gw_vmm *vmm);
 const uint64_t *gw_vmm_slot_bitmap(const struct gw_vmm *vmm, uint32_t region);
 
-/* Acquire: where it says false, the page's content may be read. */
+/*
+ * Acquire: where it says false, the page's content may be read. GW_VMM_UFFD has no bitmap: all is
+ * absent until on_complete, then nothing.
+ */
 bool gw_vmm_is_absent(const struct gw_vmm *vmm, uint64_t gpa);
 uint64_t gw_vmm_absent_count(const struct gw_vmm *vmm);
 
@@ -164,9 +188,13 @@ uint64_t gw_vmm_absent_count(const struct gw_vmm *vmm);
  * A vCPU needs the pages that the addresses are in: ask for those that are absent, sleep until none is.
  * Addresses outside of every region are ignored. flags: of enum gw_exit_flag.
  *
+ * Async-signal-safe, errno as it was: GW_VMM_EXIT_SIGSEGV calls it in the signal's handler, and there
+ * it gives the pages to the threads as well, so that the handler may return.
+ *
  * Returns GW_VMM_FAULT_PRESENT, GW_VMM_FAULT_HERE; -EINTR gw_vmm_kick was called and pages are
- * absent still: park, and fault again after the resume; -EINVAL count is 0 or too large, or none
- * is in a region.
+ * absent still: park, and fault again after the resume; -EINVAL count is 0 or above
+ * GW_EXIT_WAIT_COUNT, none is in a region, there is no such vCPU, or no exits (GW_VMM_UFFD);
+ * -errno of mprotect: the pages are here and the threads cannot have them: hold the guest.
  */
 int gw_vmm_fault(struct gw_vmm *vmm, uint32_t vcpu, const uint64_t *gpas, uint32_t count,
 		 uint64_t flags);
@@ -174,8 +202,8 @@ int gw_vmm_fault(struct gw_vmm *vmm, uint32_t vcpu, const uint64_t *gpas, uint32
 /*
  * The pages' bits are clear and the vCPU faults on them all the same: in SIGBUS mode, holes, which the
  * source said are zero or the guest has given back. Makes them zero pages; what is there stays.
- * GW_VMM_EXIT_SIGSEGV: gives the pages, and present neighbours, to the threads.
- * Returns 0; -EAGAIN a bit is set (again: fault); -errno.
+ * Other backends need it not: the kernel fills holes, or gw_vmm_fault has given the page.
+ * Async-signal-safe. Returns 0; -EAGAIN a bit is set (again: fault); -errno.
  */
 int gw_vmm_fill_holes(struct gw_vmm *vmm, const uint64_t *gpas, uint32_t count);
 
@@ -186,9 +214,13 @@ int gw_vmm_fill_holes(struct gw_vmm *vmm, const uint64_t *gpas, uint32_t count);
 void gw_vmm_kick(struct gw_vmm *vmm, uint32_t vcpu);
 void gw_vmm_unkick(struct gw_vmm *vmm, uint32_t vcpu);
 
-/* After on_complete, and after the slots' flags are off: unregister our side, tell the agent. */
+/*
+ * After on_complete, and after the slots' flags are off: undo every registration, then tell the
+ * agent. Returns 0, from when on the guest needs no agent (again: 0); -EBUSY pages are absent;
+ * -errno of the call that failed: again.
+ */
 int gw_vmm_release(struct gw_vmm *vmm);
-/* The agent needs not be there any more. */
+/* The agent has been told; if none is there, the next one will be. */
 bool gw_vmm_is_released(const struct gw_vmm *vmm);
 
 void gw_vmm_stats(const struct gw_vmm *vmm, uint32_t vcpu, struct gw_vmm_stats *ret_stats);
