@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arms VMs: injects the userfaultfd, makes the engine, takes both up again after our death."""
+"""Arms VMs: has their faults come to an engine, and takes both up again after our death."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ from services.common.listen import Address, parse_address
 from services.common.vm_spec import PAGE_BYTES
 from services.fault_agent import processes
 from services.fault_agent.arrival_watch import ArrivalWatch
-from services.fault_agent.drivers.api import VmmUnreachableError, covers
+from services.fault_agent.drivers.api import (
+    Armed,
+    ArmTarget,
+    Driver,
+    VmmUnreachableError,
+    covers,
+)
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node
+from services.fault_agent.processes import Process
 from services.fault_agent.vms import Vm
-from services.pagecore.api import ArrivalConfig, ArrivalPhase, ArrivalStatus, Injection
+from services.pagecore.api import ArrivalConfig, ArrivalPhase, ArrivalStatus
 
 log = logging.getLogger(__name__)
 
+LET_GO_RETRY_S = 1.0
 REFUSED_RETRY_S = 1.0
 """A page server that refuses may be one that was restarted and does not know its images yet."""
 
@@ -38,7 +46,7 @@ class ArmError(FailedPreconditionError):
         super().__init__(
             "ARM_FAILED",
             f"{step}: {detail}",
-            hint="needs CAP_SYS_PTRACE and userfaultfd; preflight says which of them is missing",
+            hint="QEMU needs CAP_SYS_PTRACE and userfaultfd; preflight says what is missing",
         )
 
 
@@ -47,6 +55,13 @@ class ArrivalEngines:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._armed: dict[str, Armed] = {}
+        """By VM, from arming to `stop`."""
+
+    def close(self) -> None:
+        """At the end of this process: what the VMMs gave us is let go, the guests stay blocked."""
+        while self._armed:
+            self._armed.popitem()[1].close()
 
     def require(self, vm: Vm) -> ArrivalWatch:
         """The engine of an arriving VM.
@@ -61,56 +76,50 @@ class ArrivalEngines:
         return vm.watch
 
     async def arm(self, vm: Vm, epoch: int) -> None:
-        """Inject a userfaultfd into the VMM and start an engine on it, its gate closed.
+        """Have the faults of a new VMM come to an engine, its gate closed.
 
         Raises:
-            ArmError: the injection failed, or memory was there before it.
+            ArmError: it failed, or memory was there before it.
+            HandoffRefusedError: the VMM hands off what it may not.
         """
-        process, arriving = vm.record.process, vm.record.arriving
-        if process is None or arriving is None:
-            raise VmmUnreachableError(f"{vm.vm_id} has no shell")
-        core = self._node.pagecore
+        driver, process = _shell(vm)
         with _open_ram(vm.record.ram_path) as ram_fd:
-            with _step(f"userfaultfd into process {process.pid}"):
-                injection = await asyncio.to_thread(
-                    core.inject_uffd, pid=process.pid, ram_fd=ram_fd
-                )
-            try:
-                # Before anybody depends on it: it is the way back after our death.
-                arriving = replace(arriving, remote_fd=injection.remote_fd)
-                await vm.write(replace(vm.record, arriving=arriving))
-                await self._start(vm, epoch, injection, ram_fd, adopt=False)
-            finally:
-                os.close(injection.uffd)
+            with _step(f"faults of process {process.pid}"):
+                armed = await driver.arm(self._node.pagecore, _target(vm, process, ram_fd))
+            await self._start(vm, epoch, armed, ram_fd, adopt=False)
 
     async def take_up(self, vm: Vm) -> None:
         """Go on with an arrival that a former agent began.
 
         Raises:
-            ArmError: the userfaultfd or the page map cannot be taken over.
+            ArmError: the faults or the page map cannot be taken over.
             VmmUnreachableError: the VMM is gone.
         """
         record = vm.record
-        process, arriving = record.process, record.arriving
-        if process is None or arriving is None or not processes.is_alive(process):
+        driver, process = _shell(vm)
+        if not processes.is_alive(process):
             raise VmmUnreachableError(f"{vm.vm_id} has no shell")
-        core = self._node.pagecore
         with _open_ram(record.ram_path) as ram_fd:
-            with _step(f"userfaultfd of process {process.pid} again"):
-                injection = await asyncio.to_thread(
-                    core.take_uffd,
-                    pid=process.pid,
-                    remote_fd=arriving.remote_fd,
-                    ram_fd=ram_fd,
-                )
-            try:
-                await self._start(vm, record.epoch_prepared, injection, ram_fd, adopt=True)
-            finally:
-                os.close(injection.uffd)
+            with _step(f"faults of process {process.pid} again"):
+                armed = await driver.take(self._node.pagecore, _target(vm, process, ram_fd))
+            if armed is None:
+                await self._was_let_go(vm)
+                return
+            await self._start(vm, record.epoch_prepared, armed, ram_fd, adopt=True)
         watch = self.require(vm)
         if record.role is Role.ARRIVED and watch.arrival.generation():
             watch.arrival.start_bulk()
         self.check_complete(vm)
+
+    async def _was_let_go(self, vm: Vm) -> None:
+        """The VMM needs nobody any more: our predecessor died between hearing and writing it."""
+        record = vm.record
+        arriving = record.arriving
+        assert arriving is not None, "an arriving VM has an arrival"
+        if record.epoch_memory_complete != record.epoch_prepared:
+            self._node.violations.labels(invariant="I4").inc()
+            raise ArmError("hand-off", "the VMM has let go of memory that is not complete")
+        await vm.write(replace(record, arriving=replace(arriving, unregistered=True)))
 
     async def redirect(self, vm: Vm) -> None:
         """Fetch from the page server that the record names from now on."""
@@ -125,6 +134,9 @@ class ArrivalEngines:
         watch, vm.watch = vm.watch, None
         if watch is not None:
             await watch.close()
+        armed = self._armed.pop(vm.vm_id, None)
+        if armed is not None:
+            armed.close()
 
     def check_complete(self, vm: Vm) -> None:
         """If every page is here and the guest has been activated, see to MEMORY_COMPLETE."""
@@ -135,13 +147,32 @@ class ArrivalEngines:
         ):
             self._node.start_task(self._complete(vm), f"complete {vm.vm_id}")
 
-    async def _start(
-        self, vm: Vm, epoch: int, injection: Injection, ram_fd: int, *, adopt: bool
+    async def _start(self, vm: Vm, epoch: int, armed: Armed, ram_fd: int, *, adopt: bool) -> None:
+        try:
+            arriving = vm.record.arriving
+            assert arriving is not None, "an arriving VM has an arrival"
+            # Before anybody depends on it: it is the way back after our death.
+            arriving = replace(arriving, remote_fd=armed.faults.remote_fd)
+            await vm.write(replace(vm.record, arriving=arriving))
+            await self._make_engine(vm, epoch, armed, ram_fd, adopt=adopt)
+        except BaseException:
+            armed.close()
+            raise
+        armed.close_fds()
+        self._armed[vm.vm_id] = armed
+
+    async def _make_engine(
+        self, vm: Vm, epoch: int, armed: Armed, ram_fd: int, *, adopt: bool
     ) -> None:
-        record = vm.record
-        arriving = record.arriving
+        arriving, faults = vm.record.arriving, armed.faults
         assert arriving is not None, "an arriving VM has an arrival"
-        pieces = [(region.offset, region.len_bytes) for region in injection.regions]
+        log.info(
+            "faults of %s come by %s%s",
+            vm.vm_id,
+            faults.backend,
+            f" ({faults.backend_reason})" if faults.backend_reason else "",
+        )
+        pieces = [(region.offset, region.len_bytes) for region in faults.regions]
         if not covers(pieces, vm.spec.memory_bytes):
             raise ArmError("mappings of the VMM", f"they are {pieces}, not all of the memory")
         address = await numeric(arriving.page_address)
@@ -153,9 +184,12 @@ class ArrivalEngines:
             image_id=arriving.image_id,
             page_host=address.host,
             page_port=address.port,
-            uffds=(injection.uffd,),
+            uffds=faults.uffds,
             ram_fd=ram_fd,
-            regions=injection.regions,
+            regions=faults.regions,
+            exit_channel_fd=faults.exit_channel_fd,
+            exit_doorbell_fd=faults.exit_doorbell_fd,
+            install_method=faults.install_method,
             traceparent=arriving.traceparent,
             adopt=adopt,
             bulk_bytes_per_s_max=arriving.bulk_bytes_per_s_max,
@@ -196,13 +230,24 @@ class ArrivalEngines:
         self.check_complete(vm)
 
     async def _complete(self, vm: Vm) -> None:
-        async with vm.lock:
-            await self.settle(vm)
+        while True:
+            try:
+                async with vm.lock:
+                    await self.settle(vm)
+            except VmmUnreachableError as error:
+                # Nothing is lost: every page is here. It holds its registrations a while longer.
+                log.warning("%s: %s", vm.vm_id, error)
+            else:
+                return
+            await asyncio.sleep(LET_GO_RETRY_S)
 
     async def settle(self, vm: Vm) -> None:
         """If every page is here, make that durable, then let the memory go. Under the VM's lock.
 
         Idempotent: an agent that died between the two leaves the second to its successor.
+
+        Raises:
+            VmmUnreachableError: the VMM does not answer: call again.
         """
         record, watch = vm.record, vm.watch
         arriving = record.arriving
@@ -215,7 +260,11 @@ class ArrivalEngines:
             counters = arriving.counters or watch.counters
             arriving = replace(arriving, counters=counters)
             await vm.write(replace(record, epoch_memory_complete=watch.epoch, arriving=arriving))
+            watch.wake()
         if not arriving.unregistered:
+            armed = self._armed.get(vm.vm_id)
+            if armed is not None:
+                await armed.let_go()
             try:
                 await asyncio.to_thread(watch.arrival.finish)
             except OSError as error:
@@ -240,6 +289,25 @@ class ArrivalEngines:
         watch = vm.watch
         if watch is not None and watch.refresh().phase is ArrivalPhase.REFUSED:
             self._node.start_task(self._ask_again(vm), f"ask again {vm.vm_id}")
+
+
+def _shell(vm: Vm) -> tuple[Driver, Process]:
+    process = vm.record.process
+    if process is None or vm.driver is None or vm.record.arriving is None:
+        raise VmmUnreachableError(f"{vm.vm_id} has no shell")
+    return vm.driver, process
+
+
+def _target(vm: Vm, process: Process, ram_fd: int) -> ArmTarget:
+    arriving = vm.record.arriving
+    assert arriving is not None, "an arriving VM has an arrival"
+    return ArmTarget(
+        spec=vm.spec,
+        process=process,
+        directory=vm.directory,
+        ram_fd=ram_fd,
+        remote_fd=arriving.remote_fd,
+    )
 
 
 @contextlib.contextmanager

@@ -37,6 +37,9 @@ from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_
 from services.fault_agent import registration
 from services.fault_agent.agent_metrics import AgentCollector
 from services.fault_agent.arrival_engine import ArrivalEngines
+from services.fault_agent.drivers.api import Driver
+from services.fault_agent.drivers.microvm import PROGRAM as MICROVM
+from services.fault_agent.drivers.microvm import MicrovmDriver
 from services.fault_agent.drivers.qemu import QemuDriver
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node, NodeConfig, open_node
@@ -65,6 +68,8 @@ class Config:
     """Name or path of the QEMU to start."""
     drain_s: float
     """How long SIGTERM waits for arrivals. Seconds, > 0."""
+    microvm: str = MICROVM
+    """Name or path of the godwit-microvm to start."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -81,6 +86,7 @@ class Config:
         parser.add_argument("--page-server-control", required=True, metavar="HOST:PORT")
         parser.add_argument("--orchestrator", default="", metavar="HOST:PORT")
         parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
+        parser.add_argument("--microvm", default=MICROVM, metavar="PROGRAM")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
         args = parser.parse_args(argv)
@@ -101,6 +107,7 @@ class Config:
                 orchestrator=str(parse_address(args.orchestrator)) if args.orchestrator else "",
                 qemu=args.qemu,
                 drain_s=args.drain_s,
+                microvm=args.microvm,
             )
         except GodwitError as error:
             parser.error(str(error))
@@ -134,15 +141,22 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
         GodwitError: STATE_DIR_LOCKED, LISTEN_FAILED.
     """
     registry = metrics.new_registry()
-    drivers = {"qemu": QemuDriver(config.qemu)}
-    async with open_node(
-        config.node,
-        pagecore=core,
-        drivers=drivers,
-        violations=metrics.invariant_violations(registry),
-    ) as node:
+    drivers: dict[str, Driver] = {
+        "microvm": MicrovmDriver(config.microvm),
+        "qemu": QemuDriver(config.qemu),
+    }
+    async with (
+        contextlib.AsyncExitStack() as stack,
+        open_node(
+            config.node,
+            pagecore=core,
+            drivers=drivers,
+            violations=metrics.invariant_violations(registry),
+        ) as node,
+    ):
         registry.register(AgentCollector(node))
         engines = ArrivalEngines(node)
+        stack.callback(engines.close)
         await recover(node, engines)
         service = FaultAgentServicer(node, engines).service()
         async with (

@@ -11,7 +11,6 @@ import contextlib
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
@@ -19,14 +18,13 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from services.common.errors import FailedPreconditionError
 from services.common.vm_spec import Disk, VmSpec
 from services.fault_agent import host
+from services.fault_agent.checks import Check, verdict
 from services.fault_agent.drivers.api import VmmState
-from services.fault_agent.drivers.qemu import QemuDriver
 from services.fault_agent.drivers.tap import NAMESPACES, TapError, enter_namespace
 from services.fault_agent.images import PageServerUnreachableError
 from services.fault_agent.journal import Record, Role
 from services.fault_agent.node import Node
 from services.fault_agent.vms import Vm
-from services.pagecore.uffd_names import ARRIVAL_FEATURES
 
 _IMMOVABLE = re.compile(
     r"^(vfio|vhost-|ivshmem|pci-assign|nvdimm|pc-dimm|virtio-mem|virtio-pmem|virtio-fs|"
@@ -34,23 +32,6 @@ _IMMOVABLE = re.compile(
 )
 MEMORY_SPARE_BYTES = 64 << 20
 """Of a VMM itself, beside its guest's memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One answer; godwit.common.v1.Check."""
-
-    check: str
-    passed: bool
-    reason: str
-    hint: str = ""
-
-
-def verdict(check: str, problem: str, *, fine: str, hint: str) -> Check:
-    """A check that fails if there is a `problem`."""
-    return Check(
-        check=check, passed=not problem, reason=problem or fine, hint=hint if problem else ""
-    )
 
 
 def require(checks: Sequence[Check]) -> None:
@@ -88,19 +69,6 @@ def disk_cache_check(disks: Sequence[Disk]) -> Check:
         "; ".join(bad),
         fine="every disk has cache=none",
         hint='set "cache": "none": the other node would read stale data',
-    )
-
-
-def uffd_check(features: Sequence[str], *, balloon: bool) -> Check:
-    """Kernel features that an arrival cannot do without; docs/compatibility.md."""
-    wanted = set(ARRIVAL_FEATURES) | ({"event-remove"} if balloon else set())
-    missing = sorted(wanted.difference(features))
-    return verdict(
-        "uffd-features",
-        f"userfaultfd lacks {', '.join(missing)}" if missing else "",
-        fine=f"userfaultfd has {', '.join(sorted(wanted))}",
-        hint="needs Linux 4.11 or later with CONFIG_USERFAULTFD and access to it: root,"
-        " CAP_SYS_PTRACE or /dev/userfaultfd",
     )
 
 
@@ -189,7 +157,7 @@ class Preflight:
             ),
             *await self._can_start(spec),
             version_check(own, peer, spec.driver),
-            uffd_check(node.pagecore.uffd_features(), balloon=spec.balloon),
+            *(driver.arrival_checks(spec, node.pagecore.uffd_features()) if driver else ()),
             devices_check(spec.extra_devices),
             disk_cache_check(spec.disks),
             await self._disks_direct(spec.disks),
@@ -218,7 +186,6 @@ class Preflight:
         ram_dir = self._node.config.ram_dir
         return [
             *await self._vmm(spec),
-            await self._accelerator(spec),
             self._files(spec),
             self._taps(spec),
             *self._ram_dir(),
@@ -282,34 +249,7 @@ class Preflight:
         )
         if driver is None:
             return [known]
-        version = await driver.version()
-        present = verdict(
-            "vmm-present",
-            "" if version else f"{spec.driver} was not found",
-            fine=version,
-            hint="apt-get install --no-install-recommends qemu-system-x86",
-        )
-        if not version or not isinstance(driver, QemuDriver):
-            return [known, present]
-        lacks = await driver.lacks_machine(spec)
-        machine = verdict(
-            "machine-type",
-            f"it has no machine {lacks}" if lacks else "",
-            fine=f"it has machine {spec.machine}",
-            hint="install QEMU 7.2 or later, for x86-64",
-        )
-        return [known, present, machine]
-
-    async def _accelerator(self, spec: VmSpec) -> Check:
-        problem = ""
-        if spec.accel == "kvm":
-            problem = await asyncio.to_thread(host.why_no_kvm)
-        return verdict(
-            "accelerator",
-            problem,
-            fine=f"{spec.accel} can be used",
-            hint='load kvm_intel or kvm_amd and allow /dev/kvm, or set "accel": "tcg"',
-        )
+        return [known, *await driver.start_checks(spec)]
 
     def _files(self, spec: VmSpec) -> Check:
         paths = [spec.kernel, spec.initrd, *(disk.path for disk in spec.disks)]

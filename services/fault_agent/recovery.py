@@ -7,10 +7,10 @@
 | RESIDENT, DEPARTING | hold the VMM again; a journaled image is published again |
 | SEALED | go on with the seal: the VMM is killed if it lives; the image is published again |
 | ARRIVING, not PREPARED | nobody was promised anything: the shell is killed, its files removed |
-| ARRIVING, ARRIVED | the userfaultfd is taken again, the page map adopted, until it works |
+| ARRIVING, ARRIVED | its faults are taken again, the page map adopted, until it works |
 | GONE | what is left of its memory is removed |
 
-A process that was spawned and not journaled is found by its pid file; it never ran: it goes.
+A process that was spawned and not journaled is found by its driver; it never ran: it goes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,15 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 from services.common.errors import GodwitError
 from services.fault_agent import processes
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.drivers.api import VmmState, VmmUnreachableError
-from services.fault_agent.drivers.command_line import PID_FILE
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.images import PageServerUnreachableError
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node
-from services.fault_agent.processes import Process
 from services.fault_agent.residents import remove_memory
 from services.fault_agent.vms import Vm
 
@@ -82,24 +79,12 @@ async def _recover(node: Node, engines: ArrivalEngines, vm: Vm) -> None:
 
 async def _kill_orphan(vm: Vm) -> None:
     """End a VMM that was spawned and never journaled."""
-    if vm.record.process is not None or not vm.record.ram_path:
+    if vm.record.process is not None or not vm.record.ram_path or vm.driver is None:
         return
-    orphan = await asyncio.to_thread(_find_orphan, vm)
+    orphan = await asyncio.to_thread(vm.driver.find_orphan, vm.directory, vm.record.ram_path)
     if orphan is not None:
         log.warning("%s: process %d was never journaled, it is killed", vm.vm_id, orphan.pid)
         await processes.kill(orphan)
-
-
-def _find_orphan(vm: Vm) -> Process | None:
-    try:
-        pid = int((vm.directory / PID_FILE).read_text())
-        command_line = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return None
-    # The file may be old and the pid another's by now: the memory's path is this VM's alone.
-    if vm.record.ram_path.encode() not in command_line:
-        return None
-    return processes.identify(pid)
 
 
 async def _arrival(engines: ArrivalEngines, vm: Vm) -> bool:

@@ -11,7 +11,9 @@ from typing import Protocol
 
 from services.common.errors import FailedPreconditionError, UnavailableError
 from services.common.vm_spec import VmSpec
+from services.fault_agent.checks import Check
 from services.fault_agent.processes import Process
+from services.pagecore.api import ArrivalRegion, InstallMethod, PageCore
 
 
 class VmmState(enum.StrEnum):
@@ -102,7 +104,7 @@ class Vmm(Protocol):
         ...
 
     async def has_saved(self) -> bool:
-        """True after a `save` that came to its end, until `resume`."""
+        """True after a `save` that came to its end and cannot be had again before `resume`."""
         ...
 
     def save(self) -> AsyncGenerator[bytes, None]:
@@ -124,6 +126,62 @@ class Vmm(Protocol):
 
     def close(self) -> None:
         """Let go of it. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmTarget:
+    """The VMM whose absent memory is to come under our control."""
+
+    spec: VmSpec
+    process: Process
+    directory: Path
+    """Its own, as in Launch."""
+    ram_fd: int
+    """The RAM file, open. Borrowed."""
+    remote_fd: int
+    """As `Faults.remote_fd` was when it was armed; -1 before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """How a VMM's faults come to us; the fields are those of ArrivalConfig."""
+
+    backend: str
+    """As docs/exit-channel.md names it; "uffd" where the VMM knows nothing of Godwit."""
+    backend_reason: str
+    """Why not a better one; may be empty."""
+    regions: tuple[ArrivalRegion, ...]
+    uffds: tuple[int, ...]
+    exit_channel_fd: int = -1
+    exit_doorbell_fd: int = -1
+    install_method: InstallMethod = InstallMethod.COPY
+    remote_fd: int = -1
+    """What must be journaled to take it up again after our death; -1: nothing."""
+
+
+class Armed(Protocol):
+    """A VMM whose absent memory is under our control. `close` leaves its guest blocked."""
+
+    @property
+    def faults(self) -> Faults:
+        """Descriptors of ours, good until `close_fds`."""
+        ...
+
+    def close_fds(self) -> None:
+        """The engine has duplicates by now. Idempotent."""
+        ...
+
+    async def let_go(self) -> None:
+        """Every page is in place, durably: the VMM ends its own part. Idempotent; bounded.
+
+        Raises:
+            VmmUnreachableError: it lives and does not answer: call again.
+        """
+        ...
+
+    def close(self) -> None:
+        """End our side. Idempotent."""
         ...
 
 
@@ -153,6 +211,34 @@ class Driver(Protocol):
         Raises:
             VmmUnreachableError: it is gone, or does not answer yet: the process may live.
         """
+        ...
+
+    async def arm(self, core: PageCore, target: ArmTarget) -> Armed:
+        """Take control of the absent memory of a VMM that `start_incoming` has started.
+
+        Raises:
+            OSError, GodwitError: what failed; the VMM is of no use then.
+        """
+        ...
+
+    async def take(self, core: PageCore, target: ArmTarget) -> Armed | None:
+        """The same again after our death; None: the VMM needs nobody any more.
+
+        Raises:
+            OSError, GodwitError: try again.
+        """
+        ...
+
+    async def start_checks(self, spec: VmSpec) -> Sequence[Check]:
+        """Whether a VMM of this kind can run the spec here."""
+        ...
+
+    def arrival_checks(self, spec: VmSpec, uffd_features: Sequence[str]) -> Sequence[Check]:
+        """Whether it can wait for its memory here, with these features of userfaultfd."""
+        ...
+
+    def find_orphan(self, directory: Path, ram_path: str) -> Process | None:
+        """The VMM of this directory and memory, by what it was started with. Blocks."""
         ...
 
 

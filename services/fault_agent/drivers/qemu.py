@@ -18,13 +18,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from services.common.vm_spec import VmSpec
-from services.fault_agent import processes
+from services.fault_agent import host, processes
+from services.fault_agent.checks import Check, uffd_check, verdict
 from services.fault_agent.drivers.api import (
+    Armed,
+    ArmTarget,
     Launch,
     LoadFailedError,
     Vmm,
@@ -43,10 +46,12 @@ from services.fault_agent.drivers.command_line import (
     command_line,
     console_log,
 )
+from services.fault_agent.drivers.injection import Injected
 from services.fault_agent.drivers.pipes import PipeReader, PipeWriter
 from services.fault_agent.drivers.qmp import EventQueue, QmpClient, QmpError
 from services.fault_agent.drivers.tap import open_tap
 from services.fault_agent.processes import Process
+from services.pagecore.api import PageCore
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +154,54 @@ class QemuDriver:
         with contextlib.suppress(QmpError):
             await vmm.configure()
         return vmm
+
+    async def arm(self, core: PageCore, target: ArmTarget) -> Armed:
+        """By injection."""
+        return await Injected.arm(core, target)
+
+    async def take(self, core: PageCore, target: ArmTarget) -> Armed | None:
+        """By the number that the userfaultfd has in it."""
+        return await Injected.take(core, target)
+
+    async def start_checks(self, spec: VmSpec) -> Sequence[Check]:
+        """There is a QEMU, it has the machine, and the accelerator can be used."""
+        version = await self.version()
+        present = verdict(
+            "vmm-present",
+            "" if version else f"{spec.driver} was not found",
+            fine=version,
+            hint="apt-get install --no-install-recommends qemu-system-x86",
+        )
+        accelerator = verdict(
+            "accelerator",
+            await asyncio.to_thread(host.why_no_kvm) if spec.accel == "kvm" else "",
+            fine=f"{spec.accel} can be used",
+            hint='load kvm_intel or kvm_amd and allow /dev/kvm, or set "accel": "tcg"',
+        )
+        if not version:
+            return [present, accelerator]
+        lacks = await self.lacks_machine(spec)
+        machine = verdict(
+            "machine-type",
+            f"it has no machine {lacks}" if lacks else "",
+            fine=f"it has machine {spec.machine}",
+            hint="install QEMU 7.2 or later, for x86-64",
+        )
+        return [present, machine, accelerator]
+
+    def arrival_checks(self, spec: VmSpec, uffd_features: Sequence[str]) -> Sequence[Check]:
+        """A userfaultfd that sees faults of kernel code too."""
+        return [uffd_check(uffd_features, balloon=spec.balloon)]
+
+    def find_orphan(self, directory: Path, ram_path: str) -> Process | None:
+        """By its pid file. That may be old, and the pid another's by now: the memory tells."""
+        try:
+            pid = int((directory / PID_FILE).read_text())
+            if ram_path.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return None
+        except (OSError, ValueError):
+            return None
+        return processes.identify(pid)
 
     async def _launch(self, launch: Launch, *, incoming: bool) -> QemuVmm:
         binary = shutil.which(self._binary)

@@ -15,16 +15,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.fault_agent.drivers.api import VmmRefusedError, VmmUnreachableError
+from services.fault_agent.drivers.unix_socket import connected
 
 TIMEOUT_S = 10.0
-CONNECT_RETRY_S = 0.005
 _READ_BYTES = 64 << 10
 _LINE_LEN_MAX = 4 << 20
 
@@ -88,7 +87,7 @@ class QmpClient:
         client: QmpClient | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                client = cls(await _connected(path, alive))
+                client = cls(await connected(path, alive))
                 await client._greeting
                 await client.execute("qmp_capabilities", timeout_s=timeout_s)
                 return client
@@ -223,26 +222,3 @@ class QmpClient:
         for queues in self._watchers.values():
             for queue in queues:
                 queue.put(None)
-
-
-async def _connected(path: Path, alive: Callable[[], bool]) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)
-    # A socket's path has at most 107 bytes; the one through the directory's descriptor always fits.
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        while True:
-            try:
-                # Connecting to a Unix socket that listens does not wait; a full backlog is EAGAIN.
-                connection.connect(f"/proc/self/fd/{directory}/{path.name}")
-            except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                if not alive():
-                    raise VmmUnreachableError(f"the VMM ended before it made {path}") from None
-                await asyncio.sleep(CONNECT_RETRY_S)
-            else:
-                return connection
-    except BaseException:
-        connection.close()
-        raise
-    finally:
-        os.close(directory)

@@ -14,8 +14,8 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from services.common.errors import FailedPreconditionError
 from services.common.vm_spec import Disk
 from services.fault_agent import host, preflight
+from services.fault_agent.checks import Check, uffd_check
 from services.fault_agent.host import Mount
-from services.fault_agent.preflight import Check
 
 MIB = 1 << 20
 
@@ -63,7 +63,7 @@ def test_disk_cache(cache: str, passed: bool) -> None:
     ],
 )
 def test_uffd_features(features: list[str], missing: str) -> None:
-    check = preflight.uffd_check(features, balloon=False)
+    check = uffd_check(features, balloon=False)
     assert check.passed is (missing == "")
     assert missing in check.reason
 

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client of godwit-microvm's control socket: JSON lines, one answer a line, in order.
+
+Several lines may be under way: their answers come in the order in which they were sent.
+Source: native/microvm/README.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.fault_agent.drivers.api import VmmRefusedError, VmmUnreachableError
+from services.fault_agent.drivers.unix_socket import connected
+
+TIMEOUT_S = 15.0
+"""Longer than the VMM gives a pause."""
+_READ_BYTES = 64 << 10
+_LINE_LEN_MAX = 1 << 20
+
+Reply = dict[str, Any]
+
+
+class RefusedError(VmmRefusedError):
+    """The microvm refused a command; nothing has changed."""
+
+    def __init__(self, command: str, code: str, why: str) -> None:
+        super().__init__(f"{command}: {why} ({code})")
+        self.code = code
+
+
+class ControlClient:
+    """One connection. Use it from one event loop; `close` it, or the process leaks a socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._loop = asyncio.get_running_loop()
+        self._received = bytearray()
+        self._waiting: deque[tuple[str, asyncio.Future[Reply]]] = deque()
+        self._closed = False
+        self._loop.add_reader(connection.fileno(), self._on_readable)
+
+    @classmethod
+    async def connect(
+        cls, path: Path, *, timeout_s: float, alive: Callable[[], bool]
+    ) -> ControlClient:
+        """Connect as soon as the microvm listens.
+
+        Raises:
+            VmmUnreachableError: `alive()` is False, or nobody listens within `timeout_s`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return cls(await connected(path, alive))
+        except TimeoutError:
+            raise VmmUnreachableError(f"nobody at {path} within {timeout_s:g} s") from None
+
+    def send(
+        self, command: str, *, fds: Sequence[int] = (), **members: object
+    ) -> asyncio.Future[Reply]:
+        """Send a command; its answer, or what became of it, is in the future.
+
+        `fds` stay the caller's. A future that is cancelled leaves the command running.
+
+        Raises:
+            VmmUnreachableError: no connection.
+        """
+        if self._closed:
+            raise VmmUnreachableError("the control connection has ended")
+        line = json.dumps({"cmd": command, **members}).encode() + b"\n"
+        try:
+            # A line is short: what does not take it has read nothing for hundreds of them.
+            sent = socket.send_fds(self._socket, [line], list(fds))
+        except OSError as error:
+            self._end(f"send: {error.strerror or error}")
+            raise VmmUnreachableError(f"the control connection broke: {error}") from error
+        if sent != len(line):
+            self._end("it does not read")
+            raise VmmUnreachableError("the microvm does not read its commands")
+        reply: asyncio.Future[Reply] = self._loop.create_future()
+        self._waiting.append((command, reply))
+        return reply
+
+    async def ask(
+        self,
+        command: str,
+        *,
+        fds: Sequence[int] = (),
+        timeout_s: float | None = TIMEOUT_S,
+        **members: object,
+    ) -> Reply:
+        """Send a command and return its answer.
+
+        Raises:
+            RefusedError: the microvm refused it.
+            VmmUnreachableError: no answer within `timeout_s` (None: wait), or no connection.
+        """
+        reply = self.send(command, fds=fds, **members)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await reply
+        except TimeoutError:
+            raise VmmUnreachableError(f"{command}: no answer within {timeout_s:g} s") from None
+
+    def close(self) -> None:
+        """End the connection; the microvm runs on. Idempotent."""
+        self._end("closed by the agent")
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end(f"receive: {error.strerror or error}")
+            return
+        if not data:
+            self._end("closed by the microvm")
+            return
+        self._received += data
+        while not self._closed and (end := self._received.find(b"\n")) >= 0:
+            line = bytes(self._received[:end])
+            del self._received[: end + 1]
+            self._on_line(line)
+        if len(self._received) > _LINE_LEN_MAX:
+            self._end(f"a line of more than {_LINE_LEN_MAX} bytes")
+
+    def _on_line(self, line: bytes) -> None:
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not self._waiting:
+            self._end("what it sent is no answer")
+            return
+        command, reply = self._waiting.popleft()
+        if reply.done():
+            return
+        if answer.get("ok") is True:
+            reply.set_result(answer)
+        else:
+            reply.set_exception(
+                RefusedError(command, str(answer.get("code")), str(answer.get("error")))
+            )
+            reply.exception()  # seen: nobody may be waiting any more
+
+    def _end(self, why: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        while self._waiting:
+            _, reply = self._waiting.popleft()
+            if not reply.done():
+                reply.set_exception(VmmUnreachableError(f"the control connection: {why}"))
+                reply.exception()
