@@ -76,7 +76,7 @@ class _Mapping(_Strict):
 
 class _Message(_Strict):
     protocol: Literal["godwit-exit-channel"]
-    version: Literal[1]
+    version: int = Field(ge=1, le=1)
     vmm: str = Field(max_length=64)
     pid: int
     backend: Literal["kvm-userfault", "exit-emulation", "exit-sigsegv", "uffd"]
