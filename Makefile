@@ -71,6 +71,11 @@ $(NATIVE_VARIANTS:%=native-build-%): native-build-%: .venv/.deps
 $(NATIVE_VARIANTS:%=native-test-%): native-test-%: native-build-%
 	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error --parallel 2
 
+.PHONY: bench-faults
+bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 vCPUs
+	@ninja -C build/native bench_fault_agent >&2
+	@$(PY) -m tests.bench.faults $(ARGS)
+
 .PHONY: lint
 lint: system-lint setup ## every static check, and that generated code is what its sources give
 	@tools/lint.sh
