@@ -13,6 +13,7 @@
 #define MV_ACCEL_H
 
 #include "blob.h"
+#include "discover.h"
 #include "machine.h"
 
 struct mv_accel_ops {
@@ -20,6 +21,8 @@ struct mv_accel_ops {
 	enum mv_accel id;
 	/* Memory is mapped, vCPUs are there without threads. Touches no guest memory. */
 	int (*create)(struct mv_machine *machine, struct mv_error *error);
+	/* How memory gives faults is settled (machine->faults): the guest gets it. */
+	int (*attach)(struct mv_machine *machine, struct mv_error *error);
 	/* A new guest: writes code, tables and registers. struct gm_boot is there already. */
 	int (*boot)(struct mv_machine *machine, struct mv_error *error);
 	/* Runs the guest until the vCPU is kicked: 0, its state is complete. Else -errno. */
@@ -38,6 +41,13 @@ struct mv_accel_ops {
 	int (*load)(struct mv_machine *machine, const struct mv_blob_reader *reader,
 		    struct mv_error *error);
 	void (*destroy)(struct mv_machine *machine);
+	/* On the vCPU's thread: what its instruction needs. NULL: every fault has an address. */
+	int (*discover)(struct mv_vcpu *vcpu, struct mv_needs *ret_needs, struct mv_error *error);
+	/*
+	 * Every page is here: no exits any more, and huge mappings where there may be some. Any thread,
+	 * while vCPUs run. NULL: nothing to do. Returns 0 or -errno.
+	 */
+	int (*disarm)(struct mv_machine *machine);
 };
 
 extern const struct mv_accel_ops mv_accel_kvm;

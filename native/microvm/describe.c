@@ -27,6 +27,18 @@ static void add_slots(const struct mv_memory *memory, struct mv_text *text)
 	mv_text_add(text, "]");
 }
 
+static void add_faults(const struct mv_machine *machine, struct mv_text *text)
+{
+	const struct mv_faults *faults = machine->faults;
+
+	mv_text_add(text, ",\"faults\":\"%s\"", mv_faults_state_name(mv_faults_state(machine)));
+	if (!faults)
+		return;
+	mv_text_add(text, ",\"fault_backend\":\"%s\",\"fault_backend_reason\":",
+		    gw_vmm_backend_name(mv_faults_backend(faults)));
+	mv_text_add_string(text, mv_faults_reason(faults));
+}
+
 static void add_state(struct mv_machine *machine, struct mv_text *text)
 {
 	pthread_mutex_lock(&machine->lock);
@@ -57,6 +69,7 @@ void mv_describe(struct mv_machine *machine, const char *control_path, struct mv
 		mv_text_add_string(text, machine->config.memory.path);
 	}
 	add_slots(memory, text);
+	add_faults(machine, text);
 	mv_text_add(text, ",\"control\":");
 	mv_text_add_string(text, control_path);
 	add_state(machine, text);
@@ -114,6 +127,7 @@ static void add_vcpu(struct mv_text *text, const struct mv_vcpu *vcpu)
 	add_counter(text, "hypercalls", &counters->hypercall_count);
 	add_counter(text, "interrupted", &counters->interrupted_count);
 	add_counter(text, "faults", &counters->fault_count);
+	add_counter(text, "spurious", &counters->spurious_count);
 	add_counter(text, "blocked_ns", &counters->blocked_ns);
 	add_counter(text, "idle_ns", &counters->idle_ns);
 	add_number(text, "ops", told->op_count);
@@ -132,6 +146,7 @@ static void add_vcpu(struct mv_text *text, const struct mv_vcpu *vcpu)
 void mv_describe_stats(struct mv_machine *machine, struct mv_text *text)
 {
 	pthread_mutex_lock(&machine->lock);
+	mv_text_add(text, ",\"faults\":\"%s\"", mv_faults_state_name(mv_faults_state(machine)));
 	add_number(text, "pause_ns", machine->pause_ns);
 	add_number(text, "lost_events", machine->events.lost_count);
 	add_number(text, "time_ns", mv_now_ns());

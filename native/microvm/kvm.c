@@ -15,20 +15,30 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "discover.h"
+#include "faults.h"
+
 /* Three pages and one in the hole that Intel processors want; any free place does. */
 #define TSS_ADDR	  0xfffbd000ull
 #define IDENTITY_MAP_ADDR 0xfffbc000ull
 
-/* linux/kvm.h of 6.1 does not have it yet. */
-#ifndef KVM_EXIT_MEMORY_FAULT
-#define KVM_EXIT_MEMORY_FAULT 39
-#endif
+#define KICKED_RETRY_US 1000u
 
-struct memory_fault_exit {
-	uint64_t flags;
+/* linux/kvm.h of 6.1 does not have it yet; KVM Userfault's bitmap is in its padding. */
+struct region2 {
+	uint32_t slot;
+	uint32_t flags;
 	uint64_t gpa;
 	uint64_t size;
+	uint64_t host_addr;
+	uint64_t gmem_offset;
+	uint32_t gmem_fd;
+	uint32_t pad1;
+	uint64_t bitmap;
+	uint64_t pad2[13];
 };
+_Static_assert(sizeof(struct region2) == 160, "the kernel's size");
+#define SET_USER_MEMORY_REGION2 _IOW(KVMIO, 0x49, struct region2)
 
 int mv_kvm_ioctl(int fd, unsigned long request, const void *argument)
 {
@@ -75,6 +85,8 @@ static int create_vm(struct mv_kvm *kvm, struct mv_error *error)
 {
 	static const uint64_t identity_map = IDENTITY_MAP_ADDR;
 	static const struct kvm_pit_config pit = {0};
+	static const struct kvm_enable_cap tell_failures = {
+		.cap = KVM_CAP_EXIT_ON_EMULATION_FAILURE, .args = {1}};
 	int rc;
 
 	kvm->vm_fd = mv_kvm_ioctl(kvm->kvm_fd, KVM_CREATE_VM, NULL);
@@ -87,25 +99,56 @@ static int create_vm(struct mv_kvm *kvm, struct mv_error *error)
 		rc = mv_kvm_ioctl(kvm->vm_fd, KVM_CREATE_IRQCHIP, NULL);
 	if (rc == 0)
 		rc = mv_kvm_ioctl(kvm->vm_fd, KVM_CREATE_PIT2, &pit);
+	/* Else the guest may get a #UD where its memory is absent. Linux 5.14; without it, no worse. */
+	(void)mv_kvm_ioctl(kvm->vm_fd, KVM_ENABLE_CAP, &tell_failures);
 	return rc < 0 ? mv_refuse_errno(error, rc, "make the VM") : 0;
 }
 
-static int set_slots(const struct mv_kvm *kvm, const struct mv_memory *memory,
-		     struct mv_error *error)
+/* With the flags that it has now: a second time, once they are gone, turns exits off. */
+static int set_slot(const struct mv_machine *machine, uint32_t slot, uint32_t flags)
 {
-	for (uint32_t i = 0; i < memory->slot_count; i++) {
-		const struct kvm_userspace_memory_region region = {
-			.slot = i,
-			.guest_phys_addr = memory->slots[i].gpa,
-			.memory_size = memory->slots[i].size,
-			.userspace_addr = (uintptr_t)memory->base + memory->slots[i].offset,
-		};
-		const int rc = mv_kvm_ioctl(kvm->vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+	const struct mv_memory_slot *memory = &machine->memory.slots[slot];
+	const struct kvm_userspace_memory_region region = {
+		.slot = slot,
+		.guest_phys_addr = memory->gpa,
+		.memory_size = memory->size,
+		.userspace_addr = mv_faults_slot_addr(machine, slot),
+	};
+	const struct region2 region2 = {
+		.slot = slot,
+		.flags = flags,
+		.gpa = memory->gpa,
+		.size = memory->size,
+		.host_addr = region.userspace_addr,
+		.bitmap = (uintptr_t)mv_faults_slot_bitmap(machine, slot),
+	};
+	const int fd = mv_kvm_of(machine)->vm_fd;
+
+	return flags == 0 ? mv_kvm_ioctl(fd, KVM_SET_USER_MEMORY_REGION, &region)
+			  : mv_kvm_ioctl(fd, SET_USER_MEMORY_REGION2, &region2);
+}
+
+static int kvm_attach(struct mv_machine *machine, struct mv_error *error)
+{
+	for (uint32_t i = 0; i < machine->memory.slot_count; i++) {
+		const int rc = set_slot(machine, i, mv_faults_slot_flags(machine, i));
 
 		if (rc < 0)
 			return mv_refuse_errno(error, rc, "set memory slot %u", i);
 	}
 	return 0;
+}
+
+/* Without the flag KVM looks at no bitmap and may map huge pages again. */
+static int kvm_disarm(struct mv_machine *machine)
+{
+	int rc = 0;
+
+	if (mv_faults_backend(machine->faults) != GW_VMM_KVM_USERFAULT)
+		return 0;
+	for (uint32_t i = 0; rc == 0 && i < machine->memory.slot_count; i++)
+		rc = set_slot(machine, i, 0);
+	return rc;
 }
 
 static int create_vcpu(const struct mv_kvm *kvm, struct mv_vcpu *vcpu, struct mv_error *error)
@@ -191,8 +234,6 @@ static int kvm_create(struct mv_machine *machine, struct mv_error *error)
 	rc = open_kvm(kvm, error);
 	if (rc == 0)
 		rc = create_vm(kvm, error);
-	if (rc == 0)
-		rc = set_slots(kvm, &machine->memory, error);
 	for (uint32_t i = 0; rc == 0 && i < machine->config.vcpu_count; i++)
 		rc = create_vcpu(kvm, &machine->vcpus[i], error);
 	if (rc < 0)
@@ -278,27 +319,66 @@ static int hypercall(struct mv_vcpu *vcpu, struct mv_error *error)
 	return 0;
 }
 
-static int memory_fault(struct mv_vcpu *vcpu, struct mv_error *error)
+static bool is_ram(const void *opaque, uint64_t gpa)
 {
-	struct kvm_run *run = mv_kvm_vcpu_of(vcpu)->run;
-	struct mv_memory_fault fault = {.kind = MV_FAULT_BARE};
-	int rc;
+	uint64_t offset;
 
-	if (run->exit_reason == KVM_EXIT_MEMORY_FAULT) {
-		const struct memory_fault_exit *told = (const void *)&run->hw;
+	return mv_memory_offset(opaque, gpa, &offset);
+}
 
-		fault = (struct mv_memory_fault){.kind = MV_FAULT_EXIT,
-						 .flags = told->flags,
-						 .gpa = told->gpa,
-						 .size = told->size};
-	}
-	rc = mv_vcpu_memory_fault(vcpu, &fault);
+static int memory_fault(struct mv_vcpu *vcpu, enum mv_fault_kind kind, uint64_t gpa,
+			struct mv_error *error)
+{
+	const struct kvm_run *run = mv_kvm_vcpu_of(vcpu)->run;
+	const struct mv_memory_fault fault = {.kind = kind, .gpa = gpa};
+	struct mv_error why = {""};
+	const int rc = mv_vcpu_memory_fault(vcpu, &fault, &why);
+
 	if (rc == 0 || rc == -EINTR)
 		return 0;
-	return mv_refuse_errno(error, rc, "absent memory: %s at %#llx, rip %#llx",
-			       fault.kind == MV_FAULT_EXIT ? "exit 39" : "EFAULT",
-			       (unsigned long long)fault.gpa,
-			       (unsigned long long)run->s.regs.regs.rip);
+	return rc == -ENODATA ? rc
+			      : mv_refuse(error, rc, "absent memory: %s, rip %#llx: %.160s",
+					  kind == MV_FAULT_EXIT ? "exit 39" : "EFAULT",
+					  (unsigned long long)run->s.regs.regs.rip, why.text);
+}
+
+/*
+ * KVM's emulator could not reach a page and takes it for a device. It may be absent, or a hole: once
+ * it is there the access is answered out of the file, as a device would.
+ */
+static int ram_access(struct mv_vcpu *vcpu, uint64_t gpa, struct mv_error *error)
+{
+	const struct mv_memory *memory = &vcpu->machine->memory;
+	struct mv_kvm_vcpu *kvm_vcpu = mv_kvm_vcpu_of(vcpu);
+	struct kvm_run *run = kvm_vcpu->run;
+	uint64_t offset;
+	ssize_t done = -1;
+
+	while (mv_faults_absent(vcpu->machine, gpa)) {
+		const int rc = memory_fault(vcpu, MV_FAULT_EXIT, gpa, error);
+
+		if (rc < 0)
+			return rc;
+		if (!mv_vcpu_kicked(vcpu))
+			continue;
+		/*
+		 * The access is KVM's and half done: it cannot be left and taken up again. A pause waits
+		 * for the page, as it does where the emulator waits in the kernel.
+		 */
+		if (mv_machine_over(vcpu->machine))
+			return 0;
+		(void)usleep(KICKED_RETRY_US);
+	}
+	if (vcpu->machine->faults && run->mmio.len <= sizeof(run->mmio.data) &&
+	    mv_memory_offset(memory, gpa, &offset))
+		done = run->mmio.is_write
+			       ? pwrite(memory->fd, run->mmio.data, run->mmio.len, (off_t)offset)
+			       : pread(memory->fd, run->mmio.data, run->mmio.len, (off_t)offset);
+	if (done < 0 || (uint32_t)done != run->mmio.len)
+		return mv_refuse(error, -EIO, "KVM finds no memory at %#llx",
+				 (unsigned long long)gpa);
+	kvm_vcpu->io_pending = true;
+	return 0;
 }
 
 static int refuse_exit(const struct kvm_run *run, struct mv_error *error)
@@ -338,6 +418,44 @@ static int complete_io(struct mv_kvm_vcpu *kvm_vcpu, struct mv_error *error)
 	return 0;
 }
 
+/* An exit that is not a hypercall. */
+static int other_exit(struct mv_vcpu *vcpu, int result, struct mv_error *error)
+{
+	const struct kvm_run *run = mv_kvm_vcpu_of(vcpu)->run;
+	struct gw_vmm_exit_info info;
+	int rc;
+
+	switch (gw_vmm_classify(result, run, is_ram, &vcpu->machine->memory, &info)) {
+	case GW_VMM_EXIT_INTERRUPTED:
+		mv_count(&vcpu->counters.interrupted_count, 1);
+		return 0;
+	case GW_VMM_EXIT_USERFAULT:
+		return memory_fault(vcpu, MV_FAULT_EXIT, info.gpa, error);
+	case GW_VMM_EXIT_BARE_FAULT:
+		return memory_fault(vcpu, MV_FAULT_BARE, GW_VMM_GPA_NONE, error);
+	case GW_VMM_EXIT_RAM_MMIO:
+		return ram_access(vcpu, info.gpa, error);
+	case GW_VMM_EXIT_NOT_EMULATED:
+		rc = vcpu->machine->faults
+			     ? memory_fault(vcpu, MV_FAULT_EMULATOR, GW_VMM_GPA_NONE, error)
+			     : -ENODATA;
+		return rc == -ENODATA ? refuse_exit(run, error) : rc;
+	case GW_VMM_EXIT_POISON:
+		return mv_refuse(error, -EHWPOISON,
+				 "the content of a page is lost, in this host's memory: %#llx",
+				 (unsigned long long)info.gpa);
+	case GW_VMM_EXIT_PRIVATE:
+	case GW_VMM_EXIT_SHARED:
+	case GW_VMM_EXIT_UNKNOWN:
+		return mv_refuse(error, -EFAULT,
+				 "exit 39 at %#llx with flags %#llx: no such memory here",
+				 (unsigned long long)info.gpa, (unsigned long long)info.flags);
+	case GW_VMM_EXIT_OTHER:
+		break;
+	}
+	return result < 0 ? mv_refuse_errno(error, result, "KVM_RUN") : refuse_exit(run, error);
+}
+
 static int one_exit(struct mv_vcpu *vcpu, struct mv_error *error)
 {
 	struct mv_kvm_vcpu *kvm_vcpu = mv_kvm_vcpu_of(vcpu);
@@ -345,20 +463,9 @@ static int one_exit(struct mv_vcpu *vcpu, struct mv_error *error)
 
 	mv_count(&vcpu->counters.exit_count, 1);
 	kvm_vcpu->io_pending = false;
-	switch (rc) {
-	case 0:
-		if (kvm_vcpu->run->exit_reason == KVM_EXIT_IO)
-			return hypercall(vcpu, error);
-		return refuse_exit(kvm_vcpu->run, error);
-	case -EINTR:
-	case -EAGAIN:
-		mv_count(&vcpu->counters.interrupted_count, 1);
-		return 0;
-	case -EFAULT:
-		return memory_fault(vcpu, error);
-	default:
-		return mv_refuse_errno(error, rc, "KVM_RUN");
-	}
+	if (rc == 0 && kvm_vcpu->run->exit_reason == KVM_EXIT_IO)
+		return hypercall(vcpu, error);
+	return other_exit(vcpu, rc, error);
 }
 
 static int kvm_run(struct mv_vcpu *vcpu, struct mv_error *error)
@@ -374,6 +481,7 @@ const struct mv_accel_ops mv_accel_kvm = {
 	.name = "kvm",
 	.id = MV_ACCEL_KVM,
 	.create = kvm_create,
+	.attach = kvm_attach,
 	.boot = mv_kvm_boot,
 	.run = kvm_run,
 	.kick = kvm_kick,
@@ -383,4 +491,6 @@ const struct mv_accel_ops mv_accel_kvm = {
 	.check = mv_kvm_check,
 	.load = mv_kvm_load,
 	.destroy = kvm_destroy,
+	.discover = mv_kvm_discover,
+	.disarm = kvm_disarm,
 };

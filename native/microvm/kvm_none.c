@@ -24,10 +24,18 @@ static void none_kick(struct mv_vcpu *vcpu)
 	(void)vcpu;
 }
 
+static int none_attach(struct mv_machine *machine, struct mv_error *error)
+{
+	(void)machine;
+	(void)error;
+	return 0;
+}
+
 const struct mv_accel_ops mv_accel_kvm = {
 	.name = "kvm",
 	.id = MV_ACCEL_KVM,
 	.create = none_create,
+	.attach = none_attach,
 	.kick = none_kick,
 	.release = none_kick,
 	.destroy = none_destroy,

@@ -134,6 +134,16 @@ bool mv_machine_failed(struct mv_machine *machine, struct mv_error *ret_why)
 	return failed;
 }
 
+bool mv_machine_over(struct mv_machine *machine)
+{
+	bool over;
+
+	pthread_mutex_lock(&machine->lock);
+	over = machine->quitting || machine->state == MV_FAILED;
+	pthread_mutex_unlock(&machine->lock);
+	return over;
+}
+
 static int wait_parked(struct mv_machine *machine, uint64_t timeout_ns, struct mv_error *error)
 {
 	const uint64_t end_ns = mv_now_ns() + timeout_ns;
@@ -268,6 +278,8 @@ static int check_config(const struct mv_machine_config *config, struct mv_error 
 	if (config->vcpu_count < 1 || config->vcpu_count > GM_VCPU_COUNT_MAX)
 		return mv_refuse(error, -EINVAL, "1 to %u vCPUs, not %u", GM_VCPU_COUNT_MAX,
 				 config->vcpu_count);
+	if (config->faults.socket_path && !config->memory.incoming)
+		return mv_refuse(error, -EINVAL, "--fault-socket is for --incoming");
 	if (config->memory.incoming)
 		return 0;
 	if (config->workload < GM_WORKLOAD_VERIFY || config->workload > GM_WORKLOAD_MEASURE)
@@ -368,6 +380,19 @@ static int start_threads(struct mv_machine *machine, struct mv_error *error)
 	return 0;
 }
 
+/* The guest gets its memory when it is settled how that gives faults, and the agent after it. */
+static int attach_memory(struct mv_machine *machine, struct mv_error *error)
+{
+	const bool by_agent = machine->config.faults.socket_path;
+	int rc = by_agent ? mv_faults_create(machine, error) : 0;
+
+	if (rc == 0)
+		rc = machine->accel->attach(machine, error);
+	if (rc == 0 && by_agent)
+		rc = mv_faults_connect(machine, error);
+	return rc;
+}
+
 static int build(struct mv_machine *machine, struct mv_error *error)
 {
 	int rc = init_sync(machine);
@@ -377,6 +402,8 @@ static int build(struct mv_machine *machine, struct mv_error *error)
 	rc = mv_memory_create(&machine->config.memory, &machine->memory, error);
 	if (rc == 0)
 		rc = choose_accel(machine, error);
+	if (rc == 0)
+		rc = attach_memory(machine, error);
 	if (rc == 0 && machine->state != MV_INCOMING) {
 		write_boot(machine);
 		rc = machine->accel->boot(machine, error);
@@ -420,6 +447,7 @@ void mv_machine_destroy(struct mv_machine *machine)
 	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
 		if (machine->vcpus[i].started)
 			pthread_join(machine->vcpus[i].thread, NULL);
+	mv_faults_destroy(machine->faults);
 	if (machine->accel)
 		machine->accel->destroy(machine);
 	mv_memory_destroy(&machine->memory);

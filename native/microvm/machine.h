@@ -20,6 +20,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "faults.h"
 #include "memory.h"
 #include "vcpu.h"
 
@@ -43,6 +44,7 @@ enum mv_state {
 
 struct mv_machine_config {
 	struct mv_memory_config memory; /* incoming is in there */
+	struct mv_faults_config faults; /* with a socket_path: memory comes through an agent */
 	enum mv_accel accel;
 	uint32_t vcpu_count;	 /* 1..GM_VCPU_COUNT_MAX */
 	uint32_t workload;	 /* enum gm_workload; this and what follows is not for --incoming */
@@ -89,6 +91,7 @@ struct mv_machine {
 	uint64_t made_tick; /* gm_tick() and mv_now_ns() of one moment */
 	uint64_t made_ns;
 	char accel_reason[MV_ERROR_LEN_MAX]; /* why not KVM; empty if it is, or was not asked for */
+	struct mv_faults *faults;	     /* NULL: without an agent */
 	struct mv_fault_handler fault_handler;
 	int notify_fd; /* eventfd: readable when an event came or a sweep ended */
 	struct mv_vcpu *vcpus;
@@ -169,6 +172,9 @@ void mv_machine_event(struct mv_machine *machine, const char *format, ...)
 
 /* Without the lock: this vCPU cannot go on; everybody stops and the guest is held. */
 void mv_machine_fail(struct mv_machine *machine, const struct mv_vcpu *vcpu, const char *why);
+
+/* Without the lock: true if no vCPU is ever to run again. */
+bool mv_machine_over(struct mv_machine *machine);
 
 /* Wakes whoever polls notify_fd. */
 void mv_machine_notify(struct mv_machine *machine);

@@ -42,6 +42,12 @@ static const char USAGE[] =
 	"  --ops-per-second N      limit of each vCPU's page touches (default none)\n"
 	"  --tick-us N             period of each vCPU's timer and heartbeat (default 1000)\n"
 	"  --seed N                of the workload's random order (default 1)\n"
+	"  --fault-socket PATH     memory comes through the agent that listens there (--incoming)\n"
+	"  --fault-backend NAME    auto, kvm-userfault, exit-emulation, exit-sigsegv, uffd\n"
+	"                          (default auto: the best that is possible)\n"
+	"  --uffd-count N          deal memory out among so many userfaultfds (default 1)\n"
+	"  --fault-spin-us N       how long a vCPU looks for its page before it sleeps (default "
+	"0)\n"
 	"  --die-with-parent       SIGKILL when the thread that started this process ends\n";
 
 struct options {
@@ -65,6 +71,10 @@ enum option_name {
 	OPTION_OPS_PER_SECOND,
 	OPTION_TICK_US,
 	OPTION_SEED,
+	OPTION_FAULT_SOCKET,
+	OPTION_FAULT_BACKEND,
+	OPTION_UFFD_COUNT,
+	OPTION_FAULT_SPIN_US,
 	OPTION_DIE_WITH_PARENT,
 	OPTION_HELP,
 };
@@ -84,6 +94,10 @@ static const struct option OPTIONS[] = {
 	{"ops-per-second", required_argument, NULL, OPTION_OPS_PER_SECOND},
 	{"tick-us", required_argument, NULL, OPTION_TICK_US},
 	{"seed", required_argument, NULL, OPTION_SEED},
+	{"fault-socket", required_argument, NULL, OPTION_FAULT_SOCKET},
+	{"fault-backend", required_argument, NULL, OPTION_FAULT_BACKEND},
+	{"uffd-count", required_argument, NULL, OPTION_UFFD_COUNT},
+	{"fault-spin-us", required_argument, NULL, OPTION_FAULT_SPIN_US},
 	{"die-with-parent", no_argument, NULL, OPTION_DIE_WITH_PARENT},
 	{"help", no_argument, NULL, OPTION_HELP},
 	{NULL, 0, NULL, 0},
@@ -126,6 +140,27 @@ static uint32_t parse_name(const char *option, const char *text, const char *con
 		if (strcmp(text, names[i]) == 0)
 			return i;
 	refuse(option, "not one of those that --help names");
+}
+
+static void set_fault_option(struct mv_faults_config *faults, enum option_name name)
+{
+	switch (name) {
+	case OPTION_FAULT_SOCKET:
+		faults->socket_path = optarg;
+		break;
+	case OPTION_FAULT_BACKEND:
+		if (gw_vmm_backend_by_name(optarg, &faults->backend) < 0)
+			refuse("--fault-backend", "not one of those that --help names");
+		break;
+	case OPTION_UFFD_COUNT:
+		faults->uffd_count = (uint32_t)parse_number("--uffd-count", optarg, false,
+							    GW_VMM_UFFD_COUNT_MAX);
+		break;
+	default:
+		faults->spin_us = (uint32_t)parse_number("--fault-spin-us", optarg, false,
+							 MV_FAULT_SPIN_US_MAX);
+		break;
+	}
 }
 
 static void set_option(struct options *options, enum option_name name)
@@ -179,6 +214,12 @@ static void set_option(struct options *options, enum option_name name)
 	case OPTION_SEED:
 		config->seed = parse_number("--seed", optarg, false, UINT64_MAX);
 		break;
+	case OPTION_FAULT_SOCKET:
+	case OPTION_FAULT_BACKEND:
+	case OPTION_UFFD_COUNT:
+	case OPTION_FAULT_SPIN_US:
+		set_fault_option(&config->faults, name);
+		break;
 	case OPTION_DIE_WITH_PARENT:
 		options->die_with_parent = true;
 		break;
@@ -194,6 +235,7 @@ static struct options parse_options(int argc, char **argv)
 					     .vcpu_count = 1,
 					     .workload = GM_WORKLOAD_VERIFY,
 					     .tick_us = TICK_US_DEFAULT,
+					     .faults.uffd_count = 1,
 					     .seed = 1}};
 	int name;
 

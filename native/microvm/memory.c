@@ -118,26 +118,53 @@ static void set_slots(struct mv_memory *memory)
 	}
 }
 
-static int map(struct mv_memory *memory, struct mv_error *error)
+static int map(const struct mv_memory *memory, int protection, uint8_t **ret_base,
+	       struct mv_error *error)
 {
+	void *base;
 	/*
 	 * A hugetlb mapping reserves its pages here, or fails here; without the reservation a guest
 	 * would die of SIGBUS later. Of small pages there are to be no reservations: most are absent.
 	 */
 	const int reserve = memory->page_size == GM_HUGE_PAGE_SIZE ? 0 : MAP_NORESERVE;
 
-	memory->base = mmap(NULL, memory->size, PROT_READ | PROT_WRITE, MAP_SHARED | reserve,
-			    memory->fd, 0);
-	if (memory->base == MAP_FAILED) {
-		memory->base = NULL;
+	base = mmap(NULL, memory->size, protection, MAP_SHARED | reserve, memory->fd, 0);
+	if (base == MAP_FAILED)
 		return mv_refuse_errno(error, -errno, "map %llu bytes of guest memory%s",
 				       (unsigned long long)memory->size,
 				       reserve ? "" : " in huge pages (vm.nr_hugepages)");
-	}
 	/* A core dump must not page the guest in, and no child may write to it. */
-	(void)madvise(memory->base, memory->size, MADV_DONTDUMP);
-	(void)madvise(memory->base, memory->size, MADV_DONTFORK);
+	(void)madvise(base, memory->size, MADV_DONTDUMP);
+	(void)madvise(base, memory->size, MADV_DONTFORK);
+	*ret_base = base;
 	return 0;
+}
+
+int mv_memory_map_guest(struct mv_memory *memory, int protection, struct mv_error *error)
+{
+	return map(memory, protection, &memory->guest, error);
+}
+
+bool mv_memory_offset(const struct mv_memory *memory, uint64_t gpa, uint64_t *ret_offset)
+{
+	for (uint32_t i = 0; i < memory->slot_count; i++) {
+		const struct mv_memory_slot *slot = &memory->slots[i];
+
+		if (gpa - slot->gpa < slot->size) {
+			*ret_offset = slot->offset + (gpa - slot->gpa);
+			return true;
+		}
+	}
+	return false;
+}
+
+uint64_t mv_memory_gpa(const struct mv_memory *memory, uint64_t offset)
+{
+	const struct mv_memory_slot *slot = &memory->slots[memory->slot_count - 1];
+
+	while (offset < slot->offset)
+		slot--;
+	return slot->gpa + (offset - slot->offset);
 }
 
 int mv_memory_create(const struct mv_memory_config *config, struct mv_memory *ret_memory,
@@ -159,7 +186,8 @@ int mv_memory_create(const struct mv_memory_config *config, struct mv_memory *re
 		rc = mv_refuse_errno(error, -errno, "make guest memory %llu bytes long",
 				     (unsigned long long)config->size);
 	if (rc == 0)
-		rc = map(&memory, error);
+		rc = map(&memory, PROT_READ | PROT_WRITE, &memory.base, error);
+	memory.guest = memory.base;
 	if (rc < 0) {
 		mv_memory_destroy(&memory);
 		return rc;
@@ -171,6 +199,8 @@ int mv_memory_create(const struct mv_memory_config *config, struct mv_memory *re
 
 void mv_memory_destroy(struct mv_memory *memory)
 {
+	if (memory->guest && memory->guest != memory->base)
+		munmap(memory->guest, memory->size);
 	if (memory->base)
 		munmap(memory->base, memory->size);
 	if (memory->fd >= 0)

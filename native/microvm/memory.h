@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * memory.h - the guest's memory: one file, one mapping, up to three memory slots.
+ * memory.h - the guest's memory: one file, one mapping or two, up to three memory slots.
  *
  * Threads: created before the vCPUs and destroyed after them; read-only in between.
  * Errors: 0 or -errno, with words.
@@ -29,8 +29,9 @@ struct mv_memory_slot {
 };
 
 struct mv_memory {
-	int fd; /* memfd or file */
-	uint8_t *base;
+	int fd;		/* memfd or file */
+	uint8_t *base;	/* the VMM's window */
+	uint8_t *guest; /* what vCPUs or threads use: the same, or a mapping of its own */
 	uint64_t size;
 	uint64_t page_size;
 	uint32_t slot_count;
@@ -53,6 +54,15 @@ struct mv_memory_config {
  */
 int mv_memory_create(const struct mv_memory_config *config, struct mv_memory *ret_memory,
 		     struct mv_error *error);
+
+/* Gives the guest a mapping of its own. Before it runs. Returns 0 or -errno. */
+int mv_memory_map_guest(struct mv_memory *memory, int protection, struct mv_error *error);
+
+/* Where in the file; false: no memory is there. */
+bool mv_memory_offset(const struct mv_memory *memory, uint64_t gpa, uint64_t *ret_offset);
+
+/* The other way round; `offset` is less than memory->size. */
+uint64_t mv_memory_gpa(const struct mv_memory *memory, uint64_t offset);
 
 void mv_memory_destroy(struct mv_memory *memory);
 

@@ -115,6 +115,10 @@ void mv_vcpu_kick(struct mv_vcpu *vcpu)
 
 void mv_vcpu_release(struct mv_vcpu *vcpu)
 {
+	const struct mv_fault_handler *handler = &vcpu->machine->fault_handler;
+
+	if (handler->release)
+		handler->release(handler->opaque, vcpu);
 	atomic_store_explicit(&vcpu->kicked, false, memory_order_release);
 	vcpu->machine->accel->release(vcpu);
 	pthread_cond_broadcast(&vcpu->wake);
@@ -122,7 +126,8 @@ void mv_vcpu_release(struct mv_vcpu *vcpu)
 
 /* --- the seam ------------------------------------------------------------------------------------ */
 
-int mv_vcpu_memory_fault(struct mv_vcpu *vcpu, const struct mv_memory_fault *fault)
+int mv_vcpu_memory_fault(struct mv_vcpu *vcpu, const struct mv_memory_fault *fault,
+			 struct mv_error *error)
 {
 	const struct mv_fault_handler *handler = &vcpu->machine->fault_handler;
 	const uint64_t start_ns = mv_now_ns();
@@ -130,8 +135,8 @@ int mv_vcpu_memory_fault(struct mv_vcpu *vcpu, const struct mv_memory_fault *fau
 
 	mv_count(&vcpu->counters.fault_count, 1);
 	if (!handler->handle)
-		return -EFAULT;
-	rc = handler->handle(handler->opaque, vcpu, fault);
+		return mv_refuse(error, -EFAULT, "absent memory, and nobody who brings it");
+	rc = handler->handle(handler->opaque, vcpu, fault, error);
 	mv_count(&vcpu->counters.blocked_ns, mv_now_ns() - start_ns);
 	return rc;
 }

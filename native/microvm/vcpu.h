@@ -21,6 +21,7 @@
 
 #include <godwit/stats.h>
 
+#include "error.h"
 #include "guest/layout.h"
 
 /* Ends KVM_RUN. Its handler does nothing; nobody else may use it in this process. */
@@ -55,6 +56,7 @@ struct mv_vcpu_counters {
 	_Atomic uint64_t hypercall_count;
 	_Atomic uint64_t interrupted_count; /* exits because of a kick or another signal */
 	_Atomic uint64_t fault_count;	    /* exits on absent memory */
+	_Atomic uint64_t spurious_count;    /* of them, those where nothing was absent any more */
 	_Atomic uint64_t blocked_ns;	    /* asleep on absent memory, by those exits */
 	_Atomic uint64_t idle_ns;	    /* asleep because the guest asked for it */
 };
@@ -88,15 +90,15 @@ struct mv_vcpu {
 enum mv_fault_kind {
 	/* KVM_RUN = EFAULT and nothing more: the handler has to find the address. */
 	MV_FAULT_BARE = 1,
-	/* KVM_EXIT_MEMORY_FAULT: flags, gpa and size are the kernel's. */
+	/* The address is known: KVM_EXIT_MEMORY_FAULT with USERFAULT, or a thread's signal. */
 	MV_FAULT_EXIT = 2,
+	/* KVM's emulator gave up, perhaps because a page is absent. None is: -ENODATA. */
+	MV_FAULT_EMULATOR = 3,
 };
 
 struct mv_memory_fault {
 	enum mv_fault_kind kind;
-	uint64_t flags;
-	uint64_t gpa;
-	uint64_t size;
+	uint64_t gpa; /* of MV_FAULT_EXIT */
 };
 
 /*
@@ -107,11 +109,13 @@ struct mv_memory_fault {
  * Returns 0: enter the guest again, which repeats the instruction; -EINTR: the vCPU was kicked
  * while the page is still absent (mv_vcpu_kicked; `kick` of the machine's fault_handler wakes the
  * sleeper): it parks, and the fault happens again after the resume, wherever that is; any other
- * -errno: the machine fails and the guest is held.
+ * -errno, with words: the machine fails and the guest is held.
  */
 struct mv_fault_handler {
-	int (*handle)(void *opaque, struct mv_vcpu *vcpu, const struct mv_memory_fault *fault);
+	int (*handle)(void *opaque, struct mv_vcpu *vcpu, const struct mv_memory_fault *fault,
+		      struct mv_error *error);
 	void (*kick)(void *opaque, struct mv_vcpu *vcpu); /* may be NULL; any thread, lock held */
+	void (*release)(void *opaque, struct mv_vcpu *vcpu); /* takes a kick back; the same */
 	void *opaque;
 };
 
@@ -144,7 +148,8 @@ static inline void mv_count(_Atomic uint64_t *counter, uint64_t more)
 int64_t mv_vcpu_hypercall(struct mv_vcpu *vcpu, uint32_t call, const uint64_t args[4]);
 
 /* Passes a fault to the machine's fault_handler; -EFAULT if there is none. */
-int mv_vcpu_memory_fault(struct mv_vcpu *vcpu, const struct mv_memory_fault *fault);
+int mv_vcpu_memory_fault(struct mv_vcpu *vcpu, const struct mv_memory_fault *fault,
+			 struct mv_error *error);
 
 uint64_t mv_now_ns(void);
 

@@ -261,10 +261,12 @@ static void forbid(const struct mv_machine *machine, bool on)
 		 0);
 }
 
-static int handle(void *opaque, struct mv_vcpu *vcpu, const struct mv_memory_fault *fault)
+static int handle(void *opaque, struct mv_vcpu *vcpu, const struct mv_memory_fault *fault,
+		  struct mv_error *error)
 {
 	struct seam *seam = opaque;
 
+	(void)error;
 	CHECK(fault->kind == MV_FAULT_BARE || fault->kind == MV_FAULT_EXIT);
 	if (atomic_fetch_add(&seam->count, 1) == 0)
 		signal_fd(seam->entered_fd);
