@@ -14,6 +14,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import (
     FailedPreconditionError,
+    GodwitError,
     InvalidArgumentError,
     UnavailableError,
 )
@@ -21,7 +22,7 @@ from services.common.hooks import reach
 from services.common.vm_spec import VmSpec
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.device_state import Incoming
-from services.fault_agent.drivers.api import VmmState
+from services.fault_agent.drivers.api import Vmm, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.evidence import read_fence
 from services.fault_agent.fence import Command, Fence, wrong_state
@@ -156,10 +157,24 @@ class Arrivals:
                     vm.record, Command.LOAD, f"its shell is {state.value}: it was used, or died"
                 )
             vmm = await vm.hold()
-            # Before any byte of state: the load touches pages, and they come on demand.
-            self._engines.require(vm).arrival.open_gate(header.generation)
+
+            def open_gate() -> None:
+                self._require_arriving(vm, fence, Command.LOAD)
+                self._engines.require(vm).arrival.open_gate(header.generation)
+
+            if header.image_pending:
+                incoming.when_served(open_gate)
+            else:
+                open_gate()
             vm.loading = True
-        # Without the lock: it may wait for pages, and an Abort must be able to end it.
+        # Without the lock: it may wait for its source, and for pages, and an Abort must be able to
+        # end it. What never began has not touched the shell, which stays good for another attempt.
+        try:
+            await incoming.wait_first()
+            self._require_arriving(vm, fence, Command.LOAD)
+        except BaseException:
+            vm.loading = False
+            raise
         try:
             async with contextlib.aclosing(incoming.chunks()) as chunks:
                 await vmm.load(chunks)
@@ -200,7 +215,7 @@ class Arrivals:
             self._require_arriving(vm, fence, Command.ACTIVATE)
             if record.epoch_loaded != fence.epoch:
                 raise wrong_state(record, Command.ACTIVATE, "its device state is not loaded")
-            await vm.require_vmm(Command.ACTIVATE)
+            await vm.require_process(Command.ACTIVATE)
             self._engines.require(vm)
             await reach("agent.activate.before_activating")
             await vm.write(replace(fenced, epoch_activating=fence.epoch, epoch_owned=fence.epoch))
@@ -328,8 +343,15 @@ class Arrivals:
         self._engines.require(vm).arrival.start_bulk()
         # ACTIVATING is durable and says it all; the role is for the next agent of this boot.
         await vm.write(replace(vm.record, role=Role.ARRIVED), durable=False)
-        await vmm.announce()
+        # Behind the answer: the guest runs, and its network hears of it within a millisecond.
+        self._node.start_task(self._announce(vm, vmm), f"announce {vm.vm_id}")
         self._engines.check_complete(vm)
+
+    async def _announce(self, vm: Vm, vmm: Vmm) -> None:
+        try:
+            await vmm.announce()
+        except GodwitError as error:
+            log.warning("%s runs here and is not announced: %s", vm.vm_id, error)
 
     async def _give_up(self, vm: Vm, fence: Fence) -> None:
         """A shell that got a wrong state, or half of one, is of no use: nobody shall wonder."""

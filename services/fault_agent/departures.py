@@ -12,8 +12,8 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from services.common.errors import FailedPreconditionError
 from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
-from services.fault_agent.device_state import send_device_state
-from services.fault_agent.drivers.api import VmmState
+from services.fault_agent.device_state import Outgoing
+from services.fault_agent.drivers.api import Vmm, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Decision, Export, ExportState, Record, Role, Transferred
@@ -30,6 +30,16 @@ def image_id(record: Record, epoch: int) -> str:
     return f"{record.vm_id}.{record.epoch_owned}.{epoch}"
 
 
+def _frozen(record: Record) -> tuple[Export, int]:
+    """The image of a paused guest and its generation: the one that it has, or the next."""
+    export = record.export
+    assert export is not None, "a departing VM has an image"
+    if export.state is ExportState.FROZEN:
+        return export, export.generation
+    generation = record.generation_last + 1
+    return replace(export, generation=generation, state=ExportState.FROZEN), generation
+
+
 def _never_began(transfer: asyncio.Future[Transferred]) -> bool:
     """True if an attempt failed before anything was saved: there was no way to the destination."""
     return transfer.done() and isinstance(transfer.exception(), NotExecutedError)
@@ -42,8 +52,8 @@ class Departures:
         self._node = node
         self._preflight = preflight
 
-    async def prepare(self, fence: Fence) -> pb.PrepareResponse:
-        """Export the memory as a LIVE image. The guest runs on.
+    async def prepare(self, fence: Fence, destination_address: str) -> pb.PrepareResponse:
+        """Export the memory as a LIVE image; begin to connect. The guest runs on.
 
         Raises:
             NotFoundError: VM_UNKNOWN.
@@ -77,6 +87,8 @@ class Departures:
                 )
             elif record.role is not Role.DEPARTING or record.epoch_departing != fence.epoch:
                 raise wrong_state(record, Command.PREPARE_DEPARTURE, "it does not live here")
+            if destination_address:
+                await vm.meet_peer(destination_address)
             await self._publish(vm)
             spec = vm.spec
             return pb.PrepareResponse(
@@ -86,30 +98,48 @@ class Departures:
                 spec_hash=spec.spec_hash,
             )
 
-    async def pause(self, fence: Fence) -> pb.Evidence:
+    async def pause(
+        self, fence: Fence, transfer_to: str = ""
+    ) -> tuple[pb.Evidence, Transferred | None]:
         """Stop the vCPUs and freeze the image. Given again it goes on where it stopped.
+
+        With `transfer_to`, the address of the destination's agent, the device state goes there at
+        once, see `transfer`: saved while the page server is told.
 
         Raises:
             FailedPreconditionError: WRONG_STATE, and the fence's.
             VmmUnreachableError: it may be paused or not: resume it, or pause again.
             PageServerUnreachableError: it is paused, and the frozen image is not served yet.
+            GodwitError: as `transfer`. Before the pause if there is no way to the destination.
         """
         vm = self._node.vm(fence.vm_id)
         vm.require_known()
         async with vm.command(fence, Command.PAUSE):
             self._require_departing(vm, fence, Command.PAUSE)
-            vmm = await vm.require_vmm(Command.PAUSE)
-            await vmm.pause()
-            await reach("agent.pause.after")
-            export = vm.record.export
-            assert export is not None, "a departing VM has an image"
-            if export.state is not ExportState.FROZEN:
-                generation = vm.record.generation_last + 1
-                frozen = replace(export, generation=generation, state=ExportState.FROZEN)
-                frozen_record = replace(vm.record, export=frozen, generation_last=generation)
-                await vm.write(frozen_record, durable=False)
-            await self._publish(vm)
-            return await self._node.evidence(vm, VmmState.PAUSED)
+            vmm, state = await vm.require_looked(Command.PAUSE)
+            export, generation = _frozen(vm.record)
+            outgoing = None
+            if transfer_to:
+                outgoing = await self._begin(vm, vmm, state, fence, generation, transfer_to)
+            try:
+                await vmm.pause()
+                await reach("agent.pause.after")
+                if export != vm.record.export:
+                    frozen = replace(vm.record, export=export, generation_last=generation)
+                    await vm.write(frozen, durable=False)
+                if outgoing is not None:
+                    outgoing.save()
+                await self._publish(vm)
+            except BaseException:
+                if outgoing is not None:
+                    await vm.stop_transfer()
+                raise
+            if outgoing is not None:
+                outgoing.image_served()
+            transfer = vm.transfer if transfer_to else None
+            evidence = await self._node.evidence(vm, VmmState.PAUSED)
+        # Without the lock: the destination may be slow, and a Resume must be able to end this.
+        return evidence, await transfer if transfer is not None else None
 
     async def transfer(self, fence: Fence, destination_address: str) -> Transferred:
         """Save the device state into the destination's VMM; done when LOADED is durable there.
@@ -129,12 +159,35 @@ class Departures:
             if export is None or export.state is not ExportState.FROZEN:
                 raise wrong_state(record, Command.TRANSFER, "it is not paused")
             if vm.transfer is None or _never_began(vm.transfer):
-                vmm = await vm.require_vmm(Command.TRANSFER)
-                work = send_device_state(vmm, fence, export.generation, destination_address)
-                vm.transfer = self._node.start_task(work, f"transfer {vm.vm_id}")
+                vmm, state = await vm.require_looked(Command.TRANSFER)
+                to = destination_address
+                outgoing = await self._begin(vm, vmm, state, fence, export.generation, to)
+                if outgoing is not None:
+                    outgoing.save()
+                    outgoing.image_served()
             transfer = vm.transfer
+            assert transfer is not None, "begun"
         # Without the lock: the destination may be slow, and a Resume must be able to end this.
         return await transfer
+
+    async def _begin(
+        self, vm: Vm, vmm: Vmm, state: VmmState, fence: Fence, generation: int, address: str
+    ) -> Outgoing | None:
+        """Open the way of the device state; None if one is under way, or over.
+
+        Raises:
+            GodwitError: there is no way.
+        """
+        if vm.transfer is not None and not _never_began(vm.transfer):
+            return None
+        peer = await vm.meet_peer(address)
+        running = state is VmmState.RUNNING
+        outgoing = Outgoing(vmm, fence, generation, peer, may_have_saved=not running)
+        vm.transfer = self._node.start_task(outgoing.run(), f"transfer {vm.vm_id}")
+        await outgoing.ready.wait()
+        if _never_began(vm.transfer):
+            await vm.transfer
+        return outgoing
 
     async def resume(self, fence: Fence) -> pb.Evidence:
         """Let the guest run on here under a fresh epoch.

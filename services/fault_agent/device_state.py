@@ -6,6 +6,11 @@
 It is loaded while it is still being saved. The last chunk is held back until length and hash are
 known to be right, so that a VMM has not finished loading a state that is not what was saved. QEMU
 itself would not notice: it takes a stream that ends in the description behind its devices.
+
+The stream is opened before the guest is paused, so that the destination has admitted it by then.
+The save begins as soon as the vCPUs are stopped, beside the publishing of the FROZEN image; the
+destination's gate stays closed until `image_served` says that this is done, and a trailer before it
+is refused: no page is asked for, and nothing is LOADED, before what is read is final.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc.aio
@@ -53,48 +58,138 @@ class Saved:
     complete: bool = False
 
 
-async def send_device_state(
-    vmm: Vmm, fence: Fence, generation: int, destination_address: str
-) -> Transferred:
-    """Save from `vmm` and let the agent at `destination_address` load it.
+class Peer:
+    """A connection to the agent of the destination: opened early, closed with the departure."""
 
-    Raises:
-        GodwitError: what failed: the save first, else what the destination said.
-    """
-    async with grpc_client.open_channel(destination_address) as channel:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc_client.open_channel(address)
+        # Connects now and not when the guest stands still.
+        self.channel.get_state(try_to_connect=True)
+
+    async def close(self) -> None:
+        """Close it; a transfer on it ends with an unknown outcome."""
+        await self.channel.close()
+
+
+class _Served:
+    """In the queue of chunks: the FROZEN image is served."""
+
+
+_Item = bytes | _Served | None
+
+
+class Outgoing:
+    """One device state on its way out. `run` in a task, the rest from the command that paused."""
+
+    def __init__(
+        self, vmm: Vmm, fence: Fence, generation: int, peer: Peer, *, may_have_saved: bool
+    ) -> None:
+        self._vmm = vmm
+        self._fence = fence
+        self._generation = generation
+        self._peer = peer
+        self._may_have_saved = may_have_saved
+        self._paused = asyncio.Event()
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self.ready = asyncio.Event()
+        """There is somebody to take it: the guest may be paused. Or `run` has ended."""
+
+    def save(self) -> None:
+        """The guest is paused, and the journal says FROZEN."""
+        self._paused.set()
+
+    def image_served(self) -> None:
+        """The page server serves the FROZEN image, and nothing else, under this generation."""
+        self._queue.put_nowait(_Served())
+
+    async def run(self) -> Transferred:
+        """Save and let the agent of the destination load it.
+
+        Raises:
+            GodwitError: what failed: the save first, else what the destination said.
+        """
+        try:
+            return await self._run()
+        finally:
+            self.ready.set()
+
+    async def _run(self) -> Transferred:
+        channel, peer = self._peer.channel, f"the agent at {self._peer.address}"
         stub = fault_agent_service_pb2_grpc.FaultAgentServiceStub(channel)
-        # Nothing is saved before there is somebody to take it.
-        await grpc_client.wait_connected(
-            channel, timeout_s=ASK_TIMEOUT_S, peer=f"the agent at {destination_address}"
-        )
-        if await vmm.has_saved():
+        # Nothing is paused or saved before there is somebody to take it.
+        await grpc_client.wait_connected(channel, timeout_s=ASK_TIMEOUT_S, peer=peer)
+        fence = self._fence
+        if self._may_have_saved and await self._vmm.has_saved():
             await _require_loaded(channel, stub, fence)
             return Transferred(epoch=fence.epoch, len_bytes=0, sha256="", save_ns=0, load_ns=0)
-        outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.ready.set()
         saved, digest = Saved(), hashlib.sha256()
         # Gathered, not grouped: a destination that gives up does not stop the save, whose end
         # leaves the source's VMM in a state that is known.
         loading: Awaitable[pb.LoadDeviceStateResponse] = grpc_client.call(
             channel,
             stub.LoadDeviceState,
-            _messages(fence, generation, outgoing, saved, digest),
+            self._messages(saved, digest),
             timeout_s=LOAD_TIMEOUT_S,
-            peer=f"the agent at {destination_address}",
+            peer=peer,
         )
-        _, answer = await asyncio.gather(
-            _save(vmm, outgoing, saved), loading, return_exceptions=True
+        _, answer = await asyncio.gather(self._save(saved), loading, return_exceptions=True)
+        if saved.error is not None:
+            raise saved.error
+        if isinstance(answer, BaseException):
+            raise answer
+        return Transferred(
+            epoch=fence.epoch,
+            len_bytes=saved.len_bytes,
+            sha256=digest.hexdigest(),
+            save_ns=saved.save_ns,
+            load_ns=answer.load_ns,
         )
-    if saved.error is not None:
-        raise saved.error
-    if isinstance(answer, BaseException):
-        raise answer
-    return Transferred(
-        epoch=fence.epoch,
-        len_bytes=saved.len_bytes,
-        sha256=digest.hexdigest(),
-        save_ns=saved.save_ns,
-        load_ns=answer.load_ns,
-    )
+
+    async def _save(self, saved: Saved) -> None:
+        await self._paused.wait()
+        began = time.monotonic_ns()
+        try:
+            async with contextlib.aclosing(self._vmm.save()) as chunks:
+                async for chunk in chunks:
+                    self._queue.put_nowait(chunk)
+            saved.complete = True
+        except GodwitError as error:
+            saved.error = error
+        finally:
+            saved.save_ns = time.monotonic_ns() - began
+            self._queue.put_nowait(None)
+
+    async def _messages(
+        self, saved: Saved, digest: hashlib._Hash
+    ) -> AsyncIterator[pb.LoadDeviceStateRequest]:
+        yield pb.LoadDeviceStateRequest(
+            header=pb.DeviceStateHeader(
+                fence=write_fence(self._fence), generation=self._generation, image_pending=True
+            )
+        )
+        served = ended = False
+        while not (served and ended):
+            item = await self._queue.get()
+            if isinstance(item, _Served):
+                served = True
+                yield pb.LoadDeviceStateRequest(image_served=pb.ImageServed())
+                continue
+            if item is None:
+                ended = True
+                # Without a trailer the destination knows that what it got is not a whole state.
+                if not saved.complete:
+                    return
+                continue
+            digest.update(item)
+            saved.len_bytes += len(item)
+            for start in range(0, len(item), CHUNK_BYTES_MAX):
+                yield pb.LoadDeviceStateRequest(chunk=item[start : start + CHUNK_BYTES_MAX])
+        await reach("agent.transfer.after_save")
+        yield pb.LoadDeviceStateRequest(
+            trailer=pb.DeviceStateTrailer(len_bytes=saved.len_bytes, sha256=digest.digest())
+        )
 
 
 async def _require_loaded(
@@ -123,48 +218,13 @@ async def _require_loaded(
         )
 
 
-async def _save(vmm: Vmm, outgoing: asyncio.Queue[bytes | None], saved: Saved) -> None:
-    began = time.monotonic_ns()
-    try:
-        async with contextlib.aclosing(vmm.save()) as chunks:
-            async for chunk in chunks:
-                outgoing.put_nowait(chunk)
-        saved.complete = True
-    except GodwitError as error:
-        saved.error = error
-    finally:
-        saved.save_ns = time.monotonic_ns() - began
-        outgoing.put_nowait(None)
-
-
-async def _messages(
-    fence: Fence,
-    generation: int,
-    outgoing: asyncio.Queue[bytes | None],
-    saved: Saved,
-    digest: hashlib._Hash,
-) -> AsyncIterator[pb.LoadDeviceStateRequest]:
-    yield pb.LoadDeviceStateRequest(
-        header=pb.DeviceStateHeader(fence=write_fence(fence), generation=generation)
-    )
-    while (data := await outgoing.get()) is not None:
-        digest.update(data)
-        saved.len_bytes += len(data)
-        for start in range(0, len(data), CHUNK_BYTES_MAX):
-            yield pb.LoadDeviceStateRequest(chunk=data[start : start + CHUNK_BYTES_MAX])
-    await reach("agent.transfer.after_save")
-    # Without a trailer the destination knows that what it got is not a whole state.
-    if saved.complete:
-        yield pb.LoadDeviceStateRequest(
-            trailer=pb.DeviceStateTrailer(len_bytes=saved.len_bytes, sha256=digest.digest())
-        )
-
-
 class Incoming:
     """A device state as it comes in."""
 
     def __init__(self, requests: AsyncIterator[pb.LoadDeviceStateRequest]) -> None:
         self._requests = requests
+        self._first: pb.LoadDeviceStateRequest | None = None
+        self._gate_opens: Callable[[], None] | None = None
         self.first_byte_ns = 0
         """time.monotonic_ns() of the first byte; 0 before it."""
 
@@ -181,16 +241,33 @@ class Incoming:
             raise InvalidArgumentError("FIELD_INVALID", "header.generation must be >= 1")
         return request.header
 
+    def when_served(self, open_gate: Callable[[], None]) -> None:
+        """The header says image_pending: `open_gate` is called once, at `image_served`."""
+        self._gate_opens = open_gate
+
+    async def wait_first(self) -> None:
+        """Return when the first byte is there: until then the VMM has not been touched.
+
+        Raises:
+            DataLossError: STATE_CORRUPT: there is none.
+            InvalidArgumentError: FIELD_INVALID.
+        """
+        self._first = await self._next()
+        if self._first is None or self._first.WhichOneof("body") != "chunk":
+            raise DataLossError("STATE_CORRUPT", "the device state was cut off before it began")
+        self.first_byte_ns = time.monotonic_ns()
+
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The bytes; the last of them only after length and hash were found right.
 
         Raises:
             DataLossError: STATE_CORRUPT.
-            InvalidArgumentError: FIELD_INVALID: a second header, or a chunk too long.
+            InvalidArgumentError: FIELD_INVALID: a second header, a chunk too long, a trailer before
+                the image is served.
         """
         digest, len_bytes, held = hashlib.sha256(), 0, b""
-        async for request in self._requests:
-            self.first_byte_ns = self.first_byte_ns or time.monotonic_ns()
+        request, self._first = self._first or await self._next(), None
+        while request is not None:
             body = request.WhichOneof("body")
             if body == "trailer":
                 self._check(request.trailer, len_bytes, digest.digest())
@@ -205,6 +282,7 @@ class Incoming:
             if held:
                 yield held
             held = request.chunk
+            request = await self._next()
         raise DataLossError(
             "STATE_CORRUPT", f"the device state was cut off after {len_bytes} bytes"
         )
@@ -213,6 +291,20 @@ class Incoming:
         """Read the rest and forget it: the state is in the VMM already."""
         async for _ in self._requests:
             pass
+
+    async def _next(self) -> pb.LoadDeviceStateRequest | None:
+        """The next chunk or trailer; None at the end. Opens the gate on the way."""
+        async for request in self._requests:
+            body = request.WhichOneof("body")
+            if body == "trailer" and self._gate_opens is not None:
+                raise InvalidArgumentError("FIELD_INVALID", "a trailer before image_served")
+            if body != "image_served":
+                return request
+            if self._gate_opens is None:
+                raise InvalidArgumentError("FIELD_INVALID", "an image_served that none waits for")
+            open_gate, self._gate_opens = self._gate_opens, None
+            open_gate()
+        return None
 
     def _check(self, trailer: pb.DeviceStateTrailer, len_bytes: int, sha256: bytes) -> None:
         if trailer.len_bytes != len_bytes or trailer.sha256 != sha256 or len_bytes == 0:

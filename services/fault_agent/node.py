@@ -247,6 +247,7 @@ async def open_node(
                 node.stop_tasks()
                 for vm in node.vms.values():
                     vm.let_go()
+                    await vm.leave_peer()
                     if vm.watch is not None:
                         await vm.watch.close()
                 await node.images.close()

@@ -23,6 +23,7 @@ from services.fault_agent.arrivals import Arrivals
 from services.fault_agent.departures import Departures
 from services.fault_agent.evidence import read_fence
 from services.fault_agent.images import PageServerUnreachableError
+from services.fault_agent.journal import Transferred
 from services.fault_agent.node import Node
 from services.fault_agent.preflight import Preflight
 from services.fault_agent.progress import watch_progress
@@ -130,7 +131,8 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
         """Make ready for a move."""
         fence, side = read_fence(request.fence), request.WhichOneof("side")
         if side == "departure":
-            return await self._node.run_to_end(self._departures.prepare(fence), "Prepare")
+            leaving = self._departures.prepare(fence, request.departure.destination_address)
+            return await self._node.run_to_end(leaving, "Prepare")
         if side == "arrival":
             work = self._arrivals.prepare(fence, request.arrival)
             return pb.PrepareResponse(evidence=await self._node.run_to_end(work, "Prepare"))
@@ -138,8 +140,9 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
 
     async def Pause(self, request: pb.PauseRequest, context: _Context) -> pb.PauseResponse:  # noqa: N802, ARG002
         """Stop the vCPUs, freeze the image."""
-        work = self._departures.pause(read_fence(request.fence))
-        return pb.PauseResponse(evidence=await self._node.run_to_end(work, "Pause"))
+        work = self._departures.pause(read_fence(request.fence), request.transfer_to)
+        evidence, done = await self._node.run_to_end(work, "Pause")
+        return pb.PauseResponse(evidence=evidence, transferred=_transferred(done) if done else None)
 
     async def Resume(self, request: pb.ResumeRequest, context: _Context) -> pb.ResumeResponse:  # noqa: N802, ARG002
         """Let the guest run on here."""
@@ -155,12 +158,7 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
         fence = read_fence(request.fence)
         work = self._departures.transfer(fence, request.destination_address)
         done = await self._node.run_to_end(work, "TransferDeviceState")
-        return pb.TransferDeviceStateResponse(
-            len_bytes=done.len_bytes,
-            sha256=bytes.fromhex(done.sha256),
-            save_ns=done.save_ns,
-            load_ns=done.load_ns,
-        )
+        return _transferred(done)
 
     async def LoadDeviceState(  # noqa: N802
         self,
@@ -228,3 +226,12 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             memory_total_bytes=host.memory_total_bytes(),
             memory_available_bytes=host.memory_available_bytes(node.config.ram_dir),
         )
+
+
+def _transferred(done: Transferred) -> pb.TransferDeviceStateResponse:
+    return pb.TransferDeviceStateResponse(
+        len_bytes=done.len_bytes,
+        sha256=bytes.fromhex(done.sha256),
+        save_ns=done.save_ns,
+        load_ns=done.load_ns,
+    )

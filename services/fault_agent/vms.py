@@ -18,6 +18,7 @@ from services.common.errors import FailedPreconditionError, NotFoundError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
 from services.fault_agent.arrival_watch import ArrivalWatch
+from services.fault_agent.device_state import Peer
 from services.fault_agent.drivers.api import Driver, Launch, Vmm, VmmState, VmmUnreachableError
 from services.fault_agent.fence import Command, Fence, admit, wrong_state
 from services.fault_agent.journal import Counters, Journal, Record, Role, Transferred
@@ -39,6 +40,8 @@ class Vm:
         would keep the first from ever being served."""
         self.loading = False
         """A device state is on its way into the VMM."""
+        self.peer: Peer | None = None
+        """The way to the destination's agent, while it departs."""
         self.transfer: asyncio.Future[Transferred] | None = None
         """The device state's way out, under way or over."""
 
@@ -164,11 +167,28 @@ class Vm:
             VmmUnreachableError: it does not answer.
             FailedPreconditionError: NODE_REBOOTED; WRONG_STATE: it is dead, or the guest ended.
         """
+        return (await self.require_looked(command))[0]
+
+    async def require_looked(self, command: Command) -> tuple[Vmm, VmmState]:
+        """As `require_vmm`, and what it does now."""
         self.require_same_boot(command)
         state = await self.look()
         if state in (VmmState.DEAD, VmmState.GUEST_ENDED):
             why = "its VMM is dead" if state is VmmState.DEAD else "the guest has shut itself down"
             raise wrong_state(self.record, command, why)
+        return await self.hold(), state
+
+    async def require_process(self, command: Command) -> Vmm:
+        """Its VMM, whose process lives; what it does is not asked: the guest stands still.
+
+        Raises:
+            VmmUnreachableError: it was let go of and does not answer.
+            FailedPreconditionError: NODE_REBOOTED; WRONG_STATE: it is dead.
+        """
+        self.require_same_boot(command)
+        process = self.record.process
+        if process is None or not processes.is_alive(process):
+            raise wrong_state(self.record, command, "its VMM is dead")
         return await self.hold()
 
     async def kill_vmm(self) -> None:
@@ -191,3 +211,17 @@ class Vm:
             transfer.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await transfer
+        await self.leave_peer()
+
+    async def meet_peer(self, address: str) -> Peer:
+        """The connection to the destination's agent at `address`, made if need be."""
+        if self.peer is None or self.peer.address != address:
+            await self.leave_peer()
+            self.peer = Peer(address)
+        return self.peer
+
+    async def leave_peer(self) -> None:
+        """Close the connection to the destination's agent. Idempotent."""
+        peer, self.peer = self.peer, None
+        if peer is not None:
+            await peer.close()

@@ -153,8 +153,11 @@ class AgentClient:
     async def pause(
         self, request: agent_pb2.PauseRequest, *, traceparent: str
     ) -> agent_pb2.PauseResponse:
-        """Stop the vCPUs."""
-        return await self._call(self._stub.Pause, request, self._deadlines.pause_s, traceparent)
+        """Stop the vCPUs, and send the device state across if the request says where to."""
+        timeout_s = self._deadlines.pause_s
+        if request.transfer_to:
+            timeout_s += self._deadlines.transfer_s
+        return await self._call(self._stub.Pause, request, timeout_s, traceparent)
 
     async def transfer(
         self, request: agent_pb2.TransferDeviceStateRequest, *, traceparent: str

@@ -106,7 +106,10 @@ async def prepare_both_sides(move: Move) -> Event:
     row = move.row
     exported = await move.attempt(
         lambda: move.source.prepare(
-            agent_pb2.PrepareRequest(fence=move.fence(), departure=agent_pb2.PrepareDeparture()),
+            agent_pb2.PrepareRequest(
+                fence=move.fence(),
+                departure=agent_pb2.PrepareDeparture(destination_address=move.destination.address),
+            ),
             traceparent=row.traceparent,
         ),
         patience_s=move.limits.patience_s,
@@ -141,21 +144,26 @@ async def pause_and_transfer(move: Move, *, rejoined: bool) -> Event:
     row, fence, patience_s = move.row, move.fence(), move.limits.doubt_s
     await reach("orchestrator.pause.before")
     move.pause_sent_ns = None if rejoined else time.monotonic_ns()
-    await move.attempt(
-        lambda: move.source.pause(agent_pb2.PauseRequest(fence=fence), traceparent=row.traceparent),
-        patience_s=patience_s,
-        settle=True,
-    )
-    await reach("orchestrator.pause.after")
-    await move.attempt(
-        lambda: move.source.transfer(
-            agent_pb2.TransferDeviceStateRequest(
-                fence=fence, destination_address=move.destination.address
-            ),
+    # One command for both: no hop lies between the last instruction and the save.
+    paused = await move.attempt(
+        lambda: move.source.pause(
+            agent_pb2.PauseRequest(fence=fence, transfer_to=move.destination.address),
             traceparent=row.traceparent,
         ),
         patience_s=patience_s,
         settle=True,
     )
+    await reach("orchestrator.pause.after")
+    if not paused.HasField("transferred"):
+        await move.attempt(
+            lambda: move.source.transfer(
+                agent_pb2.TransferDeviceStateRequest(
+                    fence=fence, destination_address=move.destination.address
+                ),
+                traceparent=row.traceparent,
+            ),
+            patience_s=patience_s,
+            settle=True,
+        )
     await reach("orchestrator.transfer.after")
     return StateLoaded()

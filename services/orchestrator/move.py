@@ -46,6 +46,8 @@ class Limits:
     """After ABORTED: how long the source waits for the proof that the shell is dead. Without an
     answer it goes on: the store says ABORTED, so no Activate was or will ever be sent, and the
     shell was loaded paused. The proof stays owed and is collected later."""
+    seal_delay_s: float = 0.2
+    """How long Seal waits for the first answer to Activate."""
     alarm_s: float = 30.0
     retry_s_min: float = 0.05
     retry_s_max: float = 5.0
@@ -111,6 +113,8 @@ class Move:
         """Monotonic. None: not by this process."""
         self.frozen = False
         """The agents know more than the store, by the last evidence: no decision now (I2)."""
+        self.activation_tried = asyncio.Event()
+        """The destination has answered, or not, or it is past that: the source may be sealed."""
         self._counted: set[str] = set()
 
     @property

@@ -285,9 +285,11 @@ class Mover:
                     self._start_sealing()
                     return await handover.activate(self.move, self._alarm, rejoined=rejoined)
                 case FollowProgress():
+                    self.move.activation_tried.set()
                     self._start_sealing()
                     return await self._follow().next_event()
                 case ReleaseBothSides():
+                    self.move.activation_tried.set()
                     self._start_sealing()
                     return await handover.release(self.move, self._alarm, self._sealed)
                 case UndoBothSides():

@@ -135,6 +135,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.fetching.set()
         self.pages_per_tick = 16
         self.page_count = 64
+        self.carries_on = True
+        """Pause goes on with the transfer. False: an agent that does not know `transfer_to`."""
         self.failed_checks: list[common_pb2.Check] = []
         self._before: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
         self._after: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
@@ -399,8 +401,14 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         return pb.PrepareResponse(evidence=self.evidence(record.vm_id))
 
     async def Pause(self, request: pb.PauseRequest, context: _Context) -> pb.PauseResponse:
-        """See the proto."""
-        return await self._do("Pause", context, lambda: self._pause(request))
+        """See the proto. What befalls a TransferDeviceState befalls the one in here too."""
+        answer = await self._do("Pause", context, lambda: self._pause(request))
+        if request.transfer_to and self.carries_on:
+            transfer = pb.TransferDeviceStateRequest(
+                fence=request.fence, destination_address=request.transfer_to
+            )
+            answer.transferred.CopyFrom(await self.TransferDeviceState(transfer, context))
+        return answer
 
     def _pause(self, request: pb.PauseRequest) -> pb.PauseResponse:
         record = self._admit(request.fence, 0)

@@ -149,17 +149,17 @@ async def test_no_announcement_before_activation(guest: LiveGuest) -> None:
 async def test_the_destinations_vmm_dies_before_the_decision(guest: LiveGuest) -> None:
     """The source runs on, under a fresh epoch, from the very next heartbeat."""
     source, destination = await node_of(guest), await other_node(guest)
-    orchestrator, node = guest.cluster.orchestrator, guest.cluster.nodes[destination]
+    leaves, node = guest.cluster.nodes[source].agent, guest.cluster.nodes[destination]
     epoch = guest.console.epoch
-    orchestrator.hooks.hold("orchestrator.pause.after")
+    leaves.hooks.hold("agent.pause.after")
     migration = await guest.client.migrate(guest.vm_id, destination)
     async with asyncio.timeout(REACHED_S_MAX):
-        await orchestrator.hooks.reached("orchestrator.pause.after")
+        await leaves.hooks.reached("agent.pause.after")
     process = node.record(guest.vm_id).process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     before = beats(guest, source, epoch)
-    orchestrator.hooks.release("orchestrator.pause.after")
+    leaves.hooks.release("agent.pause.after")
     last = await end(guest, migration)
     assert last.phase == MigrationPhase.FAILED, describe(guest, last)
     after = await more_beats(guest, source, epoch, len(before))

@@ -280,6 +280,12 @@ async def pause(agent: Agent, orders: Orders) -> pb.Evidence:
     return answer.evidence
 
 
+async def pause_and_transfer(source: Agent, destination: Agent, orders: Orders) -> pb.PauseResponse:
+    """Both in one command, as the orchestrator does it."""
+    request = pb.PauseRequest(fence=orders.fence(), transfer_to=destination.address)
+    return await grpc_client.call(source.channel, source.stub.Pause, request, timeout_s=CALL_S)
+
+
 async def transfer(
     source: Agent, destination: Agent, orders: Orders
 ) -> pb.TransferDeviceStateResponse:

@@ -83,3 +83,67 @@ async def test_it_begins_with_a_header(first: pb.LoadDeviceStateRequest) -> None
     with pytest.raises(GodwitError) as refusal:
         await Incoming(stream(first)).header()
     assert refusal.value.reason == "FIELD_INVALID"
+
+
+SERVED = pb.LoadDeviceStateRequest(image_served=pb.ImageServed())
+
+
+async def gated(*requests: pb.LoadDeviceStateRequest) -> tuple[list[str], str]:
+    """Chunks and the opening of the gate in their order, and the reason why it ended early."""
+    seen: list[str] = []
+    incoming = Incoming(stream(HEADER, *requests))
+    await incoming.header()
+    incoming.when_served(lambda: seen.append("gate"))
+    try:
+        await incoming.wait_first()
+        seen.append("begun")
+        async for data in incoming.chunks():
+            seen += [data.decode()]
+    except GodwitError as error:
+        return seen, error.reason
+    return seen, ""
+
+
+@pytest.mark.parametrize(
+    ("requests", "seen"),
+    [
+        ([SERVED, chunk(b"a"), trailer(b"a")], ["gate", "begun", "a"]),
+        ([chunk(b"a"), SERVED, trailer(b"a")], ["begun", "gate", "a"]),
+        ([chunk(b"a"), SERVED, chunk(b"b"), trailer(b"ab")], ["begun", "gate", "a", "b"]),
+    ],
+)
+async def test_the_gate_opens_once_before_the_state_is_whole(
+    requests: Sequence[pb.LoadDeviceStateRequest], seen: list[str]
+) -> None:
+    assert await gated(*requests) == (seen, "")
+
+
+@pytest.mark.parametrize(
+    ("requests", "reason"),
+    [
+        ([chunk(b"a"), trailer(b"a")], "FIELD_INVALID"),
+        ([chunk(b"a"), trailer(b"a"), SERVED], "FIELD_INVALID"),
+        ([SERVED, chunk(b"a"), SERVED, trailer(b"a")], "FIELD_INVALID"),
+        ([chunk(b"a"), SERVED], "STATE_CORRUPT"),
+    ],
+)
+async def test_a_state_without_a_served_image_is_never_whole(
+    requests: Sequence[pb.LoadDeviceStateRequest], reason: str
+) -> None:
+    """Its memory could still be LIVE."""
+    seen, why = await gated(*requests)
+    assert why == reason
+    assert "a" not in seen
+
+
+@pytest.mark.parametrize("requests", [[], [SERVED], [SERVED, trailer(b"")]])
+async def test_a_state_that_never_began_touches_nothing(
+    requests: Sequence[pb.LoadDeviceStateRequest],
+) -> None:
+    seen, why = await gated(*requests)
+    assert why == "STATE_CORRUPT"
+    assert "begun" not in seen
+
+
+async def test_an_image_served_that_was_not_announced_is_refused() -> None:
+    assert await fed(chunk(b"a"), SERVED, trailer(b"a")) == (b"", "FIELD_INVALID")

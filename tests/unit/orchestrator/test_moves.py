@@ -99,6 +99,24 @@ async def test_switchover_calls_nothing_it_does_not_need(fleet: FakeFleet) -> No
     assert fleet.b.calls["Activate"] == fleet.a.calls["Seal"] == 1
 
 
+async def test_an_agent_that_only_pauses_is_told_to_transfer(fleet: FakeFleet) -> None:
+    """A release that does not know `transfer_to` answers without `transferred`."""
+    fleet.a.carries_on = False
+    await fleet.ended(await fleet.migrate())
+    await assert_moved(fleet, "b")
+    assert fleet.a.calls["Pause"] == fleet.a.calls["TransferDeviceState"] == 1
+
+
+async def test_an_activation_without_an_answer_does_not_hold_up_the_seal(fleet: FakeFleet) -> None:
+    gate = fleet.b.hold("Activate")
+    migration_id = await fleet.migrate()
+    await gate.reached.wait()
+    await eventually(lambda: fleet.a.calls["Seal"] == 1)
+    gate.opened.set()
+    assert (await fleet.ended(migration_id))["phase"] == "succeeded"
+    await assert_moved(fleet, "b")
+
+
 async def test_two_vms_at_once(fleet: FakeFleet) -> None:
     """Opposite directions, independent of each other."""
     await fleet.start_vm("vm-2", "b")

@@ -705,16 +705,23 @@ Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
 
 @_typing.final
 class PrepareDeparture(_message.Message):
-    """What the source needs to know. Nothing more than the fence."""
+    """What the source needs to know."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DESTINATION_ADDRESS_FIELD_NUMBER: _builtins.int
+    destination_address: _builtins.str
+    """host:port of the destination's agent: the source connects to it now and keeps the connection until the
+    device state has crossed. Empty: it connects when it has to send.
+    """
     def __init__(
         self,
+        *,
+        destination_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_address", b"destination_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,6 +814,9 @@ class PauseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FENCE_FIELD_NUMBER: _builtins.int
+    TRANSFER_TO_FIELD_NUMBER: _builtins.int
+    transfer_to: _builtins.str
+    """host:port of the destination's agent, which gets the device state in the same go. Empty: only pause."""
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
         """By which right."""
@@ -815,10 +825,11 @@ class PauseRequest(_message.Message):
         self,
         *,
         fence: _common_pb2.Fence | None = ...,
+        transfer_to: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "transfer_to", b"transfer_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -831,18 +842,26 @@ class PauseResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    TRANSFERRED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def evidence(self) -> Global___Evidence:
         """The VM now; `image` is FROZEN with the generation that the destination must install."""
+
+    @_builtins.property
+    def transferred(self) -> Global___TransferDeviceStateResponse:
+        """What TransferDeviceState would have answered. Unset without `transfer_to`, or from an agent that does not
+        know it: then the state has not been sent.
+        """
 
     def __init__(
         self,
         *,
         evidence: Global___Evidence | None = ...,
+        transferred: Global___TransferDeviceStateResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "transferred", b"transferred"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "transferred", b"transferred"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -967,6 +986,7 @@ class LoadDeviceStateRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     TRAILER_FIELD_NUMBER: _builtins.int
+    IMAGE_SERVED_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
     """Bytes, in order. At most 1 MiB a message."""
     @_builtins.property
@@ -977,18 +997,23 @@ class LoadDeviceStateRequest(_message.Message):
     def trailer(self) -> Global___DeviceStateTrailer:
         """Last message."""
 
+    @_builtins.property
+    def image_served(self) -> Global___ImageServed:
+        """The page server serves the FROZEN image: opens the gate for faults."""
+
     def __init__(
         self,
         *,
         header: Global___DeviceStateHeader | None = ...,
         chunk: _builtins.bytes = ...,
         trailer: Global___DeviceStateTrailer | None = ...,
+        image_served: Global___ImageServed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chunk", b"chunk", "header", b"header", "trailer", b"trailer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chunk", b"chunk", "header", b"header", "image_served", b"image_served", "trailer", b"trailer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chunk", b"chunk", "header", b"header", "trailer", b"trailer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chunk", b"chunk", "header", b"header", "image_served", b"image_served", "trailer", b"trailer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["header", "chunk", "trailer"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["header", "chunk", "trailer", "image_served"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1002,8 +1027,15 @@ class DeviceStateHeader(_message.Message):
 
     FENCE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    IMAGE_PENDING_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
-    """The generation of the FROZEN image that belongs to this state. Opens the gate for faults."""
+    """The generation of the FROZEN image that belongs to this state. Opens the gate for faults, unless
+    `image_pending`.
+    """
+    image_pending: _builtins.bool
+    """True: the guest may not even be paused yet. The gate stays closed until `image_served`, and no trailer is
+    taken before it.
+    """
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
         """By which right: the same as the source was given."""
@@ -1013,14 +1045,32 @@ class DeviceStateHeader(_message.Message):
         *,
         fence: _common_pb2.Fence | None = ...,
         generation: _builtins.int = ...,
+        image_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "generation", b"generation", "image_pending", b"image_pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceStateHeader: _TypeAlias = DeviceStateHeader  # noqa: Y015
+
+@_typing.final
+class ImageServed(_message.Message):
+    """Says that every page that is fetched from now on is final."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageServed: _TypeAlias = ImageServed  # noqa: Y015
 
 @_typing.final
 class DeviceStateTrailer(_message.Message):

@@ -192,7 +192,9 @@ class FaultAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation.
+        """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation. With `transfer_to`
+        it goes on with TransferDeviceState and returns when that is done: no hop lies between. Nothing is stopped
+        before there is a connection to the destination's agent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,8 +219,9 @@ class FaultAgentServiceServicer:
 
     def LoadDeviceState(self, request_iterator, context):
         """Destination: takes the device state from the source's agent and loads it, paused. The first message
-        carries `header`, the later ones `chunk`, the last one `trailer`. Pages that the load touches are
-        fetched by demand. Fsyncs LOADED(epoch) before it answers.
+        carries `header`, the later ones `chunk`, the last one `trailer`; `image_served` once between them if the
+        header says `image_pending`. Pages that the load touches are fetched by demand, once the gate is open.
+        Fsyncs LOADED(epoch) before it answers. A stream that ends before its first chunk leaves the shell unused.
         Errors: DATA_LOSS STATE_CORRUPT: length or hash differ; nothing is loaded twice: prepare again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -49,7 +49,10 @@ class FaultAgentServiceStub:
     is irreversible for the source.
     """
     Pause: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.PauseRequest, _fault_agent_service_pb2.PauseResponse]
-    """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation."""
+    """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation. With `transfer_to`
+    it goes on with TransferDeviceState and returns when that is done: no hop lies between. Nothing is stopped
+    before there is a connection to the destination's agent.
+    """
     Resume: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.ResumeRequest, _fault_agent_service_pb2.ResumeResponse]
     """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED, or an epoch that the
     store issued for it. Refused for ever once the VM is sealed.
@@ -61,8 +64,9 @@ class FaultAgentServiceStub:
     """
     LoadDeviceState: _aio.StreamUnaryMultiCallable[_fault_agent_service_pb2.LoadDeviceStateRequest, _fault_agent_service_pb2.LoadDeviceStateResponse]
     """Destination: takes the device state from the source's agent and loads it, paused. The first message
-    carries `header`, the later ones `chunk`, the last one `trailer`. Pages that the load touches are
-    fetched by demand. Fsyncs LOADED(epoch) before it answers.
+    carries `header`, the later ones `chunk`, the last one `trailer`; `image_served` once between them if the
+    header says `image_pending`. Pages that the load touches are fetched by demand, once the gate is open.
+    Fsyncs LOADED(epoch) before it answers. A stream that ends before its first chunk leaves the shell unused.
     Errors: DATA_LOSS STATE_CORRUPT: length or hash differ; nothing is loaded twice: prepare again.
     """
     Activate: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.ActivateRequest, _fault_agent_service_pb2.ActivateResponse]
@@ -168,7 +172,10 @@ class FaultAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fault_agent_service_pb2.PauseRequest,
         context: _aio.ServicerContext[_fault_agent_service_pb2.PauseRequest, _abc.Awaitable[_fault_agent_service_pb2.PauseResponse]],
     ) -> _abc.Awaitable[_fault_agent_service_pb2.PauseResponse]:
-        """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation."""
+        """Source: stops the vCPUs, reversibly, and freezes the image. Returns the new generation. With `transfer_to`
+        it goes on with TransferDeviceState and returns when that is done: no hop lies between. Nothing is stopped
+        before there is a connection to the destination's agent.
+        """
 
     @_abc_1.abstractmethod
     def Resume(
@@ -198,8 +205,9 @@ class FaultAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_abc.AsyncIterator[_fault_agent_service_pb2.LoadDeviceStateRequest], _abc.Awaitable[_fault_agent_service_pb2.LoadDeviceStateResponse]],
     ) -> _abc.Awaitable[_fault_agent_service_pb2.LoadDeviceStateResponse]:
         """Destination: takes the device state from the source's agent and loads it, paused. The first message
-        carries `header`, the later ones `chunk`, the last one `trailer`. Pages that the load touches are
-        fetched by demand. Fsyncs LOADED(epoch) before it answers.
+        carries `header`, the later ones `chunk`, the last one `trailer`; `image_served` once between them if the
+        header says `image_pending`. Pages that the load touches are fetched by demand, once the gate is open.
+        Fsyncs LOADED(epoch) before it answers. A stream that ends before its first chunk leaves the shell unused.
         Errors: DATA_LOSS STATE_CORRUPT: length or hash differ; nothing is loaded twice: prepare again.
         """
 
