@@ -292,7 +292,18 @@ int gw_sys_futex_wake(const _Atomic uint32_t *word, int count_max)
 
 int gw_sys_ioctl(int fd, unsigned long request, void *argument)
 {
+#ifdef GW_TEST_HOOKS
+	int answer;
+
+	FAIL_IF_TOLD(GW_SYS_IOCTL);
+	if (gw_sys_ioctl_answered(fd, request, argument, &answer))
+		return answer;
+	const int result = ioctl(fd, request, argument);
+
+	return result == -1 ? -errno : result;
+#else
 	RETURN_OF(GW_SYS_IOCTL, int, ioctl(fd, request, argument));
+#endif
 }
 
 int gw_sys_userfaultfd(int flags)

@@ -97,6 +97,23 @@ int gw_sys_injected(enum gw_sys_call call)
 	return -atomic_load(&fail_error);
 }
 
+/* Set and unset while no thread is in an ioctl; the answer's release orders the user before it. */
+static _Atomic(gw_sys_ioctl_answer) ioctl_answer;
+static void *_Atomic ioctl_user;
+
+void gw_sys_answer_ioctl(gw_sys_ioctl_answer answer, void *user)
+{
+	atomic_store(&ioctl_user, user);
+	atomic_store(&ioctl_answer, answer);
+}
+
+bool gw_sys_ioctl_answered(int fd, unsigned long request, void *argument, int *ret_result)
+{
+	const gw_sys_ioctl_answer answer = atomic_load(&ioctl_answer);
+
+	return answer && answer(atomic_load(&ioctl_user), fd, request, argument, ret_result);
+}
+
 struct point {
 	char name[GW_HOOK_POINT_LEN_MAX];
 	bool held;

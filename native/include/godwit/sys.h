@@ -192,6 +192,17 @@ const char *gw_sys_name(enum gw_sys_call call);
 /* For code that makes a call by other means: -errno to give instead, else 0. */
 int gw_sys_injected(enum gw_sys_call call);
 
+/*
+ * A kernel that this machine has not: `answer` is asked at each ioctl that is not failed, in the thread
+ * that makes it. True = *ret_result is what the call returns; false = it goes to the kernel. NULL
+ * stops it; no other thread may be in an ioctl then.
+ */
+typedef bool (*gw_sys_ioctl_answer)(void *user, int fd, unsigned long request, void *argument,
+				    int *ret_result);
+void gw_sys_answer_ioctl(gw_sys_ioctl_answer answer, void *user);
+/* What gw_sys_ioctl asks. */
+bool gw_sys_ioctl_answered(int fd, unsigned long request, void *argument, int *ret_result);
+
 #define GW_HOOK_POINT_COUNT_MAX 32
 #define GW_HOOK_POINT_LEN_MAX	48
 
