@@ -173,22 +173,28 @@ class HelloRequest(_message.Message):
     VERSION_MIN_FIELD_NUMBER: _builtins.int
     VERSION_MAX_FIELD_NUMBER: _builtins.int
     STORE_INCARNATION_FIELD_NUMBER: _builtins.int
+    ADOPT_STORE_FIELD_NUMBER: _builtins.int
     version_min: _builtins.int
     """Lowest protocol version that the caller speaks. >= 1."""
     version_max: _builtins.int
     """Highest protocol version that the caller speaks. >= version_min."""
     store_incarnation: _builtins.str
-    """Incarnation of the caller's store. Empty for callers without one (tools)."""
+    """Incarnation of the caller's store. Empty for callers without one (tools). A node that obeys none yet
+    obeys this one from now on.
+    """
+    adopt_store: _builtins.bool
+    """True: obey this store and no other from now on, durably. Only `godwit store rebuild` says so."""
     def __init__(
         self,
         *,
         version_min: _builtins.int = ...,
         version_max: _builtins.int = ...,
         store_incarnation: _builtins.str = ...,
+        adopt_store: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["store_incarnation", b"store_incarnation", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_store", b"adopt_store", "store_incarnation", b"store_incarnation", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,6 +213,7 @@ class HelloResponse(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     PAGE_ADDRESS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    STORE_INCARNATION_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version both will speak."""
     node: _builtins.str
@@ -219,6 +226,8 @@ class HelloResponse(_message.Message):
     """Release of the agent's software."""
     page_address: _builtins.str
     """host:port of the page server of this node."""
+    store_incarnation: _builtins.str
+    """Incarnation of the store that this node obeys. Empty: none yet, or an agent that does not know."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What this node can do."""
@@ -233,10 +242,11 @@ class HelloResponse(_message.Message):
         software_version: _builtins.str = ...,
         page_address: _builtins.str = ...,
         capabilities: Global___Capabilities | None = ...,
+        store_incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "store_incarnation", b"store_incarnation", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

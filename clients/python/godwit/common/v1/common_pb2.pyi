@@ -202,6 +202,7 @@ class Fence(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    STORE_INCARNATION_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """The guest. 1..63 of [a-z0-9-], starting and ending with a letter or digit."""
     epoch: _builtins.int
@@ -210,6 +211,8 @@ class Fence(_message.Message):
     """The migration on whose behalf the command is given. Empty for commands outside a migration (StartVm)."""
     decision: Global___Decision.ValueType
     """What the store has decided, as read back by the caller."""
+    store_incarnation: _builtins.str
+    """Incarnation of the caller's store. A node obeys one store only (STORE_IN_DOUBT). Empty: not checked."""
     def __init__(
         self,
         *,
@@ -217,10 +220,11 @@ class Fence(_message.Message):
         epoch: _builtins.int = ...,
         migration_id: _builtins.str = ...,
         decision: Global___Decision.ValueType = ...,
+        store_incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "epoch", b"epoch", "migration_id", b"migration_id", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "epoch", b"epoch", "migration_id", b"migration_id", "store_incarnation", b"store_incarnation", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
