@@ -59,6 +59,7 @@ def read_fence(message: common_pb2.Fence) -> Fence:
         epoch=message.epoch,
         migration_id=message.migration_id,
         decision=decision,
+        store_incarnation=message.store_incarnation,
     )
 
 
@@ -69,6 +70,7 @@ def write_fence(fence: Fence) -> common_pb2.Fence:
         epoch=fence.epoch,
         migration_id=fence.migration_id,
         decision=_DECISIONS[fence.decision],
+        store_incarnation=fence.store_incarnation,
     )
 
 

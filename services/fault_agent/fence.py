@@ -49,6 +49,8 @@ class Fence:
     epoch: int
     migration_id: str = ""
     decision: Decision = Decision.NONE
+    store_incarnation: str = ""
+    """Of the store that gives it; see obeyed_store.py."""
 
 
 _NONE = frozenset({Decision.NONE})

@@ -25,6 +25,7 @@ from services.fault_agent.drivers.api import Driver, VmmState
 from services.fault_agent.evidence import evidence
 from services.fault_agent.images import Images
 from services.fault_agent.journal import Journal, JournalCorruptError, Record
+from services.fault_agent.obeyed_store import ObeyedStore
 from services.fault_agent.vms import Vm
 from services.pagecore.api import PageCore
 
@@ -68,6 +69,7 @@ class Node:
         self.boot_id = processes.boot_id()
         self.incarnation = uuid.uuid4().hex
         self.journal = Journal(config.state_dir)
+        self.store = ObeyedStore(config.state_dir)
         self.images = Images(config.images_dir, config.page_server_control)
         self.vms: dict[str, Vm] = {}
         self.corrupt: dict[str, JournalCorruptError] = {}
@@ -112,6 +114,13 @@ class Node:
     def known_vms(self) -> list[Vm]:
         """Those with a record, by id."""
         return [vm for _, vm in sorted(self.vms.items()) if vm.record.epoch_seen > 0]
+
+    async def obey(self, store_incarnation: str) -> None:
+        """Obey this store only. On return no command of another is under way, or ever admitted."""
+        await self.store.adopt(store_incarnation)
+        for vm in list(self.vms.values()):
+            async with vm.lock:
+                pass
 
     def driver(self, name: str) -> Driver:
         """The driver of that name.
@@ -190,7 +199,7 @@ class Node:
         return await asyncio.shield(self.start_task(work, name))
 
     def _make(self, record: Record) -> Vm:
-        vm = Vm(record, journal=self.journal, boot_id=self.boot_id)
+        vm = Vm(record, journal=self.journal, store=self.store, boot_id=self.boot_id)
         if record.spec_json:
             vm.driver = self.drivers.get(vm.spec.driver)
         return vm

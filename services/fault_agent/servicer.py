@@ -66,6 +66,8 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
                 f" the caller {request.version_min}..{request.version_max}",
                 hint="upgrade the older one; neighbouring releases understand each other",
             )
+        if request.adopt_store:
+            await self._node.obey(request.store_incarnation)
         if not self._node.images.page_address:
             with contextlib.suppress(PageServerUnreachableError):
                 await self._node.images.reload()
@@ -76,6 +78,7 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             incarnation=self._node.incarnation,
             software_version=metadata.version("godwit"),
             page_address=self._node.images.page_address,
+            store_incarnation=self._node.store.incarnation,
             capabilities=await self._capabilities(),
         )
 

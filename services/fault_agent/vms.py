@@ -22,13 +22,17 @@ from services.fault_agent.device_state import Peer
 from services.fault_agent.drivers.api import Driver, Launch, Vmm, VmmState, VmmUnreachableError
 from services.fault_agent.fence import Command, Fence, admit, wrong_state
 from services.fault_agent.journal import Counters, Journal, Record, Role, Transferred
+from services.fault_agent.obeyed_store import ObeyedStore
 
 
 class Vm:
     """What this process holds of a VM. `record` is what is durable, nothing else."""
 
-    def __init__(self, record: Record, *, journal: Journal, boot_id: str) -> None:
+    def __init__(
+        self, record: Record, *, journal: Journal, store: ObeyedStore, boot_id: str
+    ) -> None:
         self._journal = journal
+        self._store = store
         self._boot_id = boot_id
         self.record = record
         self.lock = asyncio.Lock()
@@ -89,6 +93,8 @@ class Vm:
         at the end: all of it if the handler was content, the epoch alone if it refused.
         """
         async with self.lock:
+            # Under the lock: `Node.obey` returns once no command of another store is under way.
+            await self._store.require(fence.store_incarnation)
             known = self.record.epoch_seen > 0
             fenced = admit(self.record, fence, command)
             try:
