@@ -19,7 +19,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.common.hooks import reach
-from services.common.vm_spec import VmSpec
+from services.common.vm_spec import PAGE_BYTES, VmSpec
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.device_state import Incoming
 from services.fault_agent.drivers.api import Vmm, VmmState
@@ -29,6 +29,7 @@ from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Arriving, Record, Role
 from services.fault_agent.node import Node
 from services.fault_agent.preflight import Preflight
+from services.fault_agent.private_map import refuse_private_pages
 from services.fault_agent.residents import (
     has_data,
     make_launch,
@@ -60,7 +61,8 @@ class ArrivalOrder:
 
         Raises:
             InvalidArgumentError: FIELD_INVALID, SPEC_INVALID.
-            FailedPreconditionError: SPEC_MISMATCH: this node reads the spec differently.
+            FailedPreconditionError: SPEC_MISMATCH: this node reads the spec differently;
+                PRIVATE_MEMORY_UNSUPPORTED.
         """
         spec, image = VmSpec.parse(message.spec_json), message.image
         if spec.vm_id != fence.vm_id or image.vm_id != fence.vm_id:
@@ -79,6 +81,7 @@ class ArrivalOrder:
             raise FailedPreconditionError(
                 "SPEC_MISMATCH", f"the image has regions {regions}, the spec makes {own}"
             )
+        refuse_private_pages(message.private_map, spec.memory_bytes // PAGE_BYTES)
         return cls(
             spec=spec,
             image_id=image.image_id,

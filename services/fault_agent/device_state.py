@@ -39,6 +39,7 @@ from services.fault_agent.drivers.api import Vmm
 from services.fault_agent.evidence import write_fence
 from services.fault_agent.fence import Fence
 from services.fault_agent.journal import Transferred
+from services.fault_agent.private_map import refuse_private_pages
 
 log = logging.getLogger(__name__)
 
@@ -232,13 +233,15 @@ class Incoming:
         """The first message.
 
         Raises:
-            InvalidArgumentError: FIELD_INVALID.
+            InvalidArgumentError: FIELD_INVALID, PRIVATE_MAP_INVALID.
+            FailedPreconditionError: PRIVATE_MEMORY_UNSUPPORTED.
         """
         request = await anext(self._requests, None)
         if request is None or request.WhichOneof("body") != "header":
             raise InvalidArgumentError("FIELD_INVALID", "the first message must carry a header")
         if request.header.generation < 1:
             raise InvalidArgumentError("FIELD_INVALID", "header.generation must be >= 1")
+        refuse_private_pages(request.header.private_map)
         return request.header
 
     def when_served(self, open_gate: Callable[[], None]) -> None:
@@ -302,6 +305,7 @@ class Incoming:
                 return request
             if self._gate_opens is None:
                 raise InvalidArgumentError("FIELD_INVALID", "an image_served that none waits for")
+            refuse_private_pages(request.image_served.private_map)
             open_gate, self._gate_opens = self._gate_opens, None
             open_gate()
         return None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from services.common.errors import FailedPreconditionError
 from services.common.vm_spec import PAGE_BYTES
 from services.fault_agent.evidence import counters_message
 from services.fault_agent.journal import Role
+from services.fault_agent.page_runs import set_runs
 from services.fault_agent.vms import Vm
 from services.pagecore.api import ArrivalPhase
 
@@ -37,16 +37,6 @@ _PHASES = {
     ArrivalPhase.REFUSED: pb.ARRIVAL_PHASE_LINK_LOST,
     ArrivalPhase.VIOLATION: pb.ARRIVAL_PHASE_LINK_LOST,
 }
-
-_ONES = re.compile("1+")
-
-
-def set_runs(bits: bytes, first_page: int = 0) -> Iterator[tuple[int, int]]:
-    """Runs (first page, count) of set bits; bit i (LSB first) = page first_page + i."""
-    # Most significant digit first: turned round, character i is bit i.
-    text = format(int.from_bytes(bits, "little"), "b")[::-1]
-    for match in _ONES.finditer(text):
-        yield first_page + match.start(), match.end() - match.start()
 
 
 def changed_runs(before: bytes, after: bytes) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.fault_agent import progress
-from services.fault_agent.progress import Deltas, set_runs
+from services.fault_agent.page_runs import set_runs
+from services.fault_agent.progress import Deltas
 
 
 def apply(absent: set[int], delta: pb.BitmapDelta) -> set[int]:

@@ -749,6 +749,7 @@ class PrepareArrival(_message.Message):
     PAGE_ADDRESS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
+    PRIVATE_MAP_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
     """The VM's spec (docs/vm-spec.md) as JSON."""
     spec_hash: _builtins.str
@@ -763,6 +764,13 @@ class PrepareArrival(_message.Message):
     def image(self) -> _common_pb2.Image:
         """The image to fetch from."""
 
+    @_builtins.property
+    def private_map(self) -> Global___PrivateMap:
+        """Which pages are private, as far as it is known before the guest is paused; the final word comes with the
+        device state. Unset: none can be. FAILED_PRECONDITION PRIVATE_MEMORY_UNSUPPORTED where the VMM cannot
+        import them, INVALID_ARGUMENT PRIVATE_MAP_INVALID.
+        """
+
     def __init__(
         self,
         *,
@@ -772,10 +780,11 @@ class PrepareArrival(_message.Message):
         page_address: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         bulk_bytes_per_s_max: _builtins.int = ...,
+        private_map: Global___PrivateMap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "private_map", b"private_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "image", b"image", "page_address", b"page_address", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "image", b"image", "page_address", b"page_address", "private_map", b"private_map", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1038,6 +1047,7 @@ class DeviceStateHeader(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     IMAGE_PENDING_FIELD_NUMBER: _builtins.int
+    PRIVATE_MAP_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """The generation of the FROZEN image that belongs to this state. Opens the gate for faults, unless
     `image_pending`.
@@ -1050,16 +1060,21 @@ class DeviceStateHeader(_message.Message):
     def fence(self) -> _common_pb2.Fence:
         """By which right: the same as the source was given."""
 
+    @_builtins.property
+    def private_map(self) -> Global___PrivateMap:
+        """Which pages of the FROZEN image are private, unless `image_pending`. Unset: none is."""
+
     def __init__(
         self,
         *,
         fence: _common_pb2.Fence | None = ...,
         generation: _builtins.int = ...,
         image_pending: _builtins.bool = ...,
+        private_map: Global___PrivateMap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "private_map", b"private_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "generation", b"generation", "image_pending", b"image_pending"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "generation", b"generation", "image_pending", b"image_pending", "private_map", b"private_map"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1071,12 +1086,19 @@ class ImageServed(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PRIVATE_MAP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def private_map(self) -> Global___PrivateMap:
+        """Which pages of the FROZEN image are private. Unset: none is."""
+
     def __init__(
         self,
+        *,
+        private_map: Global___PrivateMap | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["private_map", b"private_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["private_map", b"private_map"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1475,3 +1497,33 @@ class PageRun(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PageRun: _TypeAlias = PageRun  # noqa: Y015
+
+@_typing.final
+class PrivateMap(_message.Message):
+    """Which pages of a confidential guest are private: encrypted, or in a guest_memfd that the host cannot read.
+    They are imported (docs/design/private-pages.md); all others are installed.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    PRIVATE_RUNS_FIELD_NUMBER: _builtins.int
+    page_count: _builtins.int
+    """Pages of the guest. Must be the image's."""
+    @_builtins.property
+    def private_runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageRun]:
+        """Private pages: ascending, with at least one shared page between two runs. At most 200 000 runs."""
+
+    def __init__(
+        self,
+        *,
+        page_count: _builtins.int = ...,
+        private_runs: _abc.Iterable[Global___PageRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_count", b"page_count", "private_runs", b"private_runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivateMap: _TypeAlias = PrivateMap  # noqa: Y015
