@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node obeys one store: the first that commands it, then only the one that a rebuild names (I2)."""
+"""A node obeys one store: the first that commands it; later the one that a rebuild names (I2)."""
 
 from __future__ import annotations
 
