@@ -302,6 +302,38 @@ static void an_emulated_fetch_is_a_failed_emulation(void)
 	close_guest(&guest);
 }
 
+/* Emulated: its read is MMIO; then the exchange cannot be done on a bus, and the emulation fails. */
+static void an_emulated_locked_access_is_a_failed_emulation(void)
+{
+	/* lock cmpxchg %bl, 0x6000: CONTENT is not 0, so it is loaded into %al. */
+	static const uint8_t exchange[] = {0xf0, 0x0f, 0xb0, 0x1e, 0x00,
+					   0x60, 0xe6, PORT, 0xeb, 0xfe};
+	struct guest guest;
+	struct gw_vmm_exit_info info;
+
+	open_guest(&guest);
+	set_slot(&guest, 0, 0, RAM_LEN);
+	put_code(&guest, CODE, exchange, sizeof(exchange));
+	guest.ram[ABSENT_PAGE] = CONTENT;
+	enter_real_mode(&guest);
+	is_absent(&guest, true);
+	enum gw_vmm_exit is = enter(&guest, &info);
+
+	if (is == GW_VMM_EXIT_RAM_MMIO) {
+		CHECK_EQ(info.gpa, ABSENT_PAGE);
+		guest.run->mmio.data[0] = CONTENT;
+		is = enter(&guest, &info);
+		CHECK_EQ(is, GW_VMM_EXIT_NOT_EMULATED);
+		/* It was no fetch. */
+		CHECK(info.len == 15 && info.flags == 0);
+	}
+	CHECK(is == GW_VMM_EXIT_NOT_EMULATED || is == GW_VMM_EXIT_BARE_FAULT);
+	CHECK_EQ(rip(&guest), CODE);
+	is_absent(&guest, false);
+	check_done(&guest, CONTENT);
+	close_guest(&guest);
+}
+
 static void a_kick_is_an_interruption(void)
 {
 	static const uint8_t loop[] = {0xeb, 0xfe};
@@ -377,6 +409,7 @@ int main(void)
 	RUN(a_native_access_and_fetch_are_bare_faults);
 	RUN(an_emulated_load_is_mmio_inside_of_ram);
 	RUN(an_emulated_fetch_is_a_failed_emulation);
+	RUN(an_emulated_locked_access_is_a_failed_emulation);
 	RUN(a_kick_is_an_interruption);
 	/* Last: it may skip. */
 	RUN(the_genuine_exit_of_a_closed_guest_memfd);
