@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from services.common.errors import (
     NotFoundError,
 )
 from services.common.vm_spec import VmSpec
+from services.orchestrator import store as store_package
 from services.orchestrator.migration import Decision, Phase, StepFailed
 from services.orchestrator.store import (
     PhaseLostError,
@@ -31,6 +33,7 @@ from services.orchestrator.store import (
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
+    database,
     open_store,
 )
 from services.orchestrator.store.records import IDEMPOTENCY_NS
@@ -122,6 +125,32 @@ async def test_is_durable_by_its_settings(tmp_path: Path) -> None:
     async with open_store(tmp_path / "s.db") as store:
         assert await store.database.write(ask) == ["wal", 2, 1]
         assert await store.database.write_then_read(lambda _c: None, ask) == ["wal", 2, 1]
+
+
+async def test_no_commit_pays_for_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs beside the writes; what was written is in the file without the WAL then."""
+    monkeypatch.setattr(database, "CHECKPOINT_WRITES", 5)
+    ran = threading.Event()
+
+    class Watched(database.Database):
+        def _checkpoint(self) -> None:
+            super()._checkpoint()
+            ran.set()
+
+    monkeypatch.setattr(store_package, "Database", Watched)
+    async with open_store(tmp_path / "s.db") as store:
+
+        def ask(connection: sa.Connection) -> object:
+            return connection.exec_driver_sql("PRAGMA wal_autocheckpoint").scalar_one()
+
+        assert await store.database.write(ask) == 0
+        before = (tmp_path / "s.db").read_bytes()
+        for number in range(5):
+            await store.fleet.put_node(f"n{number}", "127.0.0.1:1", now_ns=1)
+        assert await asyncio.to_thread(ran.wait, 60)
+        assert (tmp_path / "s.db").read_bytes() != before
 
 
 async def test_newer_schema_is_refused(tmp_path: Path) -> None:
