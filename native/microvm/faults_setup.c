@@ -54,6 +54,12 @@ static int try(const struct mv_machine *machine, enum gw_vmm_backend backend,
 		return -ENODEV;
 	}
 	rc = gw_vmm_try(backend, kvm_fd, ret_why);
+	if (rc == 0 && backend != GW_VMM_UFFD && !machine->has_exits) {
+		(void)snprintf(ret_why, GW_VMM_REASON_LEN_MAX,
+			       "%s: this KVM cannot be kept from asynchronous page faults",
+			       gw_vmm_backend_name(backend));
+		rc = -ENODEV;
+	}
 	if (kvm_fd >= 0)
 		close(kvm_fd);
 	return rc;

@@ -81,6 +81,22 @@ static int check_extensions(const struct mv_kvm *kvm, struct mv_error *error)
 	return 0;
 }
 
+/*
+ * No asynchronous page faults. With a LAPIC in the kernel KVM lets a worker wait for a page, halts the
+ * vCPU meanwhile and enters again, also for a guest that never heard of them; a fault that is to be an
+ * exit then never is one: it happens again for ever, in the kernel. KVM does not do so where the guest
+ * may halt by itself, which ours never does. Before there are vCPUs.
+ */
+static bool forbid_async_faults(const struct mv_kvm *kvm)
+{
+	static const struct kvm_enable_cap no_hlt_exits = {.cap = KVM_CAP_X86_DISABLE_EXITS,
+							   .args = {KVM_X86_DISABLE_EXITS_HLT}};
+	const int can = ioctl(kvm->vm_fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_DISABLE_EXITS);
+
+	return can > 0 && (can & KVM_X86_DISABLE_EXITS_HLT) &&
+	       mv_kvm_ioctl(kvm->vm_fd, KVM_ENABLE_CAP, &no_hlt_exits) == 0;
+}
+
 static int create_vm(struct mv_kvm *kvm, struct mv_error *error)
 {
 	static const uint64_t identity_map = IDENTITY_MAP_ADDR;
@@ -234,6 +250,9 @@ static int kvm_create(struct mv_machine *machine, struct mv_error *error)
 	rc = open_kvm(kvm, error);
 	if (rc == 0)
 		rc = create_vm(kvm, error);
+	/* Every machine: it changes what CPUID says, and a state is to load with every backend. */
+	if (rc == 0)
+		machine->has_exits = forbid_async_faults(kvm);
 	for (uint32_t i = 0; rc == 0 && i < machine->config.vcpu_count; i++)
 		rc = create_vcpu(kvm, &machine->vcpus[i], error);
 	if (rc < 0)

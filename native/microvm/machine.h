@@ -88,6 +88,7 @@ struct mv_machine {
 	struct mv_memory memory;
 	const struct mv_accel_ops *accel;
 	void *accel_data;
+	bool has_exits;	    /* by the accelerator: a vCPU's fault can leave the guest */
 	uint64_t made_tick; /* gm_tick() and mv_now_ns() of one moment */
 	uint64_t made_ns;
 	char accel_reason[MV_ERROR_LEN_MAX]; /* why not KVM; empty if it is, or was not asked for */

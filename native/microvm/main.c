@@ -53,6 +53,7 @@ static const char USAGE[] =
 struct options {
 	struct mv_machine_config config;
 	const char *control;
+	const char *fault_option; /* one that means nothing without --fault-socket */
 	bool die_with_parent;
 };
 
@@ -142,21 +143,28 @@ static uint32_t parse_name(const char *option, const char *text, const char *con
 	refuse(option, "not one of those that --help names");
 }
 
-static void set_fault_option(struct mv_faults_config *faults, enum option_name name)
+static void set_fault_option(struct options *options, enum option_name name)
 {
+	struct mv_faults_config *faults = &options->config.faults;
+
 	switch (name) {
 	case OPTION_FAULT_SOCKET:
 		faults->socket_path = optarg;
 		break;
 	case OPTION_FAULT_BACKEND:
+		options->fault_option = "--fault-backend";
 		if (gw_vmm_backend_by_name(optarg, &faults->backend) < 0)
 			refuse("--fault-backend", "not one of those that --help names");
 		break;
 	case OPTION_UFFD_COUNT:
+		options->fault_option = "--uffd-count";
 		faults->uffd_count = (uint32_t)parse_number("--uffd-count", optarg, false,
 							    GW_VMM_UFFD_COUNT_MAX);
+		if (faults->uffd_count == 0)
+			refuse("--uffd-count", "1 at least");
 		break;
 	default:
+		options->fault_option = "--fault-spin-us";
 		faults->spin_us = (uint32_t)parse_number("--fault-spin-us", optarg, false,
 							 MV_FAULT_SPIN_US_MAX);
 		break;
@@ -218,7 +226,7 @@ static void set_option(struct options *options, enum option_name name)
 	case OPTION_FAULT_BACKEND:
 	case OPTION_UFFD_COUNT:
 	case OPTION_FAULT_SPIN_US:
-		set_fault_option(&config->faults, name);
+		set_fault_option(options, name);
 		break;
 	case OPTION_DIE_WITH_PARENT:
 		options->die_with_parent = true;
@@ -248,6 +256,8 @@ static struct options parse_options(int argc, char **argv)
 		refuse(argv[optind], "what is that?");
 	if (!options.control)
 		refuse("--control", "is missing");
+	if (options.fault_option && !options.config.faults.socket_path)
+		refuse(options.fault_option, "is for --fault-socket");
 	return options;
 }
 

@@ -76,6 +76,7 @@ static void update_ticks(struct gm_vcpu *guest)
 
 static int thread_create(struct mv_machine *machine, struct mv_error *error)
 {
+	machine->has_exits = true;
 	for (uint32_t i = 0; i < machine->config.vcpu_count; i++) {
 		struct thread_vcpu *thread = calloc(1, sizeof(*thread));
 
