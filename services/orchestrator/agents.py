@@ -23,6 +23,8 @@ _Response = TypeVar("_Response", bound=Message)
 
 Observe = Callable[[agent_pb2.Evidence], None]
 """Hears every evidence that any answer carries."""
+RefusedBy = Callable[[str, str], None]
+"""Hears (node, incarnation) of a node that obeys another store than ours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +49,18 @@ class AgentClient:
     """Calls to one node's agent. Raises what grpc_client raises."""
 
     def __init__(
-        self, node: str, address: str, incarnation: str, deadlines: Deadlines, observe: Observe
+        self,
+        node: str,
+        address: str,
+        incarnation: str,
+        deadlines: Deadlines,
+        observe: Observe,
+        refused_by: RefusedBy,
     ) -> None:
         self.node = node
         self.address = address
         self._observe = observe
+        self._refused_by = refused_by
         self._incarnation = incarnation
         self._deadlines = deadlines
         self._channel = grpc_client.open_channel(address)
@@ -68,7 +77,26 @@ class AgentClient:
         timeout_s: float,
         traceparent: str = "",
     ) -> _Response:
-        answer = await grpc_client.call(
+        if "fence" in request.DESCRIPTOR.fields_by_name:
+            request.fence.store_incarnation = self._incarnation  # type: ignore[attr-defined]
+        try:
+            answer = await self._send(method, request, timeout_s, traceparent)
+        except GodwitError as error:
+            if error.reason == "STORE_IN_DOUBT":
+                self._refused_by(self.node, error.metadata.get("store_incarnation", "another"))
+            raise
+        if "evidence" in answer.DESCRIPTOR.fields_by_name:
+            self._observe(answer.evidence)  # type: ignore[attr-defined]
+        return answer
+
+    async def _send(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Any, _Response],
+        request: Message,
+        timeout_s: float,
+        traceparent: str,
+    ) -> _Response:
+        return await grpc_client.call(
             self._channel,
             method,
             request,
@@ -77,12 +105,9 @@ class AgentClient:
             traceparent=traceparent,
             peer=self.node,
         )
-        if "evidence" in answer.DESCRIPTOR.fields_by_name:
-            self._observe(answer.evidence)  # type: ignore[attr-defined]
-        return answer
 
-    async def hello(self) -> agent_pb2.HelloResponse:
-        """Agree on a version.
+    async def hello(self, *, adopt_store: bool = False) -> agent_pb2.HelloResponse:
+        """Agree on a version. With `adopt_store` the node obeys this store only, from then on.
 
         Raises:
             UnavailableError: WRONG_NODE: another node listens at this address.
@@ -93,10 +118,13 @@ class AgentClient:
                 version_min=PROTOCOL_VERSION_MIN,
                 version_max=PROTOCOL_VERSION_MAX,
                 store_incarnation=self._incarnation,
+                adopt_store=adopt_store,
             ),
             self._deadlines.hello_s,
         )
         self._check_node(answer.node)
+        if answer.store_incarnation and answer.store_incarnation != self._incarnation:
+            self._refused_by(self.node, answer.store_incarnation)
         return answer
 
     def _check_node(self, says: str) -> None:
@@ -218,9 +246,13 @@ class AgentPool:
         self._clients: dict[str, AgentClient] = {}
         self._retired: list[AgentClient] = []
         self.observe: Observe = lambda _evidence: None
+        self.refused_by: RefusedBy = lambda _node, _incarnation: None
 
     def _heard(self, evidence: agent_pb2.Evidence) -> None:
         self.observe(evidence)
+
+    def _refused_by(self, node: str, incarnation: str) -> None:
+        self.refused_by(node, incarnation)
 
     def put(self, node: str, address: str) -> AgentClient:
         """Say where a node's agent listens.
@@ -238,6 +270,7 @@ class AgentPool:
             self._incarnation,
             self._deadlines,
             self._heard,
+            self._refused_by,
         )
         self._clients[node] = client
         return client

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.common.v1 import common_pb2
 
 from services.orchestrator.migration import (
     AWAITING,
     Activated,
+    Decision,
     Event,
     GuestEnded,
     MemoryComplete,
@@ -34,6 +36,12 @@ _NOT_HERE = frozenset(
 )
 _RUNS = frozenset({agent_pb2.VMM_STATE_RUNNING})
 _OVER = frozenset({agent_pb2.VMM_STATE_DEAD, agent_pb2.VMM_STATE_GUEST_ENDED})
+
+
+_DECISIONS = {
+    common_pb2.DECISION_COMMITTED: Decision.COMMITTED,
+    common_pb2.DECISION_ABORTED: Decision.ABORTED,
+}
 
 
 class Verdict(Enum):
@@ -130,7 +138,13 @@ def judge(
                 reason="STORE_BEHIND",
                 message=f"node {evidence.node} has seen epoch {evidence.epoch_seen}, "
                 f"the store has issued {last_epoch}",
-                invariants=("I2",),
+            )
+        if evidence and (told := _told_otherwise(row, evidence)):
+            return Judgement(
+                verdict=Verdict.FREEZE,
+                reason="STORE_BEHIND",
+                message=f"node {evidence.node} was told {told} for migration {row.migration_id}, "
+                f"the store says {row.decision or 'undecided'}",
             )
     if row.phase is Phase.READY and destination and _shell_is_gone(row, destination):
         # Found out before the guest is paused for nothing.
@@ -149,6 +163,14 @@ def judge(
     # Before SWITCHOVER the guest has not been touched; undoing starts with the decision. Neither
     # needs evidence to go on.
     return Judgement(verdict=Verdict.PERFORM)
+
+
+def _told_otherwise(row: MigrationRow, evidence: Evidence) -> str:
+    """The decision that the node was told for this migration, if the store does not have it."""
+    told = _DECISIONS.get(evidence.decision)
+    if told is None or evidence.migration_id != row.migration_id or told == row.decision:
+        return ""
+    return told
 
 
 def _failed(reason: str, message: str, *invariants: str) -> Judgement:

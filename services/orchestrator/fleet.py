@@ -125,18 +125,22 @@ class Fleet:
         request = vm_service_pb2.StartVmRequest(node=node, spec_json=spec.canonical_json())
         if answer := await self._answered(key, request):
             return types_pb2.Vm.FromString(answer)
+        self._context.doubt.require_none()
         await self._node(node)
         await self._nodes.require(node)
+        self._context.doubt.require_none()
         vm = await self._vm_view(await self._machines.start(spec, node), "")
         await self._keep(key, request, vm)
         return vm
 
     async def stop_vm(self, vm_id: str) -> None:
         """End a VM."""
+        self._context.doubt.require_none()
         vm = await self._vm(vm_id)
         if active := await self._context.store.migrations.active_of(vm_id):
             raise migration_active(vm_id, active)
         await self._nodes.require(vm.node)
+        self._context.doubt.require_none()
         await self._machines.stop(vm_id)
 
     async def get_vm(self, vm_id: str) -> types_pb2.Vm:
@@ -208,6 +212,7 @@ class Fleet:
     ) -> MigrationRow:
         """The migration as it would be written; raises where it would be refused."""
         self._runner.require_running()
+        self._context.doubt.require_none()
         vm = await self._vm(vm_id)
         await self._node(destination_node)
         if vm.node == destination_node:
@@ -220,6 +225,7 @@ class Fleet:
         if active := await self._context.store.migrations.active_of(vm_id):
             raise migration_active(vm_id, active)
         await both(self._nodes.require(vm.node), self._nodes.require(destination_node))
+        self._context.doubt.require_none()
         migration_id = str(ULID())
         return MigrationRow.new(
             migration_id=migration_id,

@@ -35,14 +35,8 @@ async def _check(move: Move) -> Event:
     runs, arrives = await both(source.describe(row.vm_id), destination.describe(row.vm_id))
     last_epoch = await move.context.store.fleet.last_epoch(row.vm_id)
     for evidence in (runs, arrives):
-        if evidence.epoch_seen > last_epoch:
-            move.violated("I2", f"{evidence.node} has seen epoch {evidence.epoch_seen}")
-            raise FailedPreconditionError(
-                "STORE_BEHIND",
-                f"node {evidence.node} has seen epoch {evidence.epoch_seen} of {row.vm_id}, "
-                f"the store has issued {last_epoch}",
-                hint="the store is not the one that moved this VM last; find that one",
-            )
+        move.context.doubt.hear_epoch(evidence.node, row.vm_id, evidence.epoch_seen, last_epoch)
+    move.context.doubt.require_none()
     if runs.role != agent_pb2.VM_ROLE_RESIDENT or runs.vmm_state != agent_pb2.VMM_STATE_RUNNING:
         raise FailedPreconditionError(
             "VM_NOT_RUNNING",

@@ -81,7 +81,7 @@ class Machines:
         """Go on with starts and stops that were not answered, again and again."""
         while True:
             try:
-                for vm in await self._context.store.fleet.vms():
+                for vm in () if self._context.doubt.why else await self._context.store.fleet.vms():
                     if vm.state is not VmState.RUNNING:
                         await self._settle_one(vm)
             except GodwitError:

@@ -25,6 +25,7 @@ from services.orchestrator import rest, rpc
 from services.orchestrator.agents import AgentPool, Deadlines
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
+from services.orchestrator.doubt import Doubt
 from services.orchestrator.fleet import Fleet, check_node
 from services.orchestrator.machines import Machines
 from services.orchestrator.metrics import Metrics
@@ -67,6 +68,7 @@ class Core:
 
     async def _ready(self) -> None:
         self.runner.require_running()
+        self.context.doubt.require_none()
         await self.context.store.fleet.nodes()
 
 
@@ -126,11 +128,15 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
         store = await stack.enter_async_context(open_store(settings.store))
         agents = AgentPool(store.incarnation, settings.deadlines)
         stack.push_async_callback(agents.close)
+        metrics = Metrics()
+        doubt = Doubt(store, metrics)
+        agents.refused_by = doubt.hear_hello
         context = Context(
             store=store,
+            doubt=doubt,
             agents=agents,
             bitmaps=Bitmaps(store.bitmaps),
-            metrics=Metrics(),
+            metrics=metrics,
             changes=Changes(),
             limits=settings.limits,
         )
@@ -143,7 +149,9 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
         for name, address in settings.nodes:
             await nodes.put(name, address, ask=False)
         await stack.enter_async_context(
-            lifecycle.background({"nodes": nodes.poll, "machines": machines.settle})
+            lifecycle.background(
+                {"nodes": nodes.poll, "machines": machines.settle, "doubt": doubt.keep}
+            )
         )
         await stack.enter_async_context(runner.running())
         yield Core(fleet=fleet, context=context, runner=runner, nodes=nodes)

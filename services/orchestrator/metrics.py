@@ -47,6 +47,11 @@ class Metrics:
             ["phase"],
             registry=self.registry,
         )
+        self.store_in_doubt = Gauge(
+            "godwit_store_in_doubt",
+            "1 if the store may have forgotten something: nothing is admitted or decided",
+            registry=self.registry,
+        )
         self.node_reachable = Gauge(
             "godwit_node_reachable",
             "1 if the node's agent answered lately",

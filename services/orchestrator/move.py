@@ -18,6 +18,7 @@ from services.common.grpc_client import NotExecutedError, outcome_unknown
 from services.orchestrator.agents import AgentClient, AgentPool
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
+from services.orchestrator.doubt import Doubt
 from services.orchestrator.evidence import Judgement, Verdict, judge
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Decision, Event, StepFailed
@@ -68,6 +69,7 @@ class Context:
     """What all migrations share."""
 
     store: Store
+    doubt: Doubt
     agents: AgentPool
     bitmaps: Bitmaps
     metrics: Metrics
@@ -111,8 +113,6 @@ class Move:
         self.row = row
         self.pause_sent_ns: int | None = None
         """Monotonic. None: not by this process."""
-        self.frozen = False
-        """The agents know more than the store, by the last evidence: no decision now (I2)."""
         self.activation_tried = asyncio.Event()
         """The destination has answered, or not, or it is past that: the source may be sealed."""
         self._counted: set[str] = set()
@@ -154,7 +154,8 @@ class Move:
             destination,
             last_epoch=await self.context.store.fleet.last_epoch(row.vm_id),
         )
-        self.frozen = judgement.verdict is Verdict.FREEZE
+        if judgement.verdict is Verdict.FREEZE:
+            self.context.doubt.found(judgement.message)
         for invariant in judgement.invariants:
             self.violated(invariant, judgement.message or f"evidence in phase {row.phase}")
         return judgement

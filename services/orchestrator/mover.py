@@ -57,7 +57,7 @@ from services.orchestrator.migration import (
     progress,
 )
 from services.orchestrator.move import Context, HappenedError, Move
-from services.orchestrator.store import StoreError
+from services.orchestrator.store import StoreError, identity
 from services.orchestrator.store.rows import MigrationRow
 
 log = logging.getLogger(__name__)
@@ -137,15 +137,14 @@ class Mover:
                     actions = deque(next_actions)
 
     async def _thawed(self) -> None:
-        """Return once no agent knows more than the store: until then nothing is decided (I2)."""
+        """Return unless the store is in doubt; then never: nothing is decided any more (I2)."""
         alarm_at = asyncio.get_running_loop().time() + self._context.limits.alarm_s
         for delay_s in self._context.backoff():
-            judgement = await self.move.ask()
-            if not self.move.frozen:
+            if not self._context.doubt.why:
+                await self.move.ask()
+            if not (why := self._context.doubt.why):
                 return
-            await self.move.wait_for(
-                judgement.reason, judgement.message, "the store is not the one that moved it last"
-            )
+            await self.move.wait_for("STORE_IN_DOUBT", why, identity.HINT)
             if asyncio.get_running_loop().time() >= alarm_at:
                 await self._perform(RaiseAlarm())
                 alarm_at += self._context.limits.alarm_s
@@ -250,6 +249,9 @@ class Mover:
         if not isinstance(action, RaiseAlarm):
             self._rejoined = False
         limits = self._context.limits
+        may_go_on = self.phase not in UNDECIDED or isinstance(action, RaiseAlarm)
+        if self._context.doubt.why and not may_go_on:
+            await self._thawed()
         with telemetry.span(
             f"migration.{self.row.phase}",
             traceparent=self.row.traceparent,
@@ -339,7 +341,7 @@ class Mover:
     async def _decide(self, decision: Decision) -> Event:
         """Write the decision if nobody has, and report what the store says then (I2)."""
         store, limits = self._context.store.migrations, self._context.limits
-        if self.move.frozen:
+        if self._context.doubt.why:
             await self._thawed()
         await reach("orchestrator.decision.before")
         alarm_at = asyncio.get_running_loop().time() + limits.alarm_s

@@ -86,6 +86,11 @@ class Nodes:
                 hint="start the agent on that node, or register the node's present address",
                 metadata={"node": name, "agent_address": agent.address},
             ) from error
+        issued = await self._context.store.fleet.last_epochs()
+        for evidence in vms:
+            self._context.doubt.hear_epoch(
+                name, evidence.vm_id, evidence.epoch_seen, issued.get(evidence.vm_id, 0)
+            )
         status.reachable, status.message = True, ""
         status.capabilities = hello.capabilities
         status.vms = {evidence.vm_id: evidence for evidence in vms}

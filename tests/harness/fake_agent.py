@@ -128,6 +128,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.incarnation = 0
         self.records: dict[str, Record] = {}
         self.address: Address | None = None
+        self.obeys = ""
+        """Incarnation of the store that it obeys; journaled."""
         self.calls: Counter[str] = Counter()
         self.page_server_up = True
         self.fetching = asyncio.Event()
@@ -254,6 +256,13 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
     # --- fences ---
 
     def _admit(self, fence: common_pb2.Fence, *decisions: int, migration: bool = True) -> Record:
+        self.obeys = self.obeys or fence.store_incarnation
+        if fence.store_incarnation not in ("", self.obeys):
+            raise FailedPreconditionError(
+                "STORE_IN_DOUBT",
+                f"{self.node} obeys {self.obeys}, not {fence.store_incarnation}",
+                metadata={"store_incarnation": self.obeys},
+            )
         if not fence.vm_id or not fence.epoch or bool(fence.migration_id) is not migration:
             raise InvalidArgumentError("FIELD_INVALID", f"fence {fence}")
         record = self.records.setdefault(fence.vm_id, Record(vm_id=fence.vm_id))
@@ -284,18 +293,20 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
 
     async def Hello(self, request: pb.HelloRequest, context: _Context) -> pb.HelloResponse:
         """See the proto."""
-        return await self._do(
-            "Hello",
-            context,
-            lambda: pb.HelloResponse(
-                version=1,
-                node=self.node,
-                boot_id=self.boot_id,
-                incarnation=str(self.incarnation),
-                page_address=f"fake:{self.node}",
-                capabilities=pb.Capabilities(
-                    kernel_release="6.12", drivers=["qemu"], memory_total_bytes=1 << 36
-                ),
+        return await self._do("Hello", context, lambda: self._hello(request))
+
+    def _hello(self, request: pb.HelloRequest) -> pb.HelloResponse:
+        if request.adopt_store:
+            self.obeys = request.store_incarnation
+        return pb.HelloResponse(
+            version=1,
+            store_incarnation=self.obeys,
+            node=self.node,
+            boot_id=self.boot_id,
+            incarnation=str(self.incarnation),
+            page_address=f"fake:{self.node}",
+            capabilities=pb.Capabilities(
+                kernel_release="6.12", drivers=["qemu"], memory_total_bytes=1 << 36
             ),
         )
 

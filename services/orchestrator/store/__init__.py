@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import sqlalchemy as sa
-from ulid import ULID
 
 from services.common.errors import FailedPreconditionError
-from services.orchestrator.store import schema
+from services.orchestrator.store import identity, schema
 from services.orchestrator.store.database import (
     Database,
     StoreBusyError,
@@ -20,6 +19,7 @@ from services.orchestrator.store.database import (
     StoreReadOnlyError,
 )
 from services.orchestrator.store.fleet import FleetTable
+from services.orchestrator.store.identity import StoreInDoubtError
 from services.orchestrator.store.migrations import MigrationTable, PhaseLostError
 from services.orchestrator.store.records import BitmapTable, IdempotencyTable
 
@@ -29,6 +29,7 @@ __all__ = [
     "StoreBusyError",
     "StoreError",
     "StoreFullError",
+    "StoreInDoubtError",
     "StoreReadOnlyError",
     "open_store",
 ]
@@ -37,14 +38,18 @@ __all__ = [
 class Store:
     """What the orchestrator remembers."""
 
-    def __init__(self, database: Database, incarnation: str) -> None:
+    def __init__(self, database: Database, known: dict[str, str]) -> None:
         self.database = database
-        self.incarnation = incarnation
-        """Drawn when the file was made. Another one means another memory (I2)."""
+        self.identity = identity.Identity(database, known)
         self.fleet = FleetTable(database)
         self.migrations = MigrationTable(database)
         self.idempotency = IdempotencyTable(database)
         self.bitmaps = BitmapTable(database)
+
+    @property
+    def incarnation(self) -> str:
+        """Another one means another memory (I2)."""
+        return self.identity.incarnation
 
 
 @contextlib.asynccontextmanager
@@ -58,19 +63,22 @@ async def open_store(path: Path) -> AsyncIterator[Store]:
     database = Database(path)
     try:
         store = Store(database, await _prepare(database, path))
-        await store.migrations.rehearse()
+        if not store.identity.in_doubt:
+            await store.migrations.rehearse()
         yield store
     finally:
         await database.close()
 
 
-async def _prepare(database: Database, path: Path) -> str:
-    def work(connection: sa.Connection) -> str:
+async def _prepare(database: Database, path: Path) -> dict[str, str]:
+    def work(connection: sa.Connection) -> dict[str, str]:
         schema.metadata.create_all(connection)
-        rows = connection.execute(sa.select(schema.meta))
-        known: dict[str, str] = {row.key: row.value for row in rows}
+        known = identity.read(connection)
         if not known:
-            known = {"incarnation": str(ULID()), "schema_version": str(schema.SCHEMA_VERSION)}
+            known = {
+                identity.INCARNATION: identity.new_incarnation(),
+                identity.SCHEMA_VERSION: str(schema.SCHEMA_VERSION),
+            }
             connection.execute(
                 sa.insert(schema.meta),
                 [{"key": key, "value": value} for key, value in known.items()],
@@ -90,6 +98,6 @@ async def _prepare(database: Database, path: Path) -> str:
             .where(schema.meta.c.key == "schema_version")
             .values(value=str(schema.SCHEMA_VERSION))
         )
-        return known["incarnation"]
+        return known
 
     return await database.write(work)

@@ -10,13 +10,19 @@ from services.common.errors import AlreadyExistsError, NotFoundError
 from services.common.vm_spec import VmSpec
 from services.orchestrator.store import schema
 from services.orchestrator.store.database import Database
+from services.orchestrator.store.identity import refuse_in_doubt
 from services.orchestrator.store.rows import NodeRow, VmRow, VmState
 
 _vms = schema.vms.c
 
 
 def next_epoch(connection: sa.Connection, vm_id: str) -> int:
-    """A fresh epoch: never issued before, also if the VM was deleted and came back (I1)."""
+    """A fresh epoch: never issued before, also if the VM was deleted and came back (I1).
+
+    Raises:
+        StoreInDoubtError: whoever has forgotten what it issued must not issue.
+    """
+    refuse_in_doubt(connection)
     statement = (
         sqlite.insert(schema.epochs)
         .values(vm_id=vm_id, last_epoch=1)
@@ -135,6 +141,15 @@ class FleetTable:
                 sa.select(schema.epochs.c.last_epoch).where(schema.epochs.c.vm_id == vm_id)
             )
             return int(found.scalar_one_or_none() or 0)
+
+        return await self._database.read(work)
+
+    async def last_epochs(self) -> dict[str, int]:
+        """The highest epoch ever issued, by VM."""
+
+        def work(connection: sa.Connection) -> dict[str, int]:
+            rows = connection.execute(sa.select(schema.epochs))
+            return {row.vm_id: row.last_epoch for row in rows}
 
         return await self._database.read(work)
 

@@ -19,6 +19,7 @@ from services.orchestrator.store.fleet import (
     next_epoch,
     vm_unknown,
 )
+from services.orchestrator.store.identity import refuse_in_doubt
 from services.orchestrator.store.records import put_idempotency
 from services.orchestrator.store.rows import (
     IdempotencyRow,
@@ -135,11 +136,13 @@ class MigrationTable:
         Raises:
             NotFoundError: VM_UNKNOWN.
             AlreadyExistsError: MIGRATION_ACTIVE.
+            StoreInDoubtError: nothing is admitted.
             FailedPreconditionError: VM_NOT_RUNNING; VM_MOVED: the VM is not where it was when the
                 caller looked.
         """
 
         def work(connection: sa.Connection) -> None:
+            refuse_in_doubt(connection)
             found = connection.execute(sa.select(schema.vms).where(schema.vms.c.vm_id == row.vm_id))
             vm_row = found.one_or_none()
             if vm_row is None:
@@ -236,6 +239,7 @@ class MigrationTable:
 
         Raises:
             StoreError: written or not: read again.
+            StoreInDoubtError: nothing is decided.
         """
         return await self._database.write_then_read(
             lambda connection: _write_decision(connection, row.migration_id, decision, now_ns),
@@ -380,6 +384,7 @@ _SELECT = sa.select(schema.migrations).where(_m.migration_id == sa.bindparam("of
 def _write_decision(
     connection: sa.Connection, migration_id: str, decision: Decision, now_ns: int
 ) -> None:
+    refuse_in_doubt(connection)
     written = connection.execute(
         _DECIDE[decision], {"of": migration_id, "now_ns": now_ns}
     ).one_or_none()

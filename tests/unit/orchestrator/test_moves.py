@@ -17,7 +17,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.orchestrator.migration import Decision
-from services.orchestrator.store import StoreError
+from services.orchestrator.store import StoreError, StoreInDoubtError
 from services.orchestrator.store.migrations import MigrationTable
 from services.orchestrator.store.rows import MigrationRow
 from tests.harness.fake_agent import Gate
@@ -310,8 +310,8 @@ async def test_late_pause_is_stale(fleet: FakeFleet) -> None:
 async def test_store_that_is_behind_decides_nothing(fleet: FakeFleet) -> None:
     """I2: an agent has seen an epoch that this store never issued."""
     fleet.a.records[VM].epoch_seen = 999
-    ended = await fleet.ended(await fleet.migrate())
-    assert (ended["phase"], ended["reason"]) == ("failed", "STORE_BEHIND")
+    with pytest.raises(StoreInDoubtError, match="999"):
+        await fleet.migrate()
     violations = fleet.core.context.metrics.invariant_violations.labels("I2")
     assert violations._value.get() == 1
     assert fleet.world.owners(VM) == ["a"]
