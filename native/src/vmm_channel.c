@@ -71,7 +71,7 @@ int gw_vmm_channel_create(struct gw_vmm *vmm)
 	if (err == 0)
 		err = gw_sys_mmap(NULL, (size_t)len, PROT_READ | PROT_WRITE,
 				  MAP_SHARED | MAP_POPULATE, vmm->channel_fd, 0, &address);
-	if (err < 0)
+	if (err != 0)
 		return err;
 	vmm->channel_len = (size_t)len;
 	vmm->header = address;

@@ -340,7 +340,7 @@ static struct {
 static void *member_main(void *argument)
 {
 	const struct member *const member = argument;
-	uint64_t page = member->vcpu * 7;
+	uint64_t page = (uint64_t)member->vcpu * 7;
 
 	for (uint32_t i = 0; i < CROWD_PAGES; i++) {
 		int result;

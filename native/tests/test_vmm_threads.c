@@ -57,7 +57,7 @@ struct runner {
 static void *guest_main(void *argument)
 {
 	const struct runner *const runner = argument;
-	uint64_t page = runner->vcpu * 1021;
+	uint64_t page = (uint64_t)runner->vcpu * 1021;
 
 	vcpu_of_thread = runner->vcpu;
 	for (uint32_t i = 0; i < PAGE_COUNT; i++) {
@@ -268,7 +268,8 @@ static void without_mappings_left_a_whole_granule_is_awaited(void)
 	struct faulter faulter;
 	bool seen[GRANULE] = {false};
 
-	rig_create(&rig, GW_VMM_EXIT_SIGSEGV, 4 * GRANULE, 1); /* two regions of two granules */
+	rig_create(&rig, GW_VMM_EXIT_SIGSEGV, (uint64_t)4 * GRANULE,
+		   1); /* two regions of two granules */
 	rig_connect(&rig, &agent);
 	gw_sys_fail_nth(GW_SYS_MPROTECT, 1, ENOMEM);
 	faulter_start(&faulter, &rig, 0, GRANULE + 7, 1);
@@ -302,7 +303,7 @@ static void without_mappings_left_a_whole_granule_is_awaited(void)
 	gw_sys_fail_none();
 	CHECK_EQ(rig_fault(&rig, 0, 0), GW_VMM_FAULT_HERE);
 	gw_sys_fail_nth(GW_SYS_MPROTECT, 1, EACCES);
-	CHECK_EQ(rig_fault(&rig, 0, 3 * GRANULE), -EACCES);
+	CHECK_EQ(rig_fault(&rig, 0, (uint64_t)3 * GRANULE), -EACCES);
 	agent_close(&agent);
 	rig_destroy(&rig);
 }

@@ -77,23 +77,25 @@ enum gw_exit_flag {
 /* At vcpus_offset + index * GW_EXIT_VCPU_LEN. */
 struct gw_exit_vcpu {
 	/* Written by the vCPU's thread. */
-	_Atomic uint32_t request_head; /* requests ever posted, modulo 2^32; release after the slot */
-	_Atomic uint32_t waiting;      /* 1: it sleeps, or is about to, on wake_count */
+	_Atomic uint32_t
+		request_head;	  /* requests ever posted, modulo 2^32; release after the slot */
+	_Atomic uint32_t waiting; /* 1: it sleeps, or is about to, on wake_count */
 	/*
 	 * What it waits for, GW_EXIT_PAGE_NONE where there is nothing. Stored before `waiting`; the
 	 * agent reads them after it. A value half of an older wait costs one needless wake, or is
 	 * followed by the look at the bits that finds the page.
 	 */
 	_Atomic uint64_t wait_pages[GW_EXIT_WAIT_COUNT];
-	/* For people and metrics: exits, those that found the page there already, time asleep. */
+	/* For people and metrics: faults, those that found all pages there already, time in faults. */
 	_Atomic uint64_t exit_count;
 	_Atomic uint64_t spurious_count;
 	_Atomic uint64_t blocked_ns;
 	uint64_t reserved0[4];
 
 	/* Written by the agent, and wake_count by who kicks the vCPU too; lines of their own. */
-	_Atomic uint32_t request_tail; /* requests taken, modulo 2^32; release after the slot was read */
-	_Atomic uint32_t wake_count;   /* the futex word; only ever counts up */
+	_Atomic uint32_t
+		request_tail; /* requests taken, modulo 2^32; release after the slot was read */
+	_Atomic uint32_t wake_count; /* the futex word; only ever counts up */
 	uint64_t reserved1[15];
 
 	struct gw_exit_request requests[GW_EXIT_REQUEST_COUNT];
