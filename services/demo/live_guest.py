@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +14,15 @@ from godwit.models import Migration, MigrationPhase
 
 from services.common.errors import DeadlineExceededError
 from services.common.vm_spec import Disk, Nic, Tap, VmSpec
+from services.demo import moves
 from services.demo.cluster import Cluster
 from services.demo.console import Console, ConsoleFollower, Panic, Record, Sweep, parse
 from services.demo.guest_image import GuestImage, Workload
+from services.demo.moves import OnStep
 from services.demo.network import Network
-from services.demo.verdict import MigrationReport, Setup, evidence_missing
+from services.demo.verdict import Setup, evidence_missing
 
 BOOT_S_MAX = 240.0
-MOVE_S_MAX = 300.0
 PROOF_S_MAX = 240.0
 SILENCE_S_MAX = 15.0
 """A guest that beats each 10 ms and says nothing for so long is dead."""
@@ -33,9 +32,6 @@ _LATEST_LINES = 100
 
 _NEVER_RAN = frozenset({MigrationPhase.FAILED, MigrationPhase.CANCELLED})
 """Ends of a migration after which the guest is where it was."""
-
-OnStep = Callable[[Migration], Awaitable[bool]]
-"""Told of each change of a migration; True = there is nothing more to wait for."""
 
 
 def make_spec(
@@ -144,25 +140,22 @@ class LiveGuest:
             DeadlineExceededError: MOVE_STALLED.
             GodwitClientError: the orchestrator refused or cannot be reached any more.
         """
-        last = await self.client.migrate(
-            self.vm_id, destination, bulk_bytes_per_s_max=bulk_bytes_per_s_max
-        )
         followed = False
-        try:
-            async with (
-                asyncio.timeout(MOVE_S_MAX),
-                aclosing(self.client.watch(last.migration_id)) as steps,
-            ):
-                async for last in steps:
-                    if last.epoch and not followed:
-                        followed = True  # from before its first line on, for the time stamps' sake
-                        self.follow(destination, last.epoch)
-                    if await on_step(last) or last.phase == MigrationPhase.NEEDS_ATTENTION:
-                        break
-        except TimeoutError:
-            raise DeadlineExceededError(
-                "MOVE_STALLED", f"{last.migration_id} is {last.phase} after {MOVE_S_MAX:g} s"
-            ) from None
+
+        async def step(migration: Migration) -> bool:
+            nonlocal followed
+            if migration.epoch and not followed:
+                followed = True  # from before its first line on, for the time stamps' sake
+                self.follow(destination, migration.epoch)
+            return await on_step(migration)
+
+        last = await moves.move(
+            self.client,
+            self.vm_id,
+            destination,
+            on_step=step,
+            bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+        )
         if followed and last.phase in _NEVER_RAN:
             self.consoles.pop()
         return last
@@ -199,20 +192,3 @@ class LiveGuest:
 
 def _begins_or_ends(record: Record) -> bool:
     return isinstance(record, Panic) or (isinstance(record, Sweep) and record.state == "begin")
-
-
-def report_of(migration: Migration) -> MigrationReport:
-    """What the system says about a move, in the units of the verdict."""
-    counters = migration.counters
-    latency = counters.fault_latency if counters else None
-    return MigrationReport(
-        source=migration.source_node,
-        destination=migration.destination_node,
-        pause_ms=round(migration.pause_ns / 1e6, 3),
-        total_s=round(migration.total_ns / 1e9, 3),
-        pages_demand=counters.demand_page_count if counters else 0,
-        pages_bulk=counters.bulk_page_count if counters else 0,
-        pages_zero=counters.zero_page_count if counters else 0,
-        fault_p50_us=round(latency.p50_ns / 1e3, 1) if latency else 0.0,
-        fault_p99_us=round(latency.p99_ns / 1e3, 1) if latency else 0.0,
-    )

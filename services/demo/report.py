@@ -22,12 +22,24 @@ _ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("pages verified after it", lambda move: f"{move['pages_verified']:,}"),
 )
 
+_EXIT_ROWS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("exits of each vCPU", lambda move: ", ".join(f"{n:,}" for n in move["exits"])),
+    (
+        "blocked in them",
+        lambda move: ", ".join(f"{ns / 1e6:.0f} ms" for ns in move["blocked_ns"]),
+    ),
+)
+"""Where the vCPUs made some."""
+
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """A table with a column per move, then the verdict and its reasons."""
     console.print(
         f"{report['guest']}, {report['memory_bytes'] >> 20} MiB, {report['vmm']}", soft_wrap=True
     )
+    if backend := report.get("fault_backend"):
+        why = report.get("fault_backend_reason")
+        console.print(f"faults by {backend}" + (f": {why}" if why else ""), soft_wrap=True)
     moves = report["migrations"]
     if moves:
         table = Table(show_edge=False, pad_edge=False)
@@ -36,6 +48,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             table.add_column(f"{move['from']} → {move['to']}", justify="right")
         for name, cell in _ROWS:
             table.add_row(name, *(cell(move) for move in moves))
+        for name, cell in _EXIT_ROWS:
+            if all(any(move.get("exits", ())) for move in moves):
+                table.add_row(name, *(cell(move) for move in moves))
         console.print(table)
     console.print(
         f"verified {report['pages_verified']:,} pages after each move, "

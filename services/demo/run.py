@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from godwit.client import AsyncClient
 from godwit.errors import GodwitClientError
@@ -26,54 +25,20 @@ from services.demo import guest_image
 from services.demo.cluster import running_cluster
 from services.demo.console import ConsoleFollower
 from services.demo.errors import NetworkUnavailableError, ToolMissingError
-from services.demo.guest_image import Workload
-from services.demo.live_guest import LiveGuest, make_spec, report_of
+from services.demo.guest_image import GuestImage, Workload
+from services.demo.live_guest import LiveGuest, make_spec
+from services.demo.microvm_run import run_microvm, uffd_is_allowed
+from services.demo.moves import report_of, why_not_succeeded
 from services.demo.network import Network, demo_network
-from services.demo.sabotage import Harm, Sabotage
+from services.demo.options import MIB, Narrator, Options
+from services.demo.sabotage import Sabotage
 from services.demo.verdict import MigrationReport, Setup, judge
 
 VM_ID = "demo"
 _QEMU = "qemu-system-x86_64"
-_MIB = 1 << 20
 _SPARE_MIB = 96
 """What the guest needs beside its workload: kernel, initramfs, buffers."""
 _DISK = "disk.raw"
-
-
-class Narrator(Protocol):
-    """Tells whoever watches."""
-
-    def step(self, text: str) -> None:
-        """Something begins or is done."""
-
-    def note(self, text: str) -> None:
-        """Something that weakens what the demo shows."""
-
-    def migration(self, migration: Migration) -> None:
-        """A migration has changed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to do.
-
-    Attributes:
-        memory_bytes: of the guest; a multiple of 2 MiB.
-        workload_mib: of it, what the guest fills and checks.
-        dirty_rate: pages that it rewrites a second; 0 = no limit.
-        vcpus: of the guest.
-        directory: for state and logs, must not exist; None = a new one that goes at the end.
-        keep: it stays even so.
-        harm: for tests.
-    """
-
-    memory_bytes: int = 512 * _MIB
-    workload_mib: int = 256
-    dirty_rate: int = 2000
-    vcpus: int = 1
-    directory: Path | None = None
-    keep: bool = False
-    harm: Harm | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +50,7 @@ class _Course:
 
 
 async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
-    """Do it all; the report of services.demo.verdict.
+    """Do it all; the report of services.demo.verdict or microvm_verdict.
 
     What goes wrong with the guest is in the report. Cancel it to clean up and end.
 
@@ -94,16 +59,44 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
         GodwitClientError: the orchestrator refused to start the guest.
     """
     _check(options)
-    narrator.step("guest image: Debian's cloud kernel, busybox, the workload")
-    image = await asyncio.to_thread(guest_image.build, cache_directory())
+    image = await _image(options, narrator)
+    async with _placed(options, narrator) as place:
+        if image is None:
+            report = await run_microvm(options, narrator, place.path)
+        else:
+            report = await _run_qemu(options, narrator, image, place.path)
+        place.keep |= report["verdict"] != "ok"
+        return report
+
+
+async def _image(options: Options, narrator: Narrator) -> GuestImage | None:
+    """What QEMU boots; None: a microvm, which boots nothing."""
+    if options.vmm == "microvm":
+        return None
+    try:
+        if shutil.which(_QEMU) is None:
+            raise ToolMissingError(_QEMU, "qemu-system-x86")
+        if options.vmm == "auto" and not uffd_is_allowed():
+            raise FailedPreconditionError("UFFD_FORBIDDEN", "userfaultfd is not allowed here")
+        narrator.step("guest image: Debian's cloud kernel, busybox, the workload")
+        return await asyncio.to_thread(guest_image.build, cache_directory())
+    except (FailedPreconditionError, OSError) as error:
+        if options.vmm == "qemu" or options.harm is not None:
+            raise
+        narrator.note(f"a microvm instead of QEMU: {error}")
+        return None
+
+
+async def _run_qemu(
+    options: Options, narrator: Narrator, image: GuestImage, directory: Path
+) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         network = _enter_network(stack, narrator)
-        place = await stack.enter_async_context(_placed(options, narrator))
         has_disk = options.harm is None or not options.harm.spares_disk
-        disk = await asyncio.to_thread(_make_disk, place.path) if has_disk else None
+        disk = await asyncio.to_thread(_make_disk, directory) if has_disk else None
         narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
         cluster = await stack.enter_async_context(
-            running_cluster(place.path / "cluster", hooked=options.harm is not None)
+            running_cluster(directory / "cluster", hooked=options.harm is not None)
         )
         client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
         follower = await stack.enter_async_context(ConsoleFollower())
@@ -139,9 +132,7 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
         course = _Course()
         await guest.wait_filled()
         await _travel(guest, options, narrator, course)
-        report = _report(guest, course)
-        place.keep |= report["verdict"] != "ok"
-        return report
+        return _report(guest, course)
 
 
 async def _travel(guest: LiveGuest, options: Options, narrator: Narrator, course: _Course) -> None:
@@ -159,11 +150,7 @@ async def _travel(guest: LiveGuest, options: Options, narrator: Narrator, course
         if guest.console.node == destination:
             course.reports.append(report_of(migration))
         if migration.phase != MigrationPhase.SUCCEEDED:
-            why = ": ".join(part for part in (migration.reason, migration.message) if part)
-            course.trouble.append(
-                f"migration {source} to {destination} ended {migration.phase}"
-                + (f" ({why})" if why else "")
-            )
+            course.trouble.append(why_not_succeeded(migration))
         if migration.phase != MigrationPhase.SUCCEEDED and sabotage is None:
             return
         narrator.step(f"proof: {destination} verifies every page, disk, network")
@@ -209,7 +196,7 @@ def _report(guest: LiveGuest, course: _Course) -> dict[str, object]:
         assert isinstance(reasons, list)
         report["reasons"] = [*course.trouble, *reasons]
         report["verdict"] = "failed"
-    return report
+    return {**report, "fault_backend": "uffd", "fault_backend_reason": "QEMU makes no exits"}
 
 
 def cache_directory() -> Path:
@@ -222,17 +209,19 @@ def cache_directory() -> Path:
 
 
 def _check(options: Options) -> None:
-    if shutil.which(_QEMU) is None:
-        raise ToolMissingError(_QEMU, "qemu-system-x86")
-    if options.memory_bytes % (2 * _MIB):
+    if options.memory_bytes % (2 * MIB):
         raise InvalidArgumentError(
             "FIELD_INVALID", f"memory {options.memory_bytes} is not a multiple of 2 MiB"
         )
-    if options.memory_bytes < (options.workload_mib + _SPARE_MIB) * _MIB:
+    if options.vmm == "microvm" and options.harm is not None:
+        raise InvalidArgumentError("FIELD_INVALID", "only a guest of QEMU can be harmed")
+    if options.vmm != "microvm" and (
+        options.memory_bytes < (options.workload_mib + _SPARE_MIB) * MIB
+    ):
         raise InvalidArgumentError(
             "FIELD_INVALID",
             f"a workload of {options.workload_mib} MiB does not fit into a guest of "
-            f"{options.memory_bytes // _MIB} MiB",
+            f"{options.memory_bytes // MIB} MiB",
             hint=f"the guest needs {_SPARE_MIB} MiB beside it",
         )
 
