@@ -206,6 +206,8 @@ static void user_mode_is_enough_for_threads(void)
 	struct agent agent;
 	struct toucher toucher;
 	char reason[GW_VMM_REASON_LEN_MAX];
+	int pipe_fds[2];
+	uint8_t byte = 1;
 
 	if (getuid() != 0)
 		return; /* without privilege already: the other tests say it */
@@ -224,8 +226,73 @@ static void user_mode_is_enough_for_threads(void)
 	touch_start(&toucher);
 	agent_copy_page(&agent, 7);
 	CHECK_EQ(toucher_join(&toucher), first_word(7));
+	CHECK_EQ(pipe(pipe_fds), 0);
+	/* Neither blocked nor zero. */
+	if (refused)
+		CHECK_EQ(kernel_reads(pipe_fds, rig.window + 8 * PAGE, &byte), -1);
 	agent_close(&agent);
 	rig_destroy(&rig);
+}
+
+/* What SIGBUS mode is for is what user mode does anyway: KVM's exits need no privilege either. */
+static void exits_need_no_privilege(void)
+{
+	struct rig rig;
+	struct agent agent;
+	int pipe_fds[2];
+	uint8_t byte = 1;
+
+	if (getuid() == 0)
+		become_nobody();
+	rig_prepare(&rig, GW_VMM_EXIT_EMULATION, 64, 1);
+	rig.config.user_mode_ok = true;
+	CHECK_EQ(gw_vmm_create(&rig.config, &rig.vmm), 0);
+	rig_connect(&rig, &agent);
+	CHECK_EQ(pipe(pipe_fds), 0);
+	CHECK_EQ(kernel_reads(pipe_fds, rig.guest + 7 * PAGE, &byte), -1);
+	agent_copy_page(&agent, 7);
+	agent_publish(&agent, 7);
+	CHECK_EQ(kernel_reads(pipe_fds, rig.guest + 7 * PAGE, &byte), 1);
+	CHECK_EQ(byte, rig.window[7 * PAGE]);
+	agent_close(&agent);
+	rig_destroy(&rig);
+}
+
+/* --- 2 MiB ------------------------------------------------------------------------------------ */
+
+/* Registered and handed off; no huge page is needed for that. */
+static void pages_of_2m_go_by_userfaultfd(void)
+{
+	const uint64_t len = UINT64_C(8) << 20;
+	struct rig rig;
+	struct agent agent;
+
+	rig_prepare(&rig, GW_VMM_UFFD, 64, 1);
+	const int fd = memfd_create("rig", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+
+	if (fd < 0) {
+		fprintf(stderr, "  no hugetlbfs in this kernel\n");
+		rig_destroy(&rig);
+		return;
+	}
+	CHECK_EQ(ftruncate(fd, (off_t)len), 0);
+	void *const at = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+
+	CHECK(at != MAP_FAILED);
+	rig.regions[0] = (struct gw_vmm_region){.len = len, .host_addr = (uintptr_t)at};
+	rig.config.region_count = 1;
+	rig.config.ram_fd = fd;
+	rig.config.page_size = 2U << 20;
+	rig.config.uffd_count = 2;
+	CHECK_EQ(gw_vmm_create(&rig.config, &rig.vmm), 0);
+	rig_connect(&rig, &agent);
+	CHECK_EQ(agent_number(&agent, "page_size", 0), 2U << 20);
+	CHECK_EQ(agent_number(&agent, "offset", 1), len / 2);
+	CHECK_EQ(gw_vmm_absent_count(rig.vmm), 4);
+	agent_close(&agent);
+	rig_destroy(&rig);
+	CHECK_EQ(munmap(at, len), 0);
+	CHECK_EQ(close(fd), 0);
 }
 
 int main(void)
@@ -236,5 +303,7 @@ int main(void)
 	RUN_FORKED(a_bit_and_a_userfaultfd_on_one_mapping);
 	RUN_FORKED(guests_fault_and_the_window_blocks);
 	RUN_FORKED(user_mode_is_enough_for_threads);
+	RUN_FORKED(exits_need_no_privilege);
+	RUN_FORKED(pages_of_2m_go_by_userfaultfd);
 	return EXIT_SUCCESS;
 }
