@@ -268,7 +268,7 @@ static void pages_of_2m_go_by_userfaultfd(void)
 	struct agent agent;
 
 	rig_prepare(&rig, GW_VMM_UFFD, 64, 1);
-	const int fd = memfd_create("rig", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+	const int fd = memfd_create("rig", MFD_CLOEXEC | MFD_HUGETLB);
 
 	if (fd < 0) {
 		fprintf(stderr, "  no hugetlbfs in this kernel\n");
