@@ -13,7 +13,7 @@ from services.common.errors import FailedPreconditionError
 from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
 from services.fault_agent.device_state import Outgoing
-from services.fault_agent.drivers.api import Vmm, VmmState
+from services.fault_agent.drivers.api import Vmm, VmmRefusedError, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Decision, Export, ExportState, Record, Role, Transferred
@@ -116,13 +116,13 @@ class Departures:
         vm.require_known()
         async with vm.command(fence, Command.PAUSE):
             self._require_departing(vm, fence, Command.PAUSE)
-            vmm, state = await vm.require_looked(Command.PAUSE)
+            vmm = await vm.require_process(Command.PAUSE)
             export, generation = _frozen(vm.record)
             outgoing = None
             if transfer_to:
-                outgoing = await self._begin(vm, vmm, state, fence, generation, transfer_to)
+                outgoing = await self._begin(vm, vmm, fence, generation, transfer_to)
             try:
-                await vmm.pause()
+                await self._stop(vm, vmm)
                 await reach("agent.pause.after")
                 if export != vm.record.export:
                     frozen = replace(vm.record, export=export, generation_last=generation)
@@ -159,9 +159,9 @@ class Departures:
             if export is None or export.state is not ExportState.FROZEN:
                 raise wrong_state(record, Command.TRANSFER, "it is not paused")
             if vm.transfer is None or _never_began(vm.transfer):
-                vmm, state = await vm.require_looked(Command.TRANSFER)
+                vmm = await vm.require_vmm(Command.TRANSFER)
                 to = destination_address
-                outgoing = await self._begin(vm, vmm, state, fence, export.generation, to)
+                outgoing = await self._begin(vm, vmm, fence, export.generation, to)
                 if outgoing is not None:
                     outgoing.save()
                     outgoing.image_served()
@@ -170,8 +170,16 @@ class Departures:
         # Without the lock: the destination may be slow, and a Resume must be able to end this.
         return await transfer
 
+    async def _stop(self, vm: Vm, vmm: Vmm) -> None:
+        """Stop the vCPUs. What the VMM does is asked only if it refuses: a look takes its time."""
+        try:
+            await vmm.pause()
+        except VmmRefusedError:
+            await vm.require_vmm(Command.PAUSE)  # a guest that has ended is told as such
+            raise
+
     async def _begin(
-        self, vm: Vm, vmm: Vmm, state: VmmState, fence: Fence, generation: int, address: str
+        self, vm: Vm, vmm: Vmm, fence: Fence, generation: int, address: str
     ) -> Outgoing | None:
         """Open the way of the device state; None if one is under way, or over.
 
@@ -181,8 +189,10 @@ class Departures:
         if vm.transfer is not None and not _never_began(vm.transfer):
             return None
         peer = await vm.meet_peer(address)
-        running = state is VmmState.RUNNING
-        outgoing = Outgoing(vmm, fence, generation, peer, may_have_saved=not running)
+        # FROZEN is journaled before a save begins, by whichever agent of this boot.
+        export = vm.record.export
+        saved = export is not None and export.state is ExportState.FROZEN
+        outgoing = Outgoing(vmm, fence, generation, peer, may_have_saved=saved)
         vm.transfer = self._node.start_task(outgoing.run(), f"transfer {vm.vm_id}")
         await outgoing.ready.wait()
         if _never_began(vm.transfer):

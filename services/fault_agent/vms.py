@@ -173,16 +173,12 @@ class Vm:
             VmmUnreachableError: it does not answer.
             FailedPreconditionError: NODE_REBOOTED; WRONG_STATE: it is dead, or the guest ended.
         """
-        return (await self.require_looked(command))[0]
-
-    async def require_looked(self, command: Command) -> tuple[Vmm, VmmState]:
-        """As `require_vmm`, and what it does now."""
         self.require_same_boot(command)
         state = await self.look()
         if state in (VmmState.DEAD, VmmState.GUEST_ENDED):
             why = "its VMM is dead" if state is VmmState.DEAD else "the guest has shut itself down"
             raise wrong_state(self.record, command, why)
-        return await self.hold(), state
+        return await self.hold()
 
     async def require_process(self, command: Command) -> Vmm:
         """Its VMM, whose process lives; what it does is not asked: the guest stands still.
