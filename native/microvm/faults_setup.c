@@ -153,6 +153,7 @@ static int create_vmm(struct mv_faults *faults, struct mv_error *error)
 		.backend = faults->backend,
 		.uffd_count = config->uffd_count,
 		.spin_ns = config->spin_us * NS_PER_US,
+		.user_mode_ok = machine->accel->id != MV_ACCEL_KVM,
 		.ram_fd = machine->memory.fd,
 		.vmm_name = "godwit-microvm",
 		.why = faults->reason,
