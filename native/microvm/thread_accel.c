@@ -110,7 +110,7 @@ static void on_fault(int number, siginfo_t *info, void *context)
 	int rc;
 
 	(void)context;
-	if (!vcpu || offset >= memory->size) {
+	if (!memory || offset >= memory->size) {
 		crash(number);
 		return;
 	}
