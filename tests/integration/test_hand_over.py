@@ -14,12 +14,12 @@ import pytest_asyncio
 from godwit.errors import GodwitApiError
 from godwit.models import Migration, MigrationPhase
 
-from services.demo.console import Heartbeat, parse
 from services.demo.live_guest import MAC, LiveGuest
 from services.demo.network import RARP, FrameRecorder
 from services.fault_agent import processes
 from services.fault_agent.drivers.qmp import QmpClient
 from tests.harness.cluster import describe, node_of, other_node, settle, small_guest, wait_phase
+from tests.harness.console import beats_in
 
 pytestmark = [
     pytest.mark.requires("uffd", "qemu", "root"),
@@ -49,12 +49,6 @@ def said(guest: LiveGuest, node: str, epoch: int) -> str:
     """The console of a run of the guest so far."""
     console = guest.cluster.nodes[node].console(guest.vm_id, epoch)
     return console.read_text(errors="replace") if console.exists() else ""
-
-
-def beats_in(text: str) -> list[int]:
-    """Numbers of the heartbeats. Join the texts of two runs: a stop may cut a line in two."""
-    records = (parse(line) for line in text.splitlines())
-    return [record.number for record in records if isinstance(record, Heartbeat)]
 
 
 def beats(guest: LiveGuest, node: str, epoch: int) -> list[int]:

@@ -10,7 +10,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from godwit.common.v1 import common_pb2
 
 from services.common.vm_spec import VmSpec
-from tests.integration.agent.console import Console
+from tests.harness.console import Console
 from tests.integration.agent.nodes import (
     CopyingPageCore,
     Host,

@@ -14,8 +14,8 @@ from services.common.errors import GodwitError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
 from services.pagecore.api import ArrivalPhase, PageCore
+from tests.harness.console import Console
 from tests.integration.agent import nodes
-from tests.integration.agent.console import Console
 from tests.integration.agent.nodes import (
     Agent,
     Host,

@@ -15,8 +15,8 @@ from services.common import grpc_client
 from services.common.errors import GodwitError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import device_state
+from tests.harness.console import Console
 from tests.integration.agent import nodes
-from tests.integration.agent.console import Console
 from tests.integration.agent.nodes import Agent, CopyingPageCore, Host, Orders, running_agent
 
 pytestmark = pytest.mark.requires("qemu")

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.common import grpc_client
 from services.common.vm_spec import VmSpec
 from services.fault_agent import journal, processes
-from tests.integration.agent.console import Console
+from tests.harness.console import Console
 from tests.integration.agent.nodes import Host
 
 MakeSpec = Callable[..., VmSpec]

@@ -33,7 +33,7 @@ from services.fault_agent.drivers.qemu import QemuDriver
 from services.fault_agent.drivers.qmp import QmpClient
 from services.fault_agent.processes import Process
 from services.fault_agent.residents import make_ram_file
-from tests.integration.agent.console import Console
+from tests.harness.console import Console
 from tests.integration.agent.nodes import copy_data
 
 pytestmark = pytest.mark.requires("qemu")

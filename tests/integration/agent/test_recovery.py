@@ -16,8 +16,8 @@ from services.common.errors import FailedPreconditionError, GodwitError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import journal, journal_file, processes
 from services.fault_agent.journal import Role
+from tests.harness.console import Console
 from tests.integration.agent import nodes
-from tests.integration.agent.console import Console
 from tests.integration.agent.nodes import Agent, CopyingPageCore, Host, Orders, running_agent
 
 pytestmark = pytest.mark.requires("qemu")

@@ -18,8 +18,8 @@ from services.fault_agent import processes
 from services.fault_agent.drivers.command_line import INSPECTION_SOCKET
 from services.fault_agent.drivers.qmp import QmpClient
 from services.fault_agent.processes import Process
+from tests.harness.console import Console
 from tests.integration.agent import nodes
-from tests.integration.agent.console import Console
 from tests.integration.agent.nodes import Agent, CopyingPageCore, Host, Orders, running_agent
 
 pytestmark = pytest.mark.requires("qemu")

@@ -14,6 +14,11 @@ _ERROR = re.compile(r"^(?:WL ERR|.*Kernel panic|.*BUG:).*$", re.MULTILINE)
 POLL_S = 0.02
 
 
+def beats_in(text: str) -> list[int]:
+    """Numbers of the heartbeats. Join the texts of two runs: a stop may cut a line in two."""
+    return [int(number) for number in _BEAT.findall(text.replace("\r", ""))]
+
+
 class Console:
     """One console log."""
 
@@ -28,18 +33,15 @@ class Console:
 
     def beats(self) -> list[int]:
         """Numbers of the heartbeats."""
-        return [int(number) for number in _BEAT.findall(self.text())]
+        return beats_in(self.text())
 
     def last_beat(self) -> int:
         """The last heartbeat so far."""
         return self.beats()[-1]
 
     def follows(self, source: Console) -> bool:
-        """The guest went on here where it stopped there: no beat lost, none twice.
-
-        Judged on both texts joined: the stop may cut a line in two.
-        """
-        beats = [int(number) for number in _BEAT.findall(source.text() + self.text())]
+        """The guest went on here where it stopped there: no beat lost, none twice."""
+        beats = beats_in(source.text() + self.text())
         return bool(self.text()) and all(b == a + 1 for a, b in itertools.pairwise(beats))
 
     def reached(self) -> int:
