@@ -67,6 +67,9 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
                 hint="upgrade the older one; neighbouring releases understand each other",
             )
         if request.adopt_store:
+            # Whoever merges journals must not take one that cannot be read for an empty one.
+            for corrupt in self._node.corrupt.values():
+                raise corrupt
             await self._node.obey(request.store_incarnation)
         if not self._node.images.page_address:
             with contextlib.suppress(PageServerUnreachableError):

@@ -33,6 +33,7 @@ from services.orchestrator.move import Context, Limits
 from services.orchestrator.nodes import Nodes
 from services.orchestrator.runner import Runner
 from services.orchestrator.store import open_store
+from services.orchestrator.store.backup import in_use
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
     ended is left to the next start.
     """
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(in_use(settings.store, alone=False))
         store = await stack.enter_async_context(open_store(settings.store))
         agents = AgentPool(store.incarnation, settings.deadlines)
         stack.push_async_callback(agents.close)
@@ -222,11 +224,16 @@ def parse(arguments: Sequence[str]) -> Settings:
         store=parsed.store,
         rest=parse_listen(parsed.rest, insecure_plaintext=insecure),
         grpc=parse_listen(parsed.grpc, insecure_plaintext=insecure),
-        nodes=tuple(_node(each) for each in nodes),
+        nodes=tuple(read_node(each) for each in nodes),
     )
 
 
-def _node(text: str) -> tuple[str, str]:
+def read_node(text: str) -> tuple[str, str]:
+    """NAME=HOST:PORT of a command line.
+
+    Raises:
+        InvalidArgumentError: NODE_INVALID, FIELD_INVALID.
+    """
     name, separator, address = text.partition("=")
     if not separator:
         raise InvalidArgumentError("NODE_INVALID", f"{text!r} is not NAME=HOST:PORT")

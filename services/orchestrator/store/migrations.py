@@ -161,8 +161,8 @@ class MigrationTable:
                 raise FailedPreconditionError(
                     "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
                 )
-            connection.execute(sa.insert(schema.migrations).values(_values(row)))
-            _add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
+            connection.execute(sa.insert(schema.migrations).values(row_values(row)))
+            add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
             if idempotency:
                 put_idempotency(connection, idempotency)
 
@@ -209,7 +209,7 @@ class MigrationTable:
                 raise PhaseLostError(
                     "PHASE_LOST", f"migration {row.migration_id} is not {row.phase} any more"
                 )
-            _add_transition(
+            add_transition(
                 connection, row.migration_id, phase, now_ns, note.message if note else ""
             )
             return MigrationRow.of(entered)
@@ -279,7 +279,7 @@ class MigrationTable:
             connection.execute(
                 sa.insert(schema.vms).values({c.name: getattr(vm, c.name) for c in schema.vms.c})
             )
-            connection.execute(sa.insert(schema.migrations).values(_values(row)))
+            connection.execute(sa.insert(schema.migrations).values(row_values(row)))
             _write_decision(connection, row.migration_id, Decision.COMMITTED, 0)
             _select(connection, row.migration_id)
             raise _RehearsedError
@@ -391,7 +391,7 @@ def _write_decision(
     if written is None:
         return
     row = MigrationRow.of(written)
-    _add_transition(connection, migration_id, row.phase, now_ns, "")
+    add_transition(connection, migration_id, row.phase, now_ns, "")
     if decision is Decision.COMMITTED:
         _move_vm(connection, row, row.destination_node, row.epoch)
     elif row.epoch:
@@ -434,14 +434,16 @@ def _update(connection: sa.Connection, migration_id: str, fields: dict[str, Any]
     return MigrationRow.of(changed.one())
 
 
-def _add_transition(
+def add_transition(
     connection: sa.Connection, migration_id: str, phase: Phase, at_ns: int, message: str
 ) -> None:
+    """Note that a phase was entered, after all that were."""
     connection.execute(
         _ADD_TRANSITION,
         {"of": migration_id, "entered": phase, "now_ns": at_ns, "note": message},
     )
 
 
-def _values(row: MigrationRow) -> dict[str, Any]:
+def row_values(row: MigrationRow) -> dict[str, Any]:
+    """The row's columns."""
     return {column.name: getattr(row, column.name) for column in schema.migrations.columns}

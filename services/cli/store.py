@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`godwit store`: copies of the store, and making a forgetful one whole. Works on the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from services.orchestrator.rebuild import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Back up, restore and rebuild the orchestrator's store. A PostgreSQL store is backed up"
+    " and restored by PostgreSQL's own tools (pg_basebackup, point-in-time recovery).",
+)
+
+StoreOption = Annotated[
+    Path,
+    typer.Option(
+        "--store", envvar="GODWIT_STORE", help="The orchestrator's SQLite file.", metavar="PATH"
+    ),
+]
+DEFAULT = Path("godwit.db")
+
+
+@app.command()
+def backup(
+    to: Annotated[Path, typer.Argument(help="Where to write the copy; it must not exist.")],
+    store: StoreOption = DEFAULT,
+) -> None:
+    """Copy the store as it is at one moment, also while the orchestrator runs."""
+    from services.orchestrator.store import backup as copies
+
+    len_bytes = copies.backup(store, to)
+    print(f"{to}: {len_bytes} bytes, a whole store")
+
+
+@app.command()
+def restore(
+    copy: Annotated[Path, typer.Argument(help="A copy that `godwit store backup` made.")],
+    store: StoreOption = DEFAULT,
+) -> None:
+    """Put a copy in the store's place, and mark it: nothing is decided before a rebuild.
+
+    The orchestrator must be stopped. What was there is kept beside it.
+    """
+    from services.orchestrator.store import backup as copies
+
+    incarnation = copies.restore(store, copy)
+    print(f"{store}: restored from {copy} as store {incarnation}; the former one is kept beside it")
+    print(
+        "it is in doubt: run `godwit store rebuild --from-agents` now, then start the orchestrator"
+    )
+
+
+@app.command()
+def rebuild(
+    store: StoreOption = DEFAULT,
+    from_agents: Annotated[
+        bool, typer.Option("--from-agents", help="Merge the journals of all nodes' agents.")
+    ] = False,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--node", metavar="NAME=HOST:PORT", help="A node that the store does not know. Repeat."
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="NAME",
+            help="Do not ask this node. When it comes back the store is in doubt again. Repeat.",
+        ),
+    ] = None,
+) -> None:
+    """Learn from the agents' journals what the store has forgotten, and end the doubt.
+
+    The orchestrator must be stopped; VMs run on and pages are served. Nothing starts or stops a
+    guest.
+    """
+    if not from_agents:
+        raise typer.BadParameter(
+            "there is no other way yet; it asks every node", param_hint="--from-agents"
+        )
+    import asyncio
+
+    report = asyncio.run(_rebuild(store, node or [], without or []))
+    for note in report.notes:
+        print(note)
+    asked = ", ".join(report.nodes) or "no node"
+    print(
+        f"{store}: rebuilt as store {report.incarnation} from {asked}: {report.vm_count} VMs,"
+        f" {len(report.notes)} changes"
+    )
+
+
+async def _rebuild(store: Path, nodes: list[str], without: list[str]) -> Report:
+    import time
+
+    from services.orchestrator.agents import AgentPool
+    from services.orchestrator.main import read_node
+    from services.orchestrator.rebuild import rebuild as merge_all
+    from services.orchestrator.store import backup as copies
+    from services.orchestrator.store import open_store
+
+    with copies.in_use(store, alone=True):
+        async with open_store(store) as opened:
+            for text in nodes:
+                name, address = read_node(text)
+                await opened.fleet.put_node(name, address, now_ns=time.time_ns())
+            return await merge_all(opened, AgentPool, without=without, now_ns=time.time_ns())
