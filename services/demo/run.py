@@ -59,7 +59,11 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
         GodwitClientError: the orchestrator refused to start the guest.
     """
     _check(options)
+    if options.vmm == "qemu":
+        _check_fits(options)
     image = await _image(options, narrator)
+    if image is not None:
+        _check_fits(options)
     async with _placed(options, narrator) as place:
         if image is None:
             report = await run_microvm(options, narrator, place.path)
@@ -215,9 +219,10 @@ def _check(options: Options) -> None:
         )
     if options.vmm == "microvm" and options.harm is not None:
         raise InvalidArgumentError("FIELD_INVALID", "only a guest of QEMU can be harmed")
-    if options.vmm != "microvm" and (
-        options.memory_bytes < (options.workload_mib + _SPARE_MIB) * MIB
-    ):
+
+
+def _check_fits(options: Options) -> None:
+    if options.memory_bytes < (options.workload_mib + _SPARE_MIB) * MIB:
         raise InvalidArgumentError(
             "FIELD_INVALID",
             f"a workload of {options.workload_mib} MiB does not fit into a guest of "

@@ -20,6 +20,7 @@ from services.demo.cluster import Cluster, running_cluster
 from services.demo.microvm_guest import MicrovmGuest, make_spec
 from services.demo.microvm_verdict import MicrovmSetup, judge_microvm
 from services.demo.moves import report_of
+from services.fault_agent.drivers.microvm import VMM_LOG
 from services.fault_agent.handoff_socket import SOCKET
 from tests.harness.microvm import BACKENDS, need_backend, why_not
 
@@ -88,6 +89,17 @@ def judged(guest: MicrovmGuest, moves: list[Migration], backend: str) -> dict[st
     return judge_microvm(setup, guest.stays, [report_of(move) for move in moves])
 
 
+def describe(guest: MicrovmGuest, move: Migration) -> str:
+    """What a failed assertion should show: the history, and the ends of the logs."""
+    history = " → ".join(step.phase for step in move.transitions)
+    logs = [part.log for part in guest.cluster.parts]
+    logs += [node.vm_dir(guest.vm_id) / VMM_LOG for node in guest.cluster.nodes.values()]
+    tails = "\n".join(
+        f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists()
+    )
+    return f"{history}: {move.reason}: {move.message}\n{tails}"
+
+
 @pytest.mark.parametrize(("accel", "backend"), BACKENDS)
 async def test_there_and_back(start: Start, accel: str, backend: str) -> None:
     need_backend(accel, backend)
@@ -95,7 +107,7 @@ async def test_there_and_back(start: Start, accel: str, backend: str) -> None:
     moves = []
     for destination in ("b", "a"):
         move = await guest.move(destination, on_step=go_on)
-        assert move.phase == MigrationPhase.SUCCEEDED, (move.reason, move.message)
+        assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
         moves.append(move)
         await guest.look()
     report = judged(guest, moves, backend)
@@ -136,7 +148,7 @@ async def test_the_destinations_agent_dies_in_mid_post_copy(
         killing = tasks.create_task(kill())
         move = await guest.move("b", on_step=go_on)
         await killing
-    assert move.phase == MigrationPhase.SUCCEEDED, (move.reason, move.message)
+    assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
     await guest.look()
     # The counters of an arrival are its engine's: those of the dead one went with it.
     reasons = judged(guest, [move], backend)["reasons"]
