@@ -52,6 +52,35 @@ static int translate(const struct mv_vcpu *vcpu, uint64_t linear, uint64_t *ret_
 	return 0;
 }
 
+/*
+ * The same, with a memory of one page: KVM_TRANSLATE is most of what a discovery costs, and code stays
+ * in its page. If the guest has mapped that page elsewhere meanwhile, other bytes are decoded, a page is
+ * asked for in vain, and the vCPU is here again with the same registers: then nothing is remembered.
+ */
+static int translate_code(const struct mv_vcpu *vcpu, uint64_t linear, uint64_t *ret_gpa)
+{
+	struct mv_kvm_vcpu *kvm_vcpu = mv_kvm_vcpu_of(vcpu);
+	int rc;
+
+	if (!kvm_vcpu->code_known || kvm_vcpu->code_page != page_of(linear)) {
+		rc = translate(vcpu, page_of(linear), &kvm_vcpu->code_gpa);
+		kvm_vcpu->code_known = rc == 0;
+		kvm_vcpu->code_page = page_of(linear);
+		if (rc < 0)
+			return rc;
+	}
+	*ret_gpa = kvm_vcpu->code_gpa + linear % GM_PAGE_SIZE;
+	return 0;
+}
+
+static void forget_code_if_nothing_moved(struct mv_kvm_vcpu *vcpu,
+					 const struct mv_registers *registers)
+{
+	if (memcmp(&vcpu->code_registers, registers, sizeof(*registers)) == 0)
+		vcpu->code_known = false;
+	vcpu->code_registers = *registers;
+}
+
 static int need(struct mv_needs *needs, uint64_t gpa)
 {
 	for (uint32_t i = 0; i < needs->count; i++)
@@ -75,8 +104,8 @@ static int read_code(struct mv_vcpu *vcpu, uint64_t linear, struct mv_needs *nee
 	const size_t left = (size_t)(GM_PAGE_SIZE - linear % GM_PAGE_SIZE);
 	const size_t room = sizeof(code->bytes) - code->len;
 	const size_t len = left < room ? left : room;
-	uint64_t gpa, offset;
-	int rc = translate(vcpu, linear, &gpa);
+	uint64_t gpa = 0, offset = 0;
+	int rc = translate_code(vcpu, linear, &gpa);
 
 	if (rc < 0)
 		return mv_refuse_errno(error, rc, "rip %#llx translates to nothing",
@@ -102,7 +131,7 @@ static int read_code(struct mv_vcpu *vcpu, uint64_t linear, struct mv_needs *nee
 static int set_segment_bases(const struct mv_vcpu *vcpu, const struct code *code,
 			     struct mv_registers *registers)
 {
-	struct kvm_sregs sregs;
+	struct kvm_sregs sregs = {.cr0 = 0};
 	bool used = false;
 	int rc;
 
@@ -118,10 +147,20 @@ static int set_segment_bases(const struct mv_vcpu *vcpu, const struct code *code
 	return 0;
 }
 
-static int refuse_instruction(const struct code *code, struct mv_error *error)
+static int decode(const struct mv_vcpu *vcpu, const struct code *code,
+		  struct mv_registers *registers, struct mv_access *ret_accesses)
+{
+	const int rc = set_segment_bases(vcpu, code, registers);
+
+	return rc < 0 ? rc : mv_decode(code->bytes, code->len, registers, ret_accesses);
+}
+
+static int refuse_instruction(const struct code *code, int rc, struct mv_error *error)
 {
 	char hex[3 * sizeof(code->bytes) + 1] = "";
 
+	if (rc != -ENOSYS)
+		return mv_refuse_errno(error, rc, "decode");
 	for (size_t i = 0; i < code->len; i++)
 		(void)snprintf(hex + 3 * i, sizeof(hex) - 3 * i, " %02x", code->bytes[i]);
 	return mv_refuse(error, -ENOSYS, "an instruction that is not known:%s", hex);
@@ -160,22 +199,20 @@ int mv_kvm_discover(struct mv_vcpu *vcpu, struct mv_needs *ret_needs, struct mv_
 	*needs = (struct mv_needs){.count = 0};
 	set_registers(&mv_kvm_vcpu_of(vcpu)->run->s.regs.regs, &needs->registers);
 	rip = needs->registers.rip;
+	forget_code_if_nothing_moved(mv_kvm_vcpu_of(vcpu), &needs->registers);
 	rc = read_code(vcpu, rip, needs, &code, error);
 	if (rc < 0 || needs->fetch)
 		return rc;
-	rc = set_segment_bases(vcpu, &code, &needs->registers);
-	if (rc < 0)
-		return mv_refuse_errno(error, rc, "KVM_GET_SREGS");
-	rc = mv_decode(code.bytes, code.len, &needs->registers, accesses);
+	rc = decode(vcpu, &code, &needs->registers, accesses);
 	if (rc == -EAGAIN) {
 		/* It goes on in the next page: only now is it known that it does. */
 		rc = read_code(vcpu, rip + code.len, needs, &code, error);
 		if (rc < 0 || needs->fetch)
 			return rc;
-		rc = mv_decode(code.bytes, code.len, &needs->registers, accesses);
+		rc = decode(vcpu, &code, &needs->registers, accesses);
 	}
 	if (rc < 0)
-		return refuse_instruction(&code, error);
+		return refuse_instruction(&code, rc, error);
 	rc = need_accesses(vcpu, accesses, rc, needs);
 	return rc < 0 ? mv_refuse_errno(error, rc, "the operands") : 0;
 }

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "accel.h"
+#include "decode.h"
 
 #define MV_CPUID_COUNT_MAX 256u
 #define MV_MSR_COUNT_MAX   512u
@@ -45,6 +46,11 @@ struct mv_kvm_vcpu {
 	int fd;
 	struct kvm_run *run;
 	bool io_pending; /* the last exit is completed by the next entry only */
+	/* discover.c: where it was last time, and which page its code was in. */
+	bool code_known;
+	uint64_t code_page;
+	uint64_t code_gpa;
+	struct mv_registers code_registers;
 };
 
 static inline struct mv_kvm *mv_kvm_of(const struct mv_machine *machine)
