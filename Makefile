@@ -78,6 +78,10 @@ bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 
 	@ninja -C build/native bench_fault_agent >&2
 	@$(PY) -m tests.bench.faults $(ARGS)
 
+.PHONY: soak-moves
+soak-moves: setup ## move a microvm 200 times in a row on each fault backend, checking every page
+	@$(PY) -m tests.soak.moves $(ARGS)
+
 .PHONY: lint
 lint: system-lint setup ## every static check, and that generated code is what its sources give
 	@tools/lint.sh

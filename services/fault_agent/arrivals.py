@@ -342,6 +342,7 @@ class Arrivals:
         vmm = await vm.hold()
         if not await reach("agent.activate.before_cont"):
             await vmm.resume()
+            vm.runs_since_ns = time.monotonic_ns()
         await reach("agent.activate.after_cont")
         self._engines.require(vm).arrival.start_bulk()
         # ACTIVATING is durable and says it all; the role is for the next agent of this boot.

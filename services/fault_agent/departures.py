@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
@@ -122,6 +123,8 @@ class Departures:
             if transfer_to:
                 outgoing = await self._begin(vm, vmm, fence, generation, transfer_to)
             try:
+                if export != vm.record.export:
+                    vm.stop_began_ns = time.monotonic_ns()
                 await self._stop(vm, vmm)
                 await reach("agent.pause.after")
                 if export != vm.record.export:

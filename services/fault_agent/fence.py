@@ -80,6 +80,8 @@ _BEGINS = frozenset(
         # An Abort that overtakes its Prepare must be remembered, or the Prepare would be obeyed.
         Command.ABORT_SOURCE,
         Command.ABORT_DESTINATION,
+        # Of a migration that this node had not heard of: the decision is not about the last one.
+        Command.RESUME,
     }
 )
 """Commands that may be the first that a node hears of a migration."""
@@ -103,6 +105,8 @@ def check_fields(fence: Fence, command: Command) -> None:
         raise _field("migration_id", f"must be empty for {command.value}", fence.migration_id)
     if command not in _OUTSIDE and command is not Command.RESUME and not fence.migration_id:
         raise _field("migration_id", f"must be set for {command.value}", "")
+    if fence.decision is not Decision.NONE and not fence.migration_id:
+        raise _field("migration_id", f"must say what was {fence.decision.value}", "")
 
 
 def _field(name: str, must: str, value: object) -> InvalidArgumentError:
@@ -127,7 +131,7 @@ def admit(record: Record, fence: Fence, command: Command) -> Record:
         )
     _check_decision(record, fence, command)
     _check_migration(record, fence, command)
-    begins = command in _BEGINS and fence.migration_id != record.migration_id
+    begins = command in _BEGINS and fence.migration_id not in ("", record.migration_id)
     decision = Decision.NONE if begins else record.decision
     return replace(
         record,
@@ -169,7 +173,7 @@ def _check_migration(record: Record, fence: Fence, command: Command) -> None:
         raise wrong_state(
             record, command, f"epoch {fence.epoch} belongs to migration {record.migration_id}"
         )
-    if fence.migration_id and command not in _BEGINS and command is not Command.RESUME:
+    if fence.migration_id and command not in _BEGINS:
         raise wrong_state(record, command, f"migration {fence.migration_id} is not known here")
 
 

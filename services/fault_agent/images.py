@@ -132,7 +132,7 @@ class Images:
         scratch = path.with_name(f".{path.name}.new")
         scratch.write_bytes(record_bytes(record, export, regions))
         scratch.rename(path)
-        served = await self.reload()
+        served = await self.reload(export.image_id)
         image = image_message(record, export, regions)
         for candidate in served.images:
             if candidate.image_id == image.image_id:
@@ -161,9 +161,9 @@ class Images:
         return True
 
     async def reload(
-        self, *, timeout_s: float = RELOAD_S
+        self, image_id: str = "", *, timeout_s: float = RELOAD_S
     ) -> image_admin_service_pb2.ReloadImagesResponse:
-        """Tell the page server to read the records, and return what it serves now.
+        """Tell the page server to read the records, or one, and return what it serves of them now.
 
         Raises:
             PageServerUnreachableError: it did not answer.
@@ -173,7 +173,7 @@ class Images:
                 answer = await grpc_client.call(
                     self._channel,
                     self._stub.ReloadImages,
-                    image_admin_service_pb2.ReloadImagesRequest(),
+                    image_admin_service_pb2.ReloadImagesRequest(image_id=image_id),
                     timeout_s=timeout_s,
                     connect_s=timeout_s,
                     peer=f"the page server's control port {self._control}",

@@ -217,6 +217,7 @@ async def run(config: Config, core: PageCore) -> ExitStatus:
                 f"listening grpc={running.grpc} metrics={running.metrics}", flush=True
             )
             async with lifecycle.background(tasks):
+                lifecycle.spare_collector()
                 await stop.wait()
                 again = asyncio.Event()
                 loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import time
 from collections.abc import AsyncIterator
 from importlib import metadata
 from typing import Any, TypeAlias
@@ -146,9 +147,15 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
 
     async def Pause(self, request: pb.PauseRequest, context: _Context) -> pb.PauseResponse:  # noqa: N802, ARG002
         """Stop the vCPUs, freeze the image."""
-        work = self._departures.pause(read_fence(request.fence), request.transfer_to)
+        began_ns = time.monotonic_ns()
+        fence = read_fence(request.fence)
+        work = self._departures.pause(fence, request.transfer_to)
         evidence, done = await self._node.run_to_end(work, "Pause")
-        return pb.PauseResponse(evidence=evidence, transferred=_transferred(done) if done else None)
+        return pb.PauseResponse(
+            evidence=evidence,
+            transferred=_transferred(done) if done else None,
+            before_stop_ns=max(self._node.vm(fence.vm_id).stop_began_ns - began_ns, 0),
+        )
 
     async def Resume(self, request: pb.ResumeRequest, context: _Context) -> pb.ResumeResponse:  # noqa: N802, ARG002
         """Let the guest run on here."""
@@ -176,8 +183,15 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
 
     async def Activate(self, request: pb.ActivateRequest, context: _Context) -> pb.ActivateResponse:  # noqa: N802, ARG002
         """Let the guest run here."""
-        work = self._arrivals.activate(read_fence(request.fence))
-        return pb.ActivateResponse(evidence=await self._node.run_to_end(work, "Activate"))
+        began_ns = time.monotonic_ns()
+        fence = read_fence(request.fence)
+        work = self._arrivals.activate(fence)
+        evidence = await self._node.run_to_end(work, "Activate")
+        since_ns = self._node.vm(fence.vm_id).runs_since_ns
+        return pb.ActivateResponse(
+            evidence=evidence,
+            after_run_ns=time.monotonic_ns() - since_ns if since_ns > began_ns else 0,
+        )
 
     async def Seal(self, request: pb.SealRequest, context: _Context) -> pb.SealResponse:  # noqa: N802, ARG002
         """Make sure that the guest never runs here again."""

@@ -42,6 +42,10 @@ class Vm:
         self.connecting = asyncio.Lock()
         """Held while somebody connects to the monitor: a VMM serves one client, and a second one
         would keep the first from ever being served."""
+        self.stop_began_ns = 0
+        """Monotonic, of the last order to stop its vCPUs here."""
+        self.runs_since_ns = 0
+        """Monotonic, of its VMM's last word that they run."""
         self.loading = False
         """A device state is on its way into the VMM."""
         self.peer: Peer | None = None

@@ -147,6 +147,7 @@ async def pause_and_transfer(move: Move, *, rejoined: bool) -> Event:
         patience_s=patience_s,
         settle=True,
     )
+    move.ran_ns = paused.before_stop_ns
     await reach("orchestrator.pause.after")
     if not paused.HasField("transferred"):
         await move.attempt(

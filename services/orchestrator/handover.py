@@ -37,7 +37,8 @@ async def activate(move: Move, alarm: Alarm, *, rejoined: bool) -> Event:
     for delay_s in move.context.backoff():
         if not ask_first:
             try:
-                await move.destination.activate(request, traceparent=move.row.traceparent)
+                answer = await move.destination.activate(request, traceparent=move.row.traceparent)
+                move.ran_ns += answer.after_run_ns
             except GodwitError as error:
                 move.activation_tried.set()
                 await move.wait_for(error.reason, error.message, error.hint)

@@ -248,6 +248,7 @@ async def _serve(arguments: Sequence[str]) -> ExitStatus:
             # For whoever started us: the ports may have been chosen by the kernel.
             sys.stdout.write(f"listening rest={running.rest} grpc={running.grpc}\n")
             sys.stdout.flush()
+            lifecycle.spare_collector()
             await stop.wait()
             log.info("stopping: migrations under way are left to the next start")
     return ExitStatus.OK

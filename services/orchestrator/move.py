@@ -113,6 +113,8 @@ class Move:
         self.row = row
         self.pause_sent_ns: int | None = None
         """Monotonic. None: not by this process."""
+        self.ran_ns = 0
+        """How long, since then, the guest ran before it was stopped and after it went on."""
         self.activation_tried = asyncio.Event()
         """The destination has answered, or not, or it is past that: the source may be sealed."""
         self._counted: set[str] = set()

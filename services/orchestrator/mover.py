@@ -220,12 +220,15 @@ class Mover:
         return fields
 
     async def _pause_ns(self) -> int:
-        """From sending Pause until now, the acknowledgement of Activate: never less than the pause.
+        """An upper bound: more than the pause by the way of two messages.
+
+        From sending Pause until now, the acknowledgement of Activate, less what the agents know the
+        guest to have run in between.
 
         A process that did not send the Pause takes the wall clock since SWITCHOVER.
         """
         if self.move.pause_sent_ns is not None:
-            return time.monotonic_ns() - self.move.pause_sent_ns
+            return max(time.monotonic_ns() - self.move.pause_sent_ns - self.move.ran_ns, 0)
         migration_id = self.row.migration_id
         history = await self._context.store.migrations.transitions([migration_id])
         began = [each.at_ns for each in history[migration_id] if each.phase is Phase.SWITCHOVER]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from services.common.errors import FailedPreconditionError, GodwitError, UnavailableError
 from services.page_server.ram_file import open_ram
-from services.page_server.records import ImageRecord, read_record, record_paths
+from services.page_server.records import ImageRecord, read_record, record_path, record_paths
 from services.pagecore.api import PageServer
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,10 @@ class ImageTable:
         self._served: dict[str, _Served] = {}
         self._lock = threading.Lock()
 
-    def reload(self) -> Reloaded:
-        """Read every record again; in force on return. Blocks for the reading of small files.
+    def reload(self, image_id: str = "") -> Reloaded:
+        """Read every record again, or that of one image; in force on return.
+
+        Blocks for the reading of small files.
 
         A record that is refused is withdrawn even where an older one of the same image was served:
         what cannot be read may say that the guest runs again, and then the old one is a lie.
@@ -61,25 +63,31 @@ class ImageTable:
             UnavailableError: IMAGES_DIR_UNREADABLE; nothing has changed.
         """
         with self._lock:
-            wanted, refused = self._read()
-            for image_id in self._served.keys() - wanted.keys():
-                self._withdraw(image_id)
-            for image_id, record in wanted.items():
+            known = {image_id} if image_id else set(self._served)
+            wanted, refused = self._read(image_id)
+            for name in self._served.keys() & known - wanted.keys():
+                self._withdraw(name)
+            for name, record in wanted.items():
                 try:
                     self._put(record)
                 except GodwitError as error:
-                    refused[image_id] = f"{error.message}{f' ({error.hint})' * bool(error.hint)}"
-                    self._withdraw(image_id)
-            for image_id, reason in refused.items():
-                log.error("image %s is not served: %s", image_id, reason)
-            in_force = (self._served[image_id].record for image_id in sorted(self._served))
+                    refused[name] = f"{error.message}{f' ({error.hint})' * bool(error.hint)}"
+                    self._withdraw(name)
+            for name, reason in refused.items():
+                log.error("image %s is not served: %s", name, reason)
+            served = self._served.keys() & known if image_id else self._served.keys()
+            in_force = (self._served[name].record for name in sorted(served))
             return Reloaded(in_force=tuple(in_force), refused=refused)
 
-    def _read(self) -> tuple[dict[str, ImageRecord], dict[str, str]]:
+    def _read(self, image_id: str) -> tuple[dict[str, ImageRecord], dict[str, str]]:
         wanted: dict[str, ImageRecord] = {}
         refused: dict[str, str] = {}
         try:
-            paths = record_paths(self._directory)
+            paths = (
+                [record_path(self._directory, image_id)]
+                if image_id
+                else record_paths(self._directory)
+            )
         except OSError as error:
             raise UnavailableError("IMAGES_DIR_UNREADABLE", str(error)) from error
         for path in paths:

@@ -191,6 +191,7 @@ async def run(config: Config, core: PageCore) -> ExitStatus:
                 f" metrics={running.metrics}",
                 flush=True,
             )
+            lifecycle.spare_collector()
             await stop.wait()
             return await drain(running, config.drain_s)
 

@@ -7,6 +7,7 @@ about a guest's memory is worth less than a guest that waits.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -18,6 +19,7 @@ from services.common.errors import InvalidArgumentError
 from services.pagecore.api import ImageState, ServeImage, ServeRegion
 
 SUFFIX = ".json"
+IMAGE_ID_PATTERN = "[A-Za-z0-9._-]{1,128}"
 RECORD_LEN_MAX = 1 << 20
 REGION_COUNT_MAX = 64
 """GW_SERVE_REGION_COUNT_MAX."""
@@ -55,7 +57,7 @@ class RecordRegion(_Strict):
 class ImageRecord(_Strict):
     """One image, complete."""
 
-    image_id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    image_id: str = Field(pattern=f"^{IMAGE_ID_PATTERN}$")
     vm_id: str = Field(min_length=1, max_length=63)
     boot_id: str = Field(min_length=1, max_length=64)
     """/proc/sys/kernel/random/boot_id of the boot in which the memory was filled."""
@@ -155,6 +157,17 @@ def read_record(path: Path) -> ImageRecord:
             "RECORD_MALFORMED", f"image_id: {record.image_id!r} in the file {path.name}"
         )
     return record
+
+
+def record_path(directory: Path, image_id: str) -> Path:
+    """Where the record of one image is, if there is one.
+
+    Raises:
+        InvalidArgumentError: FIELD_INVALID: no image can have that id.
+    """
+    if not re.fullmatch(IMAGE_ID_PATTERN, image_id):
+        raise InvalidArgumentError("FIELD_INVALID", f"image_id {image_id!r} is none")
+    return directory / f"{image_id}{SUFFIX}"
 
 
 def record_paths(directory: Path) -> list[Path]:

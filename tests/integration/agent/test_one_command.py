@@ -56,6 +56,9 @@ async def test_a_guest_moves(a: Agent, b: Agent, make_spec: MakeSpec) -> None:
     once = await nodes.pause_and_transfer(a, b, ORDERS)
     assert once.evidence.image.state == common_pb2.IMAGE_STATE_FROZEN
     assert once.transferred.len_bytes > 0
+    assert once.before_stop_ns > 0
+    # But for the time that it ran after the request: then it stood already.
+    once.before_stop_ns = 0
     twice = await nodes.pause_and_transfer(a, b, ORDERS)
     assert twice == once
     assert await nodes.transfer(a, b, ORDERS) == once.transferred

@@ -862,6 +862,11 @@ class PauseResponse(_message.Message):
 
     EVIDENCE_FIELD_NUMBER: _builtins.int
     TRANSFERRED_FIELD_NUMBER: _builtins.int
+    BEFORE_STOP_NS_FIELD_NUMBER: _builtins.int
+    before_stop_ns: _builtins.int
+    """From the arrival of this request until its vCPUs were about to be stopped: the guest still ran. 0: they
+    had been stopped before. Nanoseconds.
+    """
     @_builtins.property
     def evidence(self) -> Global___Evidence:
         """The VM now; `image` is FROZEN with the generation that the destination must install."""
@@ -877,10 +882,11 @@ class PauseResponse(_message.Message):
         *,
         evidence: Global___Evidence | None = ...,
         transferred: Global___TransferDeviceStateResponse | None = ...,
+        before_stop_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "transferred", b"transferred"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "transferred", b"transferred"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before_stop_ns", b"before_stop_ns", "evidence", b"evidence", "transferred", b"transferred"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1189,6 +1195,9 @@ class ActivateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    AFTER_RUN_NS_FIELD_NUMBER: _builtins.int
+    after_run_ns: _builtins.int
+    """From the VMM's word that its vCPUs run until this answer. 0: they ran before the request. Nanoseconds."""
     @_builtins.property
     def evidence(self) -> Global___Evidence:
         """The VM now."""
@@ -1197,10 +1206,11 @@ class ActivateResponse(_message.Message):
         self,
         *,
         evidence: Global___Evidence | None = ...,
+        after_run_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_run_ns", b"after_run_ns", "evidence", b"evidence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from godwit.common.v1 import common_pb2 as godwit_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(godwit/page/v1/image_admin_service.proto\x12\x0egodwit.page.v1\x1a\x1dgodwit/common/v1/common.proto\"\x15\n\x13ReloadImagesRequest\"\x8b\x01\n\x14ReloadImagesResponse\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.godwit.common.v1.Image\x12\x34\n\x0erefused_images\x18\x02 \x03(\x0b\x32\x1c.godwit.page.v1.RefusedImage\x12\x14\n\x0cpage_address\x18\x03 \x01(\t\"0\n\x0cRefusedImage\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2n\n\x11ImageAdminService\x12Y\n\x0cReloadImages\x12#.godwit.page.v1.ReloadImagesRequest\x1a$.godwit.page.v1.ReloadImagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(godwit/page/v1/image_admin_service.proto\x12\x0egodwit.page.v1\x1a\x1dgodwit/common/v1/common.proto\"\'\n\x13ReloadImagesRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\x8b\x01\n\x14ReloadImagesResponse\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.godwit.common.v1.Image\x12\x34\n\x0erefused_images\x18\x02 \x03(\x0b\x32\x1c.godwit.page.v1.RefusedImage\x12\x14\n\x0cpage_address\x18\x03 \x01(\t\"0\n\x0cRefusedImage\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2n\n\x11ImageAdminService\x12Y\n\x0cReloadImages\x12#.godwit.page.v1.ReloadImagesRequest\x1a$.godwit.page.v1.ReloadImagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'godwit.page.v1.image_admin_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RELOADIMAGESREQUEST']._serialized_start=91
-  _globals['_RELOADIMAGESREQUEST']._serialized_end=112
-  _globals['_RELOADIMAGESRESPONSE']._serialized_start=115
-  _globals['_RELOADIMAGESRESPONSE']._serialized_end=254
-  _globals['_REFUSEDIMAGE']._serialized_start=256
-  _globals['_REFUSEDIMAGE']._serialized_end=304
-  _globals['_IMAGEADMINSERVICE']._serialized_start=306
-  _globals['_IMAGEADMINSERVICE']._serialized_end=416
+  _globals['_RELOADIMAGESREQUEST']._serialized_end=130
+  _globals['_RELOADIMAGESRESPONSE']._serialized_start=133
+  _globals['_RELOADIMAGESRESPONSE']._serialized_end=272
+  _globals['_REFUSEDIMAGE']._serialized_start=274
+  _globals['_REFUSEDIMAGE']._serialized_end=322
+  _globals['_IMAGEADMINSERVICE']._serialized_start=324
+  _globals['_IMAGEADMINSERVICE']._serialized_end=434
 # @@protoc_insertion_point(module_scope)
