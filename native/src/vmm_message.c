@@ -27,6 +27,7 @@ __attribute__((format(printf, 2, 3))) static void add(struct text *text, const c
 	va_list arguments;
 
 	va_start(arguments, format);
+	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): said when files are checked together. */
 	const int len = vsnprintf(text->bytes + text->len, room, format, arguments);
 
 	va_end(arguments);

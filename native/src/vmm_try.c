@@ -244,7 +244,7 @@ static int try_on(enum gw_vmm_backend backend, int kvm_fd, const struct scrap *s
 
 int gw_vmm_try(enum gw_vmm_backend backend, int kvm_fd, char ret_reason[GW_VMM_REASON_LEN_MAX])
 {
-	struct scrap scrap;
+	struct scrap scrap = {.fd = -1};
 
 	if (backend < GW_VMM_KVM_USERFAULT || backend > GW_VMM_UFFD)
 		return say(ret_reason, backend, -EINVAL, "is not a backend that can be tried");
