@@ -28,10 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.harness.microvm import need_microvm, why_not
+
 REPO = Path(__file__).parents[2]
-NATIVE = REPO / "build/native"
-MICROVM = NATIVE / "godwit-microvm"
-LOCAL_AGENT = NATIVE / "bench_fault_agent"
+LOCAL_AGENT = REPO / "build/native/bench_fault_agent"
 START_S = 30.0
 ASK_S = 300.0
 
@@ -111,7 +111,7 @@ def _line(process: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def _vmm(control: Path, *args: str | Path) -> Iterator[Vmm]:
-    with _process(MICROVM, "--control", control, "--die-with-parent", *args) as process:
+    with _process(need_microvm(), "--control", control, "--die-with-parent", *args) as process:
         _line(process)
         yield Vmm(process, control)
 
@@ -200,25 +200,6 @@ def _result(vcpus: list[dict[str, Any]]) -> Result:
     )
 
 
-def possible(accel: str, backend: str) -> str | None:
-    """Why a backend cannot run here; None if it can."""
-    with tempfile.TemporaryDirectory(prefix="gw-bench-", dir="/dev/shm") as name:
-        control = Path(name) / "s"
-        args = ["--accel", accel, "--memory", "64M", "--incoming", "--fault-backend", backend]
-        args += ["--fault-socket", f"{name}/f"]
-        process = subprocess.Popen(
-            [str(MICROVM), "--control", str(control), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        process.terminate()
-        _, error = process.communicate()
-        return None if ready else error.strip()
-
-
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
     backends = {
         "kvm": ("uffd", "exit-emulation", "kvm-userfault"),
@@ -226,9 +207,8 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
     }
     for accel in args.accel:
         for backend in backends[accel]:
-            reason = possible(accel, backend)
-            if reason is not None:
-                print(f"not here: {accel} {backend}: {reason}", file=sys.stderr)
+            if why := why_not(accel, backend):
+                print(f"not here: {accel} {backend}: {why}", file=sys.stderr)
                 continue
             for agent, vcpus in itertools.product(args.agent, args.vcpus):
                 # Without a userfaultfd there is nothing to deal out.

@@ -29,6 +29,7 @@ from services.demo.microvm_run import why_no_kvm
 from services.demo.microvm_verdict import MicrovmSetup, judge_microvm
 from services.demo.moves import report_of, why_not_succeeded
 from services.demo.verdict import MigrationReport
+from tests.harness.microvm import why_not
 
 MIB = 1 << 20
 BACKENDS = (
@@ -121,13 +122,10 @@ async def _main(args: argparse.Namespace) -> int:
             name = f"{accel}/{backend}"
             if args.backend and name not in args.backend:
                 continue
-            if accel == "kvm" and missing:
-                results[name] = {"skipped": missing}
-                continue
-            try:
+            if why := why_not(accel, backend) or (missing if accel == "kvm" else ""):
+                results[name] = {"skipped": why}
+            else:
                 results[name] = await _run(name, cluster, client, args)
-            except GodwitError as error:
-                results[name] = {"skipped": str(error)}
             print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
     print(
         json.dumps(
