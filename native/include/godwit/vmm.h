@@ -16,7 +16,8 @@
  * A VMM's part, in order:
  *   1. make the guest's memory, absent, and map it; touch none of it, ever;
  *   2. gw_vmm_create: registers the memory, makes the bitmap, all absent;
- *   3. memory slots: gw_vmm_slot_flags and gw_vmm_slot_bitmap for each (KVM only);
+ *   3. KVM and exits: no asynchronous page faults (docs/exit-channel.md 4, or the vCPU hangs);
+ *      memory slots: gw_vmm_slot_flags and gw_vmm_slot_bitmap for each (KVM only);
  *   4. gw_vmm_connect: the agent gets it all; load state, run vCPUs;
  *   5. KVM_RUN or a signal says that memory is missing: gw_vmm_classify, gw_vmm_fault, run again;
  *   6. on_complete: every page is here. Flags off, then gw_vmm_release; the VMM is on its own.
