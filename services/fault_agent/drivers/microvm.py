@@ -63,8 +63,9 @@ _STATES = {
     "incoming": VmmState.INCOMING,
     "paused": VmmState.PAUSED,
     "running": VmmState.RUNNING,
-    # Final: the guest is held and can neither run on nor be saved.
-    "failed": VmmState.GUEST_ENDED,
+    # The guest is held, as it was, and can neither run on nor be saved. It has not ended: an ended
+    # guest's memory is released, and this one's is what a person will want to look at.
+    "failed": VmmState.UNRESPONSIVE,
 }
 
 

@@ -148,6 +148,21 @@ async def test_a_guest_is_made_and_waits(start: Start, driver: MicrovmDriver) ->
     assert await vmm.state() is VmmState.DEAD
 
 
+@pytest.mark.requires("kvm")
+async def test_a_machine_that_has_failed_has_not_ended(start: Start) -> None:
+    """Its guest is held. An ended one's memory would be released, and with it what went wrong."""
+    started = await start(spec=SPEC.model_copy(update={"accel": "kvm"}))
+    await started.vmm.resume()
+    os.truncate(started.launch.ram_path, 0)  # its memory is gone, and nobody can bring it back
+    async with asyncio.timeout(WAIT_S):
+        while await started.vmm.state() is VmmState.RUNNING:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+    assert await started.vmm.state() is VmmState.UNRESPONSIVE
+    assert processes.is_alive(started.vmm.process)
+    with pytest.raises(VmmRefusedError):
+        await started.vmm.resume()
+
+
 async def test_the_memory_map_is_the_one_we_think(start: Start) -> None:
     vmm = (await start()).vmm
     assert isinstance(vmm, MicrovmVmm)
