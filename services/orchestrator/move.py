@@ -22,7 +22,7 @@ from services.orchestrator.doubt import Doubt
 from services.orchestrator.evidence import Judgement, Verdict, judge
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Decision, Event, StepFailed
-from services.orchestrator.store import Store, StoreError
+from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
 
 log = logging.getLogger(__name__)
@@ -144,19 +144,25 @@ class Move:
         )
 
     async def ask(self) -> Judgement:
-        """Ask both agents for evidence and judge it."""
+        """Ask both agents for evidence and judge it.
+
+        Raises:
+            PhaseLostError: it was decided by somebody else.
+        """
         agents, row = self.context.agents, self.row
         source, destination = await both(
             agents.describe(row.source_node, row.vm_id),
             agents.describe(row.destination_node, row.vm_id),
         )
-        judgement = judge(
-            row,
-            source,
-            destination,
-            last_epoch=await self.context.store.fleet.last_epoch(row.vm_id),
-        )
+        last_epoch = await self.context.store.fleet.last_epoch(row.vm_id)
+        judgement = judge(row, source, destination, last_epoch=last_epoch)
         if judgement.verdict is Verdict.FREEZE:
+            # Another orchestrator may have decided meanwhile: then only this process is behind.
+            await self.reload()
+            if self.row.decision is not row.decision:
+                raise PhaseLostError(
+                    "PHASE_LOST", f"migration {row.migration_id} is {self.row.phase} already"
+                )
             self.context.doubt.found(judgement.message)
         for invariant in judgement.invariants:
             self.violated(invariant, judgement.message or f"evidence in phase {row.phase}")

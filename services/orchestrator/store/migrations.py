@@ -201,7 +201,7 @@ class MigrationTable:
             changed = connection.execute(
                 sa.update(schema.migrations)
                 .where(_m.migration_id == row.migration_id, _m.phase == row.phase)
-                .values(values)
+                .values(_forward(values))
                 .returning(schema.migrations)
             )
             entered = changed.one_or_none()
@@ -424,11 +424,19 @@ def _select(connection: sa.Connection, migration_id: str) -> MigrationRow | None
     return MigrationRow.of(row) if row else None
 
 
+def _forward(fields: dict[str, Any]) -> dict[str, Any]:
+    """Progress never falls (I12), also where a deposed orchestrator writes what it saw last."""
+    if "progress" not in fields:
+        return fields
+    given = fields["progress"]
+    return {**fields, "progress": sa.case((_m.progress > given, _m.progress), else_=given)}
+
+
 def _update(connection: sa.Connection, migration_id: str, fields: dict[str, Any]) -> MigrationRow:
     changed = connection.execute(
         sa.update(schema.migrations)
         .where(_m.migration_id == migration_id)
-        .values(**fields, version=_m.version + 1)
+        .values(**_forward(fields), version=_m.version + 1)
         .returning(schema.migrations)
     )
     return MigrationRow.of(changed.one())
