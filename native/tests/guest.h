@@ -30,7 +30,7 @@
 #include <godwit/uffd.h>
 
 #define PAGE	   ((size_t)4096)
-#define TIMEOUT_MS 20000
+#define TIMEOUT_MS 60000
 
 #ifdef __SANITIZE_THREAD__
 /* A child that a threaded test forks has threads of its own; it is killed, or exits at once, and
