@@ -26,6 +26,7 @@ from services.orchestrator.migration import (
     progress,
 )
 from services.orchestrator.move import Move
+from services.orchestrator.store import PhaseLostError
 
 _OVER = (agent_pb2.ARRIVAL_PHASE_COMPLETE, agent_pb2.ARRIVAL_PHASE_ENDED)
 
@@ -61,6 +62,7 @@ class Follower:
     async def _read(self) -> None:
         backoff = self._move.context.backoff()
         while True:
+            await self._require_awaiting()
             judgement = await self._move.ask()
             if judgement.event:
                 self._report(judgement.event)
@@ -72,6 +74,21 @@ class Follower:
             except GodwitError as error:
                 await self._move.wait_for(error.reason, error.message, error.hint)
             await asyncio.sleep(next(backoff))
+
+    async def _require_awaiting(self) -> None:
+        """End a following that nobody waits for: a process that has died since moved it on.
+
+        The one in hand is cancelled as soon as its own mover has entered the next phase.
+
+        Raises:
+            PhaseLostError: begin again from the store.
+        """
+        move = self._move
+        if move.row.phase not in AWAITING:
+            await asyncio.sleep(move.limits.retry_s_max)
+            raise PhaseLostError(
+                "PHASE_LOST", f"migration {move.row.migration_id} is {move.row.phase} already"
+            )
 
     async def _stream(self) -> bool:
         """Read one stream to its end. True if it said anything."""
