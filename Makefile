@@ -64,6 +64,10 @@ demo: setup ## migrate a real guest to another node and back
 test: system-guest setup native-test ## all tests, native ones in every variant
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
+.PHONY: soak
+soak: setup ## the model test, ever new, for SECONDS=N
+	@$(PY) -m tests.sim.soak $(or $(SECONDS),60)
+
 .PHONY: native-test
 native-test: $(NATIVE_VARIANTS:%=native-test-%) ## the C tests: plain, ASan+UBSan, TSan
 

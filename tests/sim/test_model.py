@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model test: whatever is killed, cut, lost, late, doubled or forgotten, I1-I14 hold.
+
+An orchestrator, sometimes two, and two agents as they are, on simulated machines and a fake clock.
+The invariants are asserted at every act and every write. At the end, once all faults are over,
+nothing is under way any more, and one guest is left, whole, where the store says it is, with
+nothing beside it.
+
+`make soak SECONDS=N` plays for as long as one likes. A failure prints its scenario, which is all of
+it: put it into REPLAYED to play it again, or give Hypothesis its blob.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.sim.cluster import play
+from tests.sim.scenarios import SCENARIOS, Op, Scenario
+
+EXAMPLES = int(os.environ.get("GODWIT_SIM_EXAMPLES", "500"))
+
+REPLAYED = [
+    # A second orchestrator decided; the first took the agents' word for a store that forgot.
+    Scenario(
+        99,
+        "calm",
+        2000,
+        (Op("crash", "b", 7, 50), Op("twin", "", 8, 50), Op("kill", "a", 9, 2000)),
+    ),
+    # A deposed orchestrator wrote the progress that it had seen last (I12).
+    Scenario(449, "calm", 2000, (Op("twin", "", 7, 2000),)),
+    # A process that has died since moved it on: its follower waited for ever.
+    Scenario(
+        4181,
+        "late",
+        20,
+        (
+            Op("kill", "a", 0, 28),
+            Op("page_server", "b", 7, 2594),
+            Op("cancel", "", 0, 89),
+            Op("twin", "", 4, 138),
+            Op("move", "", 0, 31),
+        ),
+    ),
+    Scenario(0, "calm", 20, (Op("backup", "", 0, 40), Op("restore", "", 1, 0))),
+]
+"""What once failed, and then what would be a pity to lose."""
+
+
+@pytest.mark.parametrize("scenario", REPLAYED, ids=range(len(REPLAYED)))
+def test_replay(scenario: Scenario) -> None:
+    """Equal scenarios play alike: the same acts at the same virtual times."""
+    first, second = (play(scenario.seed, scenario) for _ in range(2))
+    assert first.truth.runs == second.truth.runs
+    assert first.loop.now == second.loop.now
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # to make a failure small takes minutes: `make soak` does
+    suppress_health_check=list(HealthCheck),
+)
+@given(SCENARIOS)
+def test_whatever_happens_there_is_one_guest(scenario: Scenario) -> None:
+    """See the module."""
+    play(scenario.seed, scenario)
