@@ -29,6 +29,9 @@ from tests.sim.cluster import play
 from tests.sim.hosts import BrokenError, SimObeyedStore
 from tests.sim.scenarios import SCENARIOS, Scenario, scenarios
 
+# By far more than it takes: a slow machine is no failure of the model.
+pytestmark = pytest.mark.timeout(900)
+
 EXAMPLES = 1500
 """More than any of them needs."""
 

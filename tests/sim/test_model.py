@@ -20,6 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.sim.cluster import play
 from tests.sim.scenarios import SCENARIOS, Op, Scenario
 
+# By far more than it takes: a slow machine is no failure of the model.
+pytestmark = pytest.mark.timeout(900)
+
 EXAMPLES = int(os.environ.get("GODWIT_SIM_EXAMPLES", "500"))
 
 REPLAYED = [
