@@ -205,7 +205,7 @@ class Cluster:
         self.processes: dict[str, SimProcess] = {}
         self.core: Core | None = None
         self.twins: list[SimProcess] = []
-        self.copy: bytes | None = None
+        self.copy: bytes = _TEMPLATE
         self.restored = False
         self.crash_count = 0
         self._ids = itertools.count(1)
@@ -311,8 +311,6 @@ class Cluster:
 
     async def restore(self) -> None:
         """`godwit store restore` and `rebuild`, as the runbook has it; the orchestrator ends."""
-        if self.copy is None:
-            return
         self._stop_orchestrators()
         self.restored = True
         _DISK.deserialize(self.copy)
