@@ -29,12 +29,15 @@ def need_microvm() -> str:
 
 
 @functools.cache
-def why_not(accel: str, backend: str) -> str:
-    """Why a microvm cannot wait for its memory that way; empty if it can."""
+def why_not(accel: str, backend: str, program: str = "") -> str:
+    """Why a microvm cannot wait for its memory that way; empty if it can.
+
+    `program` is another build of it than the one that the agent finds.
+    """
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
             [
-                *(need_microvm(), "--control", f"{directory}/control", "--incoming"),
+                *(program or need_microvm(), "--control", f"{directory}/control", "--incoming"),
                 *("--accel", accel, "--memory", "64M", "--die-with-parent"),
                 *("--fault-socket", f"{directory}/faults", "--fault-backend", backend),
             ],
@@ -49,7 +52,7 @@ def why_not(accel: str, backend: str) -> str:
         return "" if possible else why.strip() or "it ended"
 
 
-def need_backend(accel: str, backend: str) -> None:
+def need_backend(accel: str, backend: str, program: str = "") -> None:
     """Skip a test where the kernel does not have it."""
-    if why := why_not(accel, backend):
+    if why := why_not(accel, backend, program):
         pytest.skip(f"needs {backend} with {accel}: {why}")

@@ -7,17 +7,16 @@ The agent is tests/native/microvm_agent.py, a process of its own that shares no 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness.microvm import BACKENDS, need_backend, why_not
 from tests.native.test_microvm import (
     ACCELS,
     BINARY,
@@ -34,14 +33,6 @@ from tests.native.test_microvm import (
 __all__ = ["memory_files", "start"]  # fixtures
 
 AGENT = Path(__file__).with_name("microvm_agent.py")
-KVM = pytest.mark.requires("kvm", "uffd")
-BACKENDS = [
-    pytest.param("kvm", "exit-emulation", marks=KVM),
-    pytest.param("kvm", "uffd", marks=KVM),
-    pytest.param("kvm", "kvm-userfault", marks=KVM),
-    pytest.param("thread", "uffd"),
-    pytest.param("thread", "exit-sigsegv"),
-]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,31 +108,6 @@ def _incoming(start: Start, saved: Saved, path: Path, *options: str) -> Microvm:
     return vm
 
 
-@functools.cache
-def _why_not(accel: str, backend: str) -> str:
-    """Empty if this machine can do it."""
-    with tempfile.TemporaryDirectory() as directory:
-        process = subprocess.Popen(
-            [
-                *(BINARY, "--control", f"{directory}/control", "--accel", accel, "--incoming"),
-                *("--fault-socket", f"{directory}/agent", "--fault-backend", backend),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        possible = process.stdout.readline() != ""
-        process.kill()
-        _, why = process.communicate()
-        return "" if possible else why.strip()
-
-
-def _need(accel: str, backend: str) -> None:
-    if why := _why_not(accel, backend):
-        pytest.skip(f"needs {backend}: {why}")
-
-
 def _go(vm: Microvm, saved: Saved) -> None:
     vm.client.do("load", path=str(saved.state))
     vm.client.do("resume")
@@ -182,7 +148,7 @@ def test_all_memory_comes_through_the_agent(
     tmp_path: Path,
 ) -> None:
     """16384 pages, checked byte by byte: as its faults ask for them, mixed with a random order."""
-    _need(accel, backend)
+    need_backend(accel, backend, str(BINARY))
     machine = ("--accel", accel, "--vcpus", str(vcpus), "--memory", "68M")
     saved = _save(start, memory_files("ram"), *machine, "--workload-size", "64M")
     path = tmp_path / "agent"
@@ -220,7 +186,7 @@ def test_every_page_by_demand_and_none_by_bulk(
     agents: list[AgentProcess],
     tmp_path: Path,
 ) -> None:
-    _need(accel, backend)
+    need_backend(accel, backend, str(BINARY))
     saved = _save(start, memory_files("ram"), "--accel", accel, "--vcpus", "2")
     vm = _incoming(start, saved, tmp_path / "agent", "--fault-backend", backend)
     agents.append(AgentProcess(tmp_path / "agent", saved.memory, seed=1))
@@ -246,7 +212,7 @@ def test_a_pause_meets_vcpus_that_wait_for_pages(
     tmp_path: Path,
 ) -> None:
     """A vCPU of KVM parks at the instruction. A thread cannot: the pause times out, it runs on."""
-    _need(accel, backend)
+    need_backend(accel, backend, str(BINARY))
     saved = _save(start, memory_files("ram"), "--accel", accel, "--vcpus", "2")
     vm = _incoming(start, saved, tmp_path / "agent", "--fault-backend", backend)
     agents.append(AgentProcess(tmp_path / "agent", saved.memory, seed=1))
@@ -284,7 +250,7 @@ def test_an_agent_dies_and_another_goes_on(
     tmp_path: Path,
 ) -> None:
     """Killed while vCPUs wait for it, with requests that it took to its grave."""
-    _need(accel, backend)
+    need_backend(accel, backend, str(BINARY))
     saved = _save(start, memory_files("ram"), "--accel", accel, "--vcpus", "2")
     path = tmp_path / "agent"
     vm = _incoming(start, saved, path, "--fault-backend", backend)
@@ -377,7 +343,7 @@ def test_a_backend_by_name_is_that_one_or_none(tmp_path: Path) -> None:
     """kvm-userfault says what the kernel said; threads' backend is not for KVM."""
     asked = ("--accel", "kvm", "--incoming", "--fault-socket", str(tmp_path / "agent"))
     control = tmp_path / "control"
-    if _why_not("kvm", "kvm-userfault"):
+    if why_not("kvm", "kvm-userfault", str(BINARY)):
         refused = _refused(*asked, "--fault-backend", "kvm-userfault", control=control)
         assert "KVM_MEM_USERFAULT" in refused
     refused = _refused(*asked, "--fault-backend", "exit-sigsegv", control=control)
