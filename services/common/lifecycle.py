@@ -79,18 +79,6 @@ def spare_collector() -> None:
     gc.freeze()
 
 
-async def run_until(
-    stop: asyncio.Event, tasks: Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
-) -> None:
-    """Run `tasks` until `stop` is set.
-
-    Raises:
-        BaseExceptionGroup: a task failed; the others were cancelled.
-    """
-    async with background(tasks):
-        await stop.wait()
-
-
 def run(service: str, main: Callable[[], Coroutine[Any, Any, ExitStatus]]) -> ExitStatus:
     """Run `main` as the process `service`, with telemetry.
 

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from services.fault_agent.drivers.api import VmmRefusedError, VmmUnreachableError
-from services.fault_agent.drivers.unix_socket import connected
+from services.fault_agent.drivers.unix_socket import JsonLines, connected
 
 TIMEOUT_S = 15.0
 """Longer than the VMM gives a pause."""
-_READ_BYTES = 64 << 10
-_LINE_LEN_MAX = 1 << 20
 
 Reply = dict[str, Any]
 
@@ -38,12 +36,9 @@ class ControlClient:
     """One connection. Use it from one event loop; `close` it, or the process leaks a socket."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._loop = asyncio.get_running_loop()
-        self._received = bytearray()
         self._waiting: deque[tuple[str, asyncio.Future[Reply]]] = deque()
-        self._closed = False
-        self._loop.add_reader(connection.fileno(), self._on_readable)
+        self._loop = asyncio.get_running_loop()
+        self._lines = JsonLines(connection, on_message=self._on_answer, on_end=self._on_end)
 
     @classmethod
     async def connect(
@@ -70,17 +65,17 @@ class ControlClient:
         Raises:
             VmmUnreachableError: no connection.
         """
-        if self._closed:
+        if self._lines.closed:
             raise VmmUnreachableError("the control connection has ended")
         line = json.dumps({"cmd": command, **members}).encode() + b"\n"
         try:
             # A line is short: what does not take it has read nothing for hundreds of them.
-            sent = socket.send_fds(self._socket, [line], list(fds))
+            sent = socket.send_fds(self._lines.socket, [line], list(fds))
         except OSError as error:
-            self._end(f"send: {error.strerror or error}")
+            self._lines.end(f"send: {error.strerror or error}")
             raise VmmUnreachableError(f"the control connection broke: {error}") from error
         if sent != len(line):
-            self._end("it does not read")
+            self._lines.end("it does not read")
             raise VmmUnreachableError("the microvm does not read its commands")
         reply: asyncio.Future[Reply] = self._loop.create_future()
         self._waiting.append((command, reply))
@@ -109,34 +104,11 @@ class ControlClient:
 
     def close(self) -> None:
         """End the connection; the microvm runs on. Idempotent."""
-        self._end("closed by the agent")
+        self._lines.end("closed by the agent")
 
-    def _on_readable(self) -> None:
-        try:
-            data = self._socket.recv(_READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._end(f"receive: {error.strerror or error}")
-            return
-        if not data:
-            self._end("closed by the microvm")
-            return
-        self._received += data
-        while not self._closed and (end := self._received.find(b"\n")) >= 0:
-            line = bytes(self._received[:end])
-            del self._received[: end + 1]
-            self._on_line(line)
-        if len(self._received) > _LINE_LEN_MAX:
-            self._end(f"a line of more than {_LINE_LEN_MAX} bytes")
-
-    def _on_line(self, line: bytes) -> None:
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
+    def _on_answer(self, answer: object) -> None:
         if not isinstance(answer, dict) or not self._waiting:
-            self._end("what it sent is no answer")
+            self._lines.end("what it sent is no answer")
             return
         command, reply = self._waiting.popleft()
         if reply.done():
@@ -149,12 +121,7 @@ class ControlClient:
             )
             reply.exception()  # seen: nobody may be waiting any more
 
-    def _end(self, why: str) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_reader(self._socket.fileno())
-        self._socket.close()
+    def _on_end(self, why: str) -> None:
         while self._waiting:
             _, reply = self._waiting.popleft()
             if not reply.done():

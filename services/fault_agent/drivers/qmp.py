@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from services.fault_agent.drivers.api import VmmRefusedError, VmmUnreachableError
-from services.fault_agent.drivers.unix_socket import connected
+from services.fault_agent.drivers.unix_socket import JsonLines, connected
 
 TIMEOUT_S = 10.0
-_READ_BYTES = 64 << 10
-_LINE_LEN_MAX = 4 << 20
 
 
 class QmpError(VmmRefusedError):
@@ -64,17 +62,14 @@ class QmpClient:
     """One connection. Use it from one event loop; `close` it, or the process leaks a socket."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
         self._loop = asyncio.get_running_loop()
-        self._received = bytearray()
         self._replies: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._watchers: dict[str, list[EventQueue]] = {}
         self._greeting: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._last_id = 0
         # A command is one write: two that interleave would be neither.
         self._sending = asyncio.Lock()
-        self._closed = False
-        self._loop.add_reader(connection.fileno(), self._on_readable)
+        self._lines = JsonLines(connection, on_message=self._on_message, on_end=self._on_end)
 
     @classmethod
     async def connect(cls, path: Path, *, timeout_s: float, alive: Callable[[], bool]) -> QmpClient:
@@ -103,7 +98,7 @@ class QmpClient:
     @property
     def closed(self) -> bool:
         """True once the connection has ended, by us or by QEMU."""
-        return self._closed
+        return self._lines.closed
 
     async def execute(
         self,
@@ -145,7 +140,7 @@ class QmpClient:
     def events(self, name: str) -> Iterator[EventQueue]:
         """Collect the events of `name` for the length of the block."""
         queue = EventQueue()
-        if self._closed:
+        if self._lines.closed:
             queue.put(None)
         self._watchers.setdefault(name, []).append(queue)
         try:
@@ -155,49 +150,26 @@ class QmpClient:
 
     def close(self) -> None:
         """End the connection; QEMU runs on. Idempotent."""
-        self._end("closed by the agent")
+        self._lines.end("closed by the agent")
 
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         async with self._sending:
-            if self._closed:
+            if self._lines.closed:
                 raise VmmUnreachableError("the monitor's connection has ended")
             try:
                 if fds:
                     # Descriptors go with the first byte. A full buffer means that QEMU has read
                     # nothing for tens of commands: mute, not slow.
-                    sent = socket.send_fds(self._socket, [data], list(fds))
+                    sent = socket.send_fds(self._lines.socket, [data], list(fds))
                     data = data[sent:]
-                await self._loop.sock_sendall(self._socket, data)
+                await self._loop.sock_sendall(self._lines.socket, data)
             except OSError as error:
-                self._end(f"send: {error.strerror or error}")
+                self._lines.end(f"send: {error.strerror or error}")
                 raise VmmUnreachableError(f"the monitor's connection broke: {error}") from error
 
-    def _on_readable(self) -> None:
-        try:
-            data = self._socket.recv(_READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._end(f"receive: {error.strerror or error}")
-            return
-        if not data:
-            self._end("closed by QEMU")
-            return
-        self._received += data
-        while (end := self._received.find(b"\n")) >= 0:
-            line = bytes(self._received[:end])
-            del self._received[: end + 1]
-            self._on_line(line)
-        if len(self._received) > _LINE_LEN_MAX:
-            self._end(f"a line of more than {_LINE_LEN_MAX} bytes")
-
-    def _on_line(self, line: bytes) -> None:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
+    def _on_message(self, message: object) -> None:
         if not isinstance(message, dict):
-            self._end("what it sent is not QMP")
+            self._lines.end("what it sent is not QMP")
         elif "event" in message:
             for queue in self._watchers.get(str(message["event"]), ()):
                 queue.put(message.get("data") or {})
@@ -209,12 +181,7 @@ class QmpClient:
             if reply is not None and not reply.done():
                 reply.set_result(message)
 
-    def _end(self, why: str) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._loop.remove_reader(self._socket.fileno())
-        self._socket.close()
+    def _on_end(self, why: str) -> None:
         for waiting in (self._greeting, *self._replies.values()):
             if not waiting.done():
                 waiting.set_exception(VmmUnreachableError(f"the monitor's connection: {why}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from services.fault_agent.drivers.api import VmmUnreachableError
 
 CONNECT_RETRY_S = 0.005
+_READ_BYTES = 64 << 10
+_LINE_LEN_MAX = 4 << 20
 
 
 @contextlib.contextmanager
@@ -48,3 +51,61 @@ async def connected(path: Path, alive: Callable[[], bool]) -> socket.socket:
     except BaseException:
         connection.close()
         raise
+
+
+class JsonLines:
+    """A connection on which the other side says one JSON value a line, read by the running loop.
+
+    `on_message` gets each value in turn (None for a line that is not JSON), `on_end` the reason,
+    once, when the connection has ended by either side.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        on_message: Callable[[object], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        self.socket = connection
+        self.closed = False
+        self._on_message = on_message
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._received = bytearray()
+        self._loop.add_reader(connection.fileno(), self._on_readable)
+
+    def end(self, why: str) -> None:
+        """Close the connection. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self.socket.fileno())
+        self.socket.close()
+        self._on_end(why)
+
+    def _on_readable(self) -> None:
+        try:
+            data = self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.end(f"receive: {error.strerror or error}")
+            return
+        if not data:
+            self.end("closed by the VMM")
+            return
+        self._received += data
+        while not self.closed and (end := self._received.find(b"\n")) >= 0:
+            line = bytes(self._received[:end])
+            del self._received[: end + 1]
+            self._on_message(_value(line))
+        if len(self._received) > _LINE_LEN_MAX:
+            self.end(f"a line of more than {_LINE_LEN_MAX} bytes")
+
+
+def _value(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

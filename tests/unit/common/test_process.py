@@ -107,12 +107,9 @@ async def test_background_tasks_end_with_the_block() -> None:
         finally:
             cancelled.set()
 
-    stop = asyncio.Event()
     async with lifecycle.background({"forever": forever}):
         await asyncio.sleep(0)
     assert cancelled.is_set()
-    stop.set()
-    await lifecycle.run_until(stop, {"forever": forever})
 
 
 async def test_a_failing_task_takes_the_block_down() -> None:
@@ -120,7 +117,8 @@ async def test_a_failing_task_takes_the_block_down() -> None:
         raise KeyError("x")
 
     with pytest.RaisesGroup(KeyError):
-        await lifecycle.run_until(asyncio.Event(), {"fail": fail})
+        async with lifecycle.background({"fail": fail}):
+            await asyncio.Event().wait()
 
 
 async def test_the_error_of_the_block_is_not_hidden() -> None:
