@@ -208,6 +208,17 @@ static const struct placed_region *region_at(const struct gw_image *image, uint6
 	return region;
 }
 
+uint64_t gw_image_page_begin(const struct gw_image *image, uint64_t offset)
+{
+	const struct placed_region *region;
+
+	if (offset >= image->size)
+		return image->size;
+	region = region_at(image, offset);
+	return offset -
+	       (offset - region->offset) % image->record.regions[region - image->regions].page_size;
+}
+
 static uint64_t min_u64(uint64_t a, uint64_t b)
 {
 	return a < b ? a : b;

@@ -34,6 +34,10 @@ static int decode_hello(struct wire_reader reader, struct gw_page_hello *hello)
 			hello->lane = (int32_t)(uint32_t)field.value;
 		else if (field.number == 5 && field.type == WIRE_BYTES)
 			err = wire_take_string(&field, &hello->traceparent);
+		else if (field.number == 6 && field.type == WIRE_VARINT)
+			hello->zero_run_max = field.value;
+		else if (field.number == 7 && field.type == WIRE_VARINT)
+			hello->accepts_lz4 = field.value != 0;
 		if (err)
 			return err;
 	}

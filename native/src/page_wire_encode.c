@@ -147,6 +147,8 @@ ssize_t gw_fetch_request_encode(const struct gw_fetch_request *request, uint8_t 
 
 	switch (request->kind) {
 	case GW_FETCH_REQUEST_HELLO:
+		put_scalar(&writer, 7, request->hello.accepts_lz4);
+		put_scalar(&writer, 6, request->hello.zero_run_max);
 		put_string(&writer, 5, &request->hello.traceparent);
 		put_enum(&writer, 4, request->hello.lane);
 		put_scalar(&writer, 3, request->hello.epoch);

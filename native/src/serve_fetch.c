@@ -105,6 +105,7 @@ static void say_hello(struct serve_stream *stream, const struct gw_page_hello *h
 	conn->life_ns = conn->now_ns;
 	stream->epoch = hello->epoch;
 	stream->lane = hello->lane;
+	stream->zero_run_max = hello->zero_run_max;
 	stream->state = SERVE_READY_DUE;
 	touch_buffers(conn, hello->lane);
 }
@@ -273,6 +274,9 @@ static enum outcome send_pages(struct serve_stream *stream, struct gw_pages *pag
 		buffer->unsent_count++;
 	stream->sent_ns = stream->conn->now_ns;
 	stream->want_done_len += pages->len;
+	/* A run of zeros may go on beyond its want, which is answered then. */
+	if (stream->want_done_len > stream->wants[stream->want_first].len)
+		stream->want_done_len = stream->wants[stream->want_first].len;
 	serve_count(&counters->sent_bytes_total, pages->data.len);
 	if (!buffer)
 		serve_count(&counters->zero_page_total, page_count);
@@ -371,6 +375,28 @@ static enum outcome send_data(struct serve_stream *stream, const struct gw_image
 	return outcome;
 }
 
+/*
+ * The hole at `offset`: within the want, or beyond it where the peer takes that: 8 GiB without a page
+ * are then one message. A run that leaves its want ends at a page of the guest, so that none is told in part.
+ */
+static uint64_t hole_len(const struct serve_stream *stream, const struct gw_image *image,
+			 uint64_t offset, uint64_t len)
+{
+	const uint64_t left = gw_image_size(image) - offset;
+	uint64_t len_max = stream->zero_run_max < left ? stream->zero_run_max : left;
+	int64_t hole;
+
+	len_max -= len_max % GW_IMAGE_PAGE_LEN;
+	hole = gw_image_hole_len(image, offset, len_max > len ? len_max : len);
+	/* -ENODATA is told by the read that follows. */
+	if (hole < 0)
+		return 0;
+	if ((uint64_t)hole <= len)
+		return (uint64_t)hole;
+	len_max = gw_image_page_begin(image, offset + (uint64_t)hole) - offset;
+	return len_max > len ? len_max : len;
+}
+
 /* With the slot's lock held, so that the record cannot change until the message is queued. */
 static enum outcome answer_locked(struct serve_stream *stream)
 {
@@ -389,11 +415,10 @@ static enum outcome answer_locked(struct serve_stream *stream)
 	offset = want->offset + stream->want_done_len;
 	len = want->len - stream->want_done_len;
 	if (len > SEEK_LEN_MIN) {
-		const int64_t hole = gw_image_hole_len(image, offset, len);
+		const uint64_t hole = hole_len(stream, image, offset, len);
 
-		/* -ENODATA is told by the read below. */
 		if (hole > 0) {
-			struct gw_pages pages = pages_of(image, offset, (uint64_t)hole);
+			struct gw_pages pages = pages_of(image, offset, hole);
 
 			return send_pages(stream, &pages, NULL);
 		}

@@ -132,6 +132,7 @@ struct serve_stream {
 	bool held;
 	int32_t lane;
 	uint64_t epoch;
+	uint64_t zero_run_max; /* as in the hello; 0 = an older peer */
 	struct serve_slot *slot;
 	uint64_t sent_ns; /* when something was last queued: heartbeats follow silence */
 	uint64_t heartbeat_sequence;

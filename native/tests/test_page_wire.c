@@ -27,7 +27,9 @@ static void requests_round_trip(void)
 							 .image_id = text("vm.7"),
 							 .traceparent = text("00-ab-cd-01"),
 							 .epoch = UINT64_MAX,
-							 .lane = GW_PAGE_LANE_BULK}};
+							 .zero_run_max = 1ull << 40,
+							 .lane = GW_PAGE_LANE_BULK,
+							 .accepts_lz4 = true}};
 	const struct gw_fetch_request want = {
 		.kind = GW_FETCH_REQUEST_WANT,
 		.want = {.offset = 1ull << 40, .len = 1u << 20, .generation = 3}};
@@ -45,6 +47,7 @@ static void requests_round_trip(void)
 	CHECK(text_is(&got.hello.image_id, "vm.7"));
 	CHECK(text_is(&got.hello.traceparent, "00-ab-cd-01"));
 	CHECK(got.hello.epoch == UINT64_MAX && got.hello.lane == GW_PAGE_LANE_BULK);
+	CHECK(got.hello.zero_run_max == 1ull << 40 && got.hello.accepts_lz4);
 
 	len = gw_fetch_request_encode(&want, data, sizeof(data));
 	CHECK_EQ(gw_fetch_request_decode(data, (size_t)len, &got), 0);

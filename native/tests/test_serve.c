@@ -228,6 +228,86 @@ static void zeros_are_told_apart(void)
 	tear_down(&fixture);
 }
 
+#define SPARSE_LEN (64ull << 30)
+#define SPARSE_AT  (40ull << 30)
+
+static void start_sparse(struct client *client, uint32_t port, uint64_t zero_run_max)
+{
+	const struct gw_fetch_request hello = {.kind = GW_FETCH_REQUEST_HELLO,
+					       .hello = {.session_id = client_string("s"),
+							 .image_id = client_string("sparse"),
+							 .epoch = 6,
+							 .lane = GW_PAGE_LANE_BULK,
+							 .zero_run_max = zero_run_max}};
+
+	client_open(client, port, 4u << 20);
+	client_call(client, GW_PAGE_PATH_FETCH);
+	client_send(client, &hello);
+	CLIENT_UNTIL(client, client->ready_count == 1);
+}
+
+/* What one want of the sparse memory is answered with: ZERO of so many bytes. */
+static uint64_t sparse_zeros(struct client *client, uint64_t offset, uint64_t len)
+{
+	const size_t count = client->pages_count;
+
+	client_want(client, offset, len, 2);
+	CLIENT_UNTIL(client, client->pages_count == count + 1);
+	CHECK_EQ(client->last.offset, offset);
+	CHECK_EQ(client->last.encoding, GW_PAGE_ENCODING_ZERO);
+	return client->last.len;
+}
+
+/* However long a hole is, it is one message, if the peer takes that; else it ends with its want. */
+static void a_run_of_zeros_is_one_message(void)
+{
+	/* One page of data in 64 GiB, in a second region whose pages are of 2 MiB. */
+	static const struct gw_serve_region sparse[] = {
+		{.gpa = 0, .size = 8ull << 30, .file_offset = 0, .page_size = 4096},
+		{.gpa = 1ull << 40,
+		 .size = SPARSE_LEN - (8ull << 30),
+		 .file_offset = 8ull << 30,
+		 .page_size = 2u << 20},
+	};
+	const int fd = memfd_create("test-sparse", MFD_CLOEXEC);
+	struct gw_serve_image record = record_of(fd, "sparse");
+	struct fixture fixture;
+	struct client client;
+
+	record.regions = sparse;
+	CHECK_EQ(ftruncate(fd, (off_t)SPARSE_LEN), 0);
+	CHECK_EQ(pwrite(fd, "x", 1, (off_t)(SPARSE_AT + 5 * PAGE)), 1);
+	set_up(&fixture, 0);
+	CHECK_EQ(gw_serve_put_image(fixture.serve, &record), 0);
+
+	start_sparse(&client, fixture.port, UINT64_MAX);
+	/* Up to the page of the guest that has data, not into it. */
+	CHECK_EQ(sparse_zeros(&client, 0, MIB), SPARSE_AT);
+	CHECK_EQ(sparse_zeros(&client, SPARSE_AT - 2 * MIB, MIB), 2 * MIB);
+	CHECK_EQ(sparse_zeros(&client, SPARSE_AT + MIB, MIB), SPARSE_LEN - SPARSE_AT - MIB);
+	CHECK_EQ(sparse_zeros(&client, SPARSE_LEN - MIB, MIB), MIB);
+	/* A want that has data is answered as ever. */
+	client_want(&client, SPARSE_AT, MIB, 2);
+	CLIENT_UNTIL(&client, client.next_offset == SPARSE_AT + MIB);
+	CHECK_EQ(client.raw_count, 1);
+	/* A short want is read and not looked around. */
+	CHECK_EQ(sparse_zeros(&client, 0, PAGE), PAGE);
+	client_close(&client);
+
+	start_sparse(&client, fixture.port, 3 * MIB + 1);
+	CHECK_EQ(sparse_zeros(&client, 0, MIB), 3 * MIB);
+	client_close(&client);
+
+	start_sparse(&client, fixture.port, 0);
+	CHECK_EQ(sparse_zeros(&client, 0, MIB), MIB);
+	CHECK_EQ(gw_grpc_call_half_close(client.call), 0);
+	client_expect_end(&client, GW_GRPC_OK, "");
+	client_close(&client);
+	CHECK_EQ(blocks_of(fd), PAGE / 512);
+	close(fd);
+	tear_down(&fixture);
+}
+
 struct refusal {
 	const char *what;
 	int status;
@@ -834,6 +914,7 @@ int main(void)
 {
 	RUN(every_page_is_served_as_it_is);
 	RUN(zeros_are_told_apart);
+	RUN(a_run_of_zeros_is_one_message);
 	RUN(each_wrong_request_ends_with_its_status);
 	RUN(what_was_asked_before_an_error_is_answered);
 	RUN(describe_tells_the_record_and_where_data_is);

@@ -19,7 +19,7 @@ from tests.native.programs import Program, program
 
 U64 = st.integers(0, (1 << 64) - 1)
 U32 = st.integers(0, (1 << 32) - 1)
-ENUM = st.one_of(st.integers(0, 3), st.integers(-(1 << 31), (1 << 31) - 1))
+ENUM = st.one_of(st.integers(0, 4), st.integers(-(1 << 31), (1 << 31) - 1))
 TEXT = st.text(max_size=20)
 
 REGION = st.builds(
@@ -37,7 +37,14 @@ IMAGE = st.builds(
     regions=st.lists(REGION, max_size=5),
 )
 HELLO = st.builds(
-    pb.FetchHello, session_id=TEXT, image_id=TEXT, epoch=U64, lane=ENUM, traceparent=TEXT
+    pb.FetchHello,
+    session_id=TEXT,
+    image_id=TEXT,
+    epoch=U64,
+    lane=ENUM,
+    traceparent=TEXT,
+    zero_run_max_bytes=U64,
+    accepts_lz4=st.booleans(),
 )
 WANT = st.builds(pb.Want, offset_bytes=U64, len_bytes=U64, generation=U64)
 HEARTBEAT = st.builds(pb.Heartbeat, sequence=U64)

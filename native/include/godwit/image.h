@@ -61,6 +61,9 @@ const struct gw_wire_image *gw_image_record(const struct gw_image *image);
  */
 int64_t gw_image_hole_len(const struct gw_image *image, uint64_t offset, uint64_t len);
 
+/* Where the guest's page that holds `offset` begins, by its region's page size; the end stays. */
+uint64_t gw_image_page_begin(const struct gw_image *image, uint64_t offset);
+
 /*
  * Read exactly `len` bytes. Holes read as zeros and stay holes. `ret_data` should be page
  * aligned: see grpc_receive.c for what it costs if not.

@@ -24,6 +24,7 @@
 #ifndef GW_PAGE_WIRE_H
 #define GW_PAGE_WIRE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -64,6 +65,7 @@ enum gw_page_encoding {
 	GW_PAGE_ENCODING_UNSPECIFIED = 0,
 	GW_PAGE_ENCODING_RAW = 1,
 	GW_PAGE_ENCODING_ZERO = 2,
+	GW_PAGE_ENCODING_LZ4 = 3,
 };
 
 /* godwit.page.v1.FetchHello */
@@ -72,7 +74,9 @@ struct gw_page_hello {
 	struct gw_wire_string image_id;
 	struct gw_wire_string traceparent;
 	uint64_t epoch;
-	int32_t lane; /* enum gw_page_lane, or what the peer said */
+	uint64_t zero_run_max; /* longest ZERO answer; 0 = none beyond its want */
+	int32_t lane;	       /* enum gw_page_lane, or what the peer said */
+	bool accepts_lz4;
 };
 
 /* godwit.page.v1.Want */

@@ -70,6 +70,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """The bytes themselves."""
     ENCODING_ZERO: _Encoding.ValueType  # 2
     """Every byte of the run is zero; `data` is empty."""
+    ENCODING_LZ4: _Encoding.ValueType  # 3
+    """`data` is one LZ4 block that gives exactly `len_bytes`. Only to a destination that accepts it, only on
+    LANE_BULK, at most 1 MiB.
+    """
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How page bytes are carried."""
@@ -80,6 +84,10 @@ ENCODING_RAW: Encoding.ValueType  # 1
 """The bytes themselves."""
 ENCODING_ZERO: Encoding.ValueType  # 2
 """Every byte of the run is zero; `data` is empty."""
+ENCODING_LZ4: Encoding.ValueType  # 3
+"""`data` is one LZ4 block that gives exactly `len_bytes`. Only to a destination that accepts it, only on
+LANE_BULK, at most 1 MiB.
+"""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
@@ -185,6 +193,8 @@ class FetchHello(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    ZERO_RUN_MAX_BYTES_FIELD_NUMBER: _builtins.int
+    ACCEPTS_LZ4_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The destination's session, the same on every lane and after every reconnect. 1..64 of [A-Za-z0-9._-]."""
     image_id: _builtins.str
@@ -195,6 +205,13 @@ class FetchHello(_message.Message):
     """What the stream is for."""
     traceparent: _builtins.str
     """W3C trace context of the migration. May be empty."""
+    zero_run_max_bytes: _builtins.int
+    """Longest ENCODING_ZERO answer that the destination takes, bytes. A want whose rest is a hole may then be
+    answered by one that goes on beyond the want's end, up to so much from its own offset; it is the last
+    answer of that want. Ends at a page of the guest. 0, as from older destinations: no answer leaves its want.
+    """
+    accepts_lz4: _builtins.bool
+    """The destination takes ENCODING_LZ4 on this stream. Refused by nobody: a server may ignore it."""
     def __init__(
         self,
         *,
@@ -203,10 +220,12 @@ class FetchHello(_message.Message):
         epoch: _builtins.int = ...,
         lane: Global___Lane.ValueType = ...,
         traceparent: _builtins.str = ...,
+        zero_run_max_bytes: _builtins.int = ...,
+        accepts_lz4: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "image_id", b"image_id", "lane", b"lane", "session_id", b"session_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_lz4", b"accepts_lz4", "epoch", b"epoch", "image_id", b"image_id", "lane", b"lane", "session_id", b"session_id", "traceparent", b"traceparent", "zero_run_max_bytes", b"zero_run_max_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,11 +373,12 @@ class Pages(_message.Message):
     image_state: _common_pb2.ImageState.ValueType
     """State of the image when the bytes were read."""
     crc32c: _builtins.int
-    """CRC-32C (Castagnoli) over 32 bytes of header and then `data`. The header is, all little-endian:
-    u64 offset_bytes, u64 len_bytes, u64 generation, u32 encoding, u32 image_state. Checked before install.
+    """CRC-32C (Castagnoli) over 32 bytes of header and then the bytes of the pages, as they are in memory: of
+    RAW `data`, of LZ4 what it gives, of ZERO none. The header is, all little-endian: u64 offset_bytes,
+    u64 len_bytes, u64 generation, u32 encoding, u32 image_state. Checked before install.
     """
     data: _builtins.bytes
-    """RAW: exactly `len_bytes` bytes. ZERO: empty."""
+    """RAW: exactly `len_bytes` bytes. ZERO: empty. LZ4: 1 byte or more, fewer than `len_bytes`."""
     def __init__(
         self,
         *,

@@ -40,8 +40,8 @@ class PageServiceStub:
     """Streams pages of one image to its destination.
 
     The first request carries `hello`; the server answers it with `ready`. Every later request carries
-    `want` or `heartbeat`. A want is answered by one or more `pages` that together cover exactly its range,
-    in ascending order. Wants of one stream are answered in the order they were sent. The stream
+    `want` or `heartbeat`. A want is answered by one or more `pages` that together cover exactly its range
+    (or more, where the last is a run of zeros: FetchHello.zero_run_max_bytes), in ascending order. Wants of one stream are answered in the order they were sent. The stream
     ends with OK when the client half-closes and all wants are answered.
 
     Lanes: one connection a lane. On LANE_DEMAND each answer is flushed at once and never compressed; on
@@ -87,8 +87,8 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams pages of one image to its destination.
 
         The first request carries `hello`; the server answers it with `ready`. Every later request carries
-        `want` or `heartbeat`. A want is answered by one or more `pages` that together cover exactly its range,
-        in ascending order. Wants of one stream are answered in the order they were sent. The stream
+        `want` or `heartbeat`. A want is answered by one or more `pages` that together cover exactly its range
+        (or more, where the last is a run of zeros: FetchHello.zero_run_max_bytes), in ascending order. Wants of one stream are answered in the order they were sent. The stream
         ends with OK when the client half-closes and all wants are answered.
 
         Lanes: one connection a lane. On LANE_DEMAND each answer is flushed at once and never compressed; on
