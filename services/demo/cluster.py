@@ -19,6 +19,7 @@ from godwit.errors import GodwitClientError
 from godwit.models import Node
 
 from services.common.errors import UnavailableError
+from services.common.listen import INSECURE_FLAG
 from services.demo import leftovers
 from services.demo.part import START_TIMEOUT_S, Part, base_environment
 from services.fault_agent import journal
@@ -29,6 +30,33 @@ from services.fault_agent.drivers.command_line import (
 
 RAM_PARENT = Path("/dev/shm")  # noqa: S108 - guest memory has to be tmpfs
 _STOP_VM_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A host, as far as a part of the cluster cares; by default this one, over loopback.
+
+    Attributes:
+        address: numeric, of this host; what others have to reach is bound to it.
+        prefix: put before the command of each part; it execs.
+        rest_port: of the orchestrator; 0: any.
+    """
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+    rest_port: int = 0
+
+    def listen(self, port: int = 0) -> str:
+        """What to bind."""
+        return f"{self.address}:{port}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What a part needs to be told that binds to it."""
+        return () if self.address == "127.0.0.1" else (INSECURE_FLAG,)
+
+
+HERE = Place()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +98,12 @@ class Cluster:
     orchestrator: Part
     nodes: Mapping[str, NodeParts]
     claim: leftovers.Claim
+    rest_at: str = ""
 
     @property
     def rest_url(self) -> str:
-        """Where the orchestrator's REST API is."""
-        return f"http://{self.orchestrator.addresses['rest']}"
+        """Where the orchestrator's REST API is, for us."""
+        return f"http://{self.rest_at or self.orchestrator.addresses['rest']}"
 
     @property
     def parts(self) -> list[Part]:
@@ -99,6 +128,8 @@ async def running_cluster(
     node_names: Sequence[str] = ("a", "b"),
     environment: Mapping[str, str] | None = None,
     hooked: bool = False,
+    places: Mapping[str, Place] | None = None,
+    rest_at: str = "",
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -108,26 +139,32 @@ async def running_cluster(
         node_names: of the nodes.
         environment: what the parts get on top of ours.
         hooked: their hook points are on, which costs some system calls in the guest's pause.
+        places: where a node, or "orchestrator", is, if it is not here.
+        rest_at: HOST:PORT at which we reach REST, if it is not where the orchestrator listens.
 
     Raises:
         FileExistsError: `directory` exists.
         UnavailableError: a part did not start.
     """
     directory.mkdir(parents=True)  # noqa: ASYNC240 - local and quick, here and below
-    base = base_environment(environment)
+    base, places = base_environment(environment), places or {}
     await leftovers.remove_stale(ram_parent)
     async with leftovers.claimed(ram_parent, directory) as claim:
         nodes: dict[str, NodeParts] = {}
         cluster = Cluster(
             directory=directory,
-            orchestrator=_orchestrator(directory, base, hooked=hooked),
+            orchestrator=_orchestrator(
+                directory, base, hooked=hooked, place=places.get("orchestrator", HERE)
+            ),
             nodes=nodes,
             claim=claim,
+            rest_at=rest_at,
         )
         try:
             await cluster.start(cluster.orchestrator)
             for name in node_names:
-                await _start_node(name, cluster, nodes, base, hooked=hooked)
+                place = places.get(name, HERE)
+                await _start_node(name, cluster, nodes, base, hooked=hooked, place=place)
             await _wait_reachable(cluster)
             yield cluster
         finally:
@@ -136,19 +173,21 @@ async def running_cluster(
             await asyncio.gather(*(part.kill() for part in cluster.parts))
 
 
-def _orchestrator(directory: Path, base: Mapping[str, str], *, hooked: bool) -> Part:
+def _orchestrator(directory: Path, base: Mapping[str, str], *, hooked: bool, place: Place) -> Part:
     return Part(
         "orchestrator",
         [
             "services.orchestrator",
-            *("--rest", "127.0.0.1:0"),
-            *("--grpc", "127.0.0.1:0"),
+            *("--rest", place.listen(place.rest_port)),
+            *("--grpc", place.listen()),
             *("--store", str(directory / "orchestrator.sqlite")),
+            *place.flags,
         ],
         pinned={"rest": "--rest", "grpc": "--grpc"},
         directory=directory,
         environment=base,
         hooked=hooked,
+        prefix=place.prefix,
     )
 
 
@@ -159,6 +198,7 @@ async def _start_node(
     base: Mapping[str, str],
     *,
     hooked: bool,
+    place: Place,
 ) -> None:
     state_dir, ram_dir = cluster.directory / name, cluster.claim.path / name
     images_dir = state_dir / "images"
@@ -168,15 +208,17 @@ async def _start_node(
         f"{name}.page-server",
         [
             "services.page_server",
-            *("--listen", "127.0.0.1:0"),
+            *("--listen", place.listen()),
             *("--control", "127.0.0.1:0"),
             *("--metrics", "127.0.0.1:0"),
             *("--images-dir", str(images_dir)),
+            *place.flags,
         ],
         pinned={"page": "--listen", "control": "--control", "metrics": "--metrics"},
         directory=cluster.directory,
         environment=base,
         hooked=hooked,
+        prefix=place.prefix,
     )
     await cluster.start(page_server)
     agent = Part(
@@ -184,18 +226,20 @@ async def _start_node(
         [
             "services.fault_agent",
             *("--node", name),
-            *("--listen", "127.0.0.1:0"),
+            *("--listen", place.listen()),
             *("--metrics", "127.0.0.1:0"),
             *("--state-dir", str(state_dir)),
             *("--images-dir", str(images_dir)),
             *("--ram-dir", str(ram_dir)),
             *("--page-server-control", page_server.addresses["control"]),
             *("--orchestrator", cluster.orchestrator.addresses["grpc"]),
+            *place.flags,
         ],
         pinned={"grpc": "--listen", "metrics": "--metrics"},
         directory=cluster.directory,
         environment=base,
         hooked=hooked,
+        prefix=place.prefix,
     )
     # Listed before it runs: a node half started is cleaned up like a whole one.
     nodes[name] = NodeParts(

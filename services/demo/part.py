@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from services.common.errors import UnavailableError
@@ -71,6 +71,7 @@ class Part:
             that a restart comes back where the others look for it.
         pinned: for each name it prints, the option that fixes it.
         hooked: its hook points are on; without, `hooks` does nothing and costs nothing.
+        prefix: put before its command; must exec, so that the process is the part.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Part:
         directory: Path,
         environment: Mapping[str, str],
         hooked: bool,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.arguments = arguments
@@ -89,6 +91,7 @@ class Part:
         self.hooks = HookFiles(directory / "hooks" / name)
         self.addresses: dict[str, str] = {}
         self._pinned = pinned
+        self._prefix = tuple(prefix)
         self._environment = dict(environment)
         if hooked:
             self._environment["GODWIT_HOOKS_DIR"] = str(self.hooks.directory)
@@ -116,6 +119,7 @@ class Part:
         """
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self._prefix,
                 sys.executable,
                 "-m",
                 *self.arguments,
