@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from services.cli import bitmap, demo, migrations, nodes, processes, store, vms
+from services.cli import bitmap, certs, demo, migrations, nodes, processes, store, vms
 from services.cli.exit_status import ExitStatus, of_http
 from services.cli.session import ENV_URL, Options, OutputOption, UrlOption
 
@@ -36,6 +36,7 @@ app.command()(migrations.migrate)
 app.add_typer(migrations.app, name="migrations")
 app.command()(bitmap.bitmap)
 app.add_typer(store.app, name="store")
+app.add_typer(certs.app, name="certs")
 app.command()(demo.demo)
 app.command("page-server", context_settings=processes.PASS_ON)(processes.page_server)
 app.command("fault-agent", context_settings=processes.PASS_ON)(processes.fault_agent)
