@@ -77,6 +77,14 @@ $(NATIVE_VARIANTS:%=native-build-%): native-build-%: .venv/.deps
 $(NATIVE_VARIANTS:%=native-test-%): native-test-%: native-build-%
 	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error --parallel 2
 
+.PHONY: bench bench-quick
+bench: setup ## measure everything against the peers, judge the bars: some 40 minutes
+	@ninja -C build/native --quiet bench_page_path >&2
+	@$(PY) -m tests.bench $(ARGS)
+bench-quick: setup ## the page path alone, in minutes
+	@ninja -C build/native --quiet bench_page_path >&2
+	@$(PY) -m tests.bench --quick $(ARGS)
+
 .PHONY: bench-faults
 bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 vCPUs
 	@ninja -C build/native bench_fault_agent >&2

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many pages: bulk, with and without their being installed, against raw TCP and grpcio.
+
+Rates are of guest memory: zeros and what compresses may be faster than any wire. "installed" is a
+whole guest, from the start of bulk to nothing absent, so its start and its end count.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from tests.bench.bars import Bar
+from tests.bench.estimate import Statistic, estimate, median, ratio
+from tests.bench.grpcio_client import grpcio_fetch
+from tests.bench.page_path import Kind, page_path
+from tests.bench.section import Result, Rows, Scale, figure, in_turns
+
+name = "streams"
+title = "Memory in bulk"
+
+MEMORY_MIB = 512
+_GRPCIO_MIB = 64
+_COPY_MIB = 256
+
+_LABELS = {
+    "stream": "raw TCP, one way",
+    "copy_1": "UFFDIO_COPY, 1 page a call",
+    "copy_256": "UFFDIO_COPY, 256 pages a call",
+    "wire": "our wire, nothing installed",
+    "grpcio": "grpcio, the same Fetch, nothing installed",
+    "raw": "installed, incompressible",
+    "raw_2": "installed, incompressible, 2 connections",
+    "zero_heavy": "installed, 90 % zero",
+    "text": "installed, compressible 3 to 1",
+}
+
+
+def run(scale: Scale) -> Result:
+    """Measure."""
+    with ExitStack() as stack:
+        ours = stack.enter_context(page_path())
+        ours.ask("warm", 4096)
+        memory = ours.serve(Kind.RAW, MEMORY_MIB)
+        grpcio = stack.enter_context(grpcio_fetch(memory, MEMORY_MIB))
+        zero_heavy, text = (stack.enter_context(page_path()) for _ in range(2))
+        zero_heavy.serve(Kind.ZERO_HEAVY, MEMORY_MIB)
+        text.serve(Kind.TEXT, MEMORY_MIB)
+        taken = in_turns(
+            name,
+            scale.choose(20, 7),
+            [
+                ("stream", lambda: ours.rate("stream", MEMORY_MIB)),
+                ("copy_1", lambda: ours.rate("copy", 1, _COPY_MIB)),
+                ("copy_256", lambda: ours.rate("copy", 256, _COPY_MIB)),
+                ("wire", lambda: ours.rate("wire-bulk", MEMORY_MIB)),
+                ("grpcio", lambda: grpcio.stream(_GRPCIO_MIB)),
+                ("raw", lambda: ours.rate("bulk", 1)),
+                ("raw_2", lambda: ours.rate("bulk", 2)),
+                ("zero_heavy", lambda: zero_heavy.rate("bulk", 1)),
+                ("text", lambda: text.rate("bulk", 1)),
+            ],
+        )
+    return {"mbs": taken}
+
+
+def bars(result: Result) -> list[Bar]:
+    """Judge."""
+    count = len(result["mbs"]["raw"])
+
+    def of(key: str) -> Statistic:
+        return median(result["mbs"][key])
+
+    def bar(what: str, limit: float, above: str, below: str) -> Bar:
+        value = estimate(count, ratio(of(above), of(below)))
+        return Bar(name=what, limit=limit, at_most=False, value=value)
+
+    return [
+        bar("bulk, not installed / raw TCP stream", 0.75, "wire", "stream"),
+        bar("bulk, installed / raw TCP stream", 0.5, "raw", "stream"),
+        bar("bulk, installed / grpcio", 4, "raw", "grpcio"),
+    ]
+
+
+def rows(result: Result) -> Rows:
+    """Tell."""
+    table = [["what", "n", "MB/s", "of raw TCP"]]
+    below = median(result["mbs"]["stream"])
+    for key, rates in result["mbs"].items():
+        count = len(rates)
+        table.append(
+            [
+                _LABELS[key],
+                str(count),
+                figure(estimate(count, median(rates)), 0),
+                figure(estimate(count, ratio(median(rates), below)), 2),
+            ]
+        )
+    return table

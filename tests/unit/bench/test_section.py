@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns, and each section's bars from results that are known."""
+
+from __future__ import annotations
+
+from tests.bench import lanes, streams
+from tests.bench.section import in_turns
+
+
+def test_each_is_measured_once_a_round_and_each_is_first_in_turn() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> int:
+        order.append(name)
+        return len(order)
+
+    taken = in_turns(
+        "test",
+        3,
+        [(key, lambda key=key: measure(key)) for key in "abc"],  # type: ignore[misc]
+    )
+    assert "".join(order) == "abcbcacab"
+    assert taken == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_bars_of_lanes() -> None:
+    us = {"tcp": 20.0, "uffd": 10.0, "idle": 45.0, "bulk": 90.0, "capped": 45.0}
+    found = lanes.bars({"us": {key: [[at] * 10] * 5 for key, at in us.items()}})
+    assert [round(bar.value.value, 3) for bar in found if bar.value] == [1.5, 1.5, 2.0, 1.0]
+    assert [bar.ok for bar in found] == [False, True, True, True]
+
+
+def test_bars_of_streams() -> None:
+    mbs = {"stream": 2000.0, "wire": 1600.0, "raw": 900.0, "grpcio": 200.0}
+    found = streams.bars({"mbs": {key: [at] * 5 for key, at in mbs.items()}})
+    assert [bar.value.value for bar in found if bar.value] == [0.8, 0.45, 4.5]
+    assert [bar.ok for bar in found] == [True, False, True]
