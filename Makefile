@@ -31,13 +31,15 @@ help: ## list the targets
 .PHONY: setup
 setup: .venv/.project native ## install what is missing, make .venv, build the native part
 
-.PHONY: system system-guest system-lint
+.PHONY: system system-guest system-lint system-fuzz
 system:
 	@tools/setup_system.sh build
 system-guest:
 	@tools/setup_system.sh guest
 system-lint:
 	@tools/setup_system.sh lint
+system-fuzz:
+	@tools/setup_system.sh fuzz
 
 .venv/.deps: requirements.lock tools/setup_python.sh tools/find_python.sh | system
 	@echo 'setup: .venv from requirements.lock' >&2
@@ -84,6 +86,11 @@ bench: setup ## measure everything against the peers, judge the bars: some 40 mi
 bench-quick: setup ## the page path alone, in minutes
 	@ninja -C build/native --quiet bench_page_path >&2
 	@$(PY) -m tests.bench --quick $(ARGS)
+
+.PHONY: fuzz
+fuzz: system-fuzz .venv/.deps ## fuzz the native edges, TIME=N seconds each
+	@$(call cmake_build,native-fuzz)
+	@tools/fuzz.sh $(or $(TIME),60)
 
 .PHONY: bench-faults
 bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 vCPUs

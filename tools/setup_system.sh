@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Check that the machine has what a job needs; install what is missing where that is possible.
 #
-# Usage: tools/setup_system.sh GROUP...      groups: build guest lint
+# Usage: tools/setup_system.sh GROUP...      groups: build guest lint fuzz
 #
 # It looks for the things themselves, not for packages: what somebody built by hand counts too, and
 # the check costs milliseconds, so it needs no stamp that could go stale.
@@ -57,11 +57,20 @@ check_group() {
 		need_command clang-format clang-format
 		need_command clang-tidy clang-tidy
 		;;
+	fuzz)
+		need_command clang clang
+		libfuzzer || lacks "libFuzzer for clang" libclang-rt-14-dev
+		;;
 	*)
-		echo "setup_system.sh: unknown group '$1' (build, guest, lint)" >&2
+		echo "setup_system.sh: unknown group '$1' (build, guest, lint, fuzz)" >&2
 		exit 2
 		;;
 	esac
+}
+
+libfuzzer() {
+	command -v clang >/dev/null &&
+		[ -e "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a)" ]
 }
 
 # Debian's plain busybox is dynamic and cannot be a guest's init.
