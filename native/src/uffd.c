@@ -88,8 +88,16 @@ int gw_uffd_register(int uffd, uint64_t address, uint64_t len, uint64_t mode, ui
 int gw_uffd_unregister(int uffd, uint64_t address, uint64_t len)
 {
 	struct uffdio_range range = {.start = address, .len = len};
+	int err = gw_sys_ioctl(uffd, UFFDIO_UNREGISTER, &range);
 
-	return gw_sys_ioctl(uffd, UFFDIO_UNREGISTER, &range);
+	/*
+	 * The kernel wakes who waits before it takes the registration off. Since faults are handled under
+	 * the lock of the mapping alone (6.7), one may go to sleep between the two, and nobody wakes it
+	 * any more. WAKE asks for no registration. test_uffd.c: who_faults_meanwhile_is_not_left_asleep.
+	 */
+	if (err == 0)
+		err = gw_sys_ioctl(uffd, UFFDIO_WAKE, &range);
+	return err;
 }
 
 int gw_uffd_read(int uffd, struct uffd_msg *ret_events, uint32_t count_max)

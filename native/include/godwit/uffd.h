@@ -75,7 +75,10 @@ int gw_uffd_open_user_mode(uint64_t features, uint64_t *ret_granted);
 
 /* `mode` of UFFDIO_REGISTER_MODE_*. ret_ioctls: bit n = ioctl n works on the range; may be NULL. */
 int gw_uffd_register(int uffd, uint64_t address, uint64_t len, uint64_t mode, uint64_t *ret_ioctls);
-/* Wakes who waits there. 0; -ENOMEM the process is gone, or has too many mappings; -errno. */
+/*
+ * Wakes who waits there, also who went to sleep meanwhile. May be called again. 0; -ENOMEM the
+ * process is gone, or has too many mappings; -errno.
+ */
 int gw_uffd_unregister(int uffd, uint64_t address, uint64_t len);
 
 /* Read up to count_max events. Returns how many, 0 = none now; -errno. */
