@@ -18,18 +18,36 @@
 
 /* --- shared by the threads -------------------------------------------------------------------- */
 
-void arrival_set_reason(struct gw_arrival *arrival, const char *format, ...)
+static void set_reason(struct gw_arrival *arrival, bool final, const char *format,
+		       va_list arguments)
 {
 	char text[GW_ARRIVAL_REASON_LEN_MAX];
+
+	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): said when files are checked together. */
+	(void)vsnprintf(text, sizeof(text), format, arguments);
+	(void)pthread_mutex_lock(&arrival->text_lock);
+	if (final || !arrival->reason_is_final)
+		memcpy(arrival->reason, text, sizeof(text));
+	arrival->reason_is_final = arrival->reason_is_final || final;
+	(void)pthread_mutex_unlock(&arrival->text_lock);
+}
+
+void arrival_set_reason(struct gw_arrival *arrival, const char *format, ...)
+{
 	va_list arguments;
 
 	va_start(arguments, format);
-	/* NOLINTNEXTLINE(clang-analyzer-valist.Uninitialized): said when files are checked together. */
-	(void)vsnprintf(text, sizeof(text), format, arguments);
+	set_reason(arrival, false, format, arguments);
 	va_end(arguments);
-	(void)pthread_mutex_lock(&arrival->text_lock);
-	memcpy(arrival->reason, text, sizeof(text));
-	(void)pthread_mutex_unlock(&arrival->text_lock);
+}
+
+void arrival_set_final_reason(struct gw_arrival *arrival, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	set_reason(arrival, true, format, arguments);
+	va_end(arguments);
 }
 
 static void ring(int fd)
@@ -79,11 +97,12 @@ void arrival_on_outcome(struct gw_arrival *arrival, int outcome)
 		return;
 	case GW_INSTALL_GONE:
 		atomic_store(&arrival->gone, true);
-		arrival_set_reason(arrival, "the guest's process is gone");
+		arrival_set_final_reason(arrival, "the guest's process is gone");
 		break;
 	case GW_INSTALL_VIOLATED:
-		arrival_set_reason(arrival, "a page was touched before it was installed, or the "
-					    "memory is not registered any more: the guest is held");
+		arrival_set_final_reason(arrival,
+					 "a page was touched before it was installed, or the "
+					 "memory is not registered any more: the guest is held");
 		break;
 	case GW_INSTALL_FULL:
 		arrival_set_reason(arrival, "no room for a page: the guest waits, tried again");
@@ -149,11 +168,12 @@ static int adopt_again(void *user)
 
 static int open_uffd(int fd, int *ret_uffd)
 {
+	const int is_uffd = gw_uffd_is_uffd(fd);
 	int uffd;
 	int flags;
 
-	if (gw_uffd_is_uffd(fd) != 1)
-		return -EINVAL;
+	if (is_uffd != 1)
+		return is_uffd < 0 ? is_uffd : -EINVAL;
 	uffd = gw_sys_dup(fd);
 	if (uffd < 0)
 		return uffd;
@@ -293,7 +313,8 @@ int gw_arrival_create(const struct gw_arrival_config *config, struct gw_arrival 
 	}
 	atomic_store(&arrival->demand_down_ns, gw_sys_now_ns());
 	if (gw_page_map_is_violated(arrival->map)) {
-		arrival_set_reason(arrival, "a predecessor saw a violation: the guest is held");
+		arrival_set_final_reason(arrival,
+					 "a predecessor saw a violation: the guest is held");
 		atomic_store(&arrival->phase, GW_ARRIVAL_VIOLATION);
 	} else if (arrival_is_over(arrival)) {
 		atomic_store(&arrival->phase, GW_ARRIVAL_COMPLETE);
@@ -422,6 +443,8 @@ int gw_arrival_finish(struct gw_arrival *arrival)
 {
 	if (atomic_load(&arrival->phase) != GW_ARRIVAL_COMPLETE)
 		return -EBUSY;
+	/* Before: an event that is read now may be answered when there is no registration any more. */
+	atomic_store(&arrival->install.released, true);
 	for (uint32_t i = 0; i < arrival->install.region_count; i++) {
 		const struct gw_install_region *const region = &arrival->install.regions[i];
 		const int err =

@@ -131,12 +131,15 @@ static void tell_phase(struct gw_arrival *arrival)
 	const uint32_t phase = phase_now(arrival);
 	const uint64_t one = 1;
 
-	if (phase == atomic_load(&arrival->phase))
+	if (phase == atomic_load(&arrival->phase) && !arrival->demand.phase_untold)
 		return;
 	if (phase == GW_ARRIVAL_COMPLETE)
 		gw_page_map_set_complete(arrival->map);
 	atomic_store(&arrival->phase, phase);
-	(void)gw_sys_write(arrival->wait_fd, &one, sizeof(one));
+	const ssize_t written = gw_sys_write(arrival->wait_fd, &one, sizeof(one));
+
+	/* EAGAIN: it rings already. What was not told is told at the next turn, a second away at most. */
+	arrival->demand.phase_untold = written < 0 && written != -EAGAIN;
 	/* Bulk threads end with it, or begin. */
 	arrival_wake_bulk(arrival);
 }

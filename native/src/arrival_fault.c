@@ -383,8 +383,8 @@ static void handle_event(struct arrival_demand *demand, const struct uffd_msg *e
 
 	if (!gw_install_page_of(&arrival->install, address, &page)) {
 		gw_install_violate(&arrival->install);
-		arrival_set_reason(arrival, "a fault at %#llx, outside of every region",
-				   (unsigned long long)address);
+		arrival_set_final_reason(arrival, "a fault at %#llx, outside of every region",
+					 (unsigned long long)address);
 		return;
 	}
 	handle_fault(demand, page, minor ? FAULT_MINOR : FAULT_MISSING, read_ns);

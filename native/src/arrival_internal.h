@@ -164,6 +164,7 @@ struct arrival_demand {
 	uint32_t event_count;
 	struct removal removals[ARRIVAL_REMOVAL_COUNT_MAX];
 	uint32_t removal_count;
+	bool phase_untold; /* the eventfd could not be written */
 };
 
 /* A page that somebody waited for, and bulk has brought. */
@@ -221,6 +222,7 @@ struct gw_arrival {
 	char host[ARRIVAL_HOST_LEN_MAX + 1];
 	uint32_t port;
 	char reason[GW_ARRIVAL_REASON_LEN_MAX];
+	bool reason_is_final; /* of a guest that is held or gone: nothing that follows hides it */
 
 	_Atomic bool stopping;
 	_Atomic uint32_t phase;
@@ -249,6 +251,9 @@ struct gw_arrival {
 
 /* arrival.c */
 void arrival_set_reason(struct gw_arrival *arrival, const char *format, ...)
+	__attribute__((format(printf, 2, 3)));
+/* The last word: why the guest is held for good, or gone. */
+void arrival_set_final_reason(struct gw_arrival *arrival, const char *format, ...)
 	__attribute__((format(printf, 2, 3)));
 void arrival_wake_demand(struct gw_arrival *arrival);
 void arrival_wake_bulk(struct gw_arrival *arrival);

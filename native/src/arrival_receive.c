@@ -44,6 +44,16 @@ static void on_ready(struct arrival_link *link, const struct gw_page_ready *read
 		link_fail(link, LINK_REFUSED);
 		return;
 	}
+	if (ready->image.image_id.len != strlen(arrival->image_id) ||
+	    memcmp(ready->image.image_id.data, arrival->image_id, ready->image.image_id.len) != 0) {
+		arrival_set_reason(arrival, "not our image: the server gives %.*s, we asked for %s",
+				   (int)(ready->image.image_id.len < 64 ? ready->image.image_id.len
+									: 64),
+				   ready->image.image_id.data, arrival->image_id);
+		atomic_store(&arrival->grpc_status, GW_GRPC_FAILED_PRECONDITION);
+		link_fail(link, LINK_REFUSED);
+		return;
+	}
 	for (uint32_t i = 0; i < ready->image.region_count; i++)
 		size += ready->image.regions[i].size;
 	if (size != wanted_size || ready->image.epoch >= arrival->epoch) {

@@ -189,13 +189,14 @@ static int receive_report(int socket, struct report *ret_report, int *ret_fd)
 	do
 		got = gw_sys_recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
 	while (got == -EINTR);
-	if (got != (ssize_t)sizeof(*ret_report))
-		return got < 0 ? (int)got : -EPIPE;
+	if (got < 0)
+		return (int)got;
+	/* First the fd, so that the caller has it to close, whatever it came with. */
 	const struct cmsghdr *const header = CMSG_FIRSTHDR(&message);
 
 	if (header && header->cmsg_type == SCM_RIGHTS)
 		memcpy(ret_fd, CMSG_DATA(header), sizeof(*ret_fd));
-	return 0;
+	return got == (ssize_t)sizeof(*ret_report) ? 0 : -EPIPE;
 }
 
 static int converse(int socket, struct gw_inject_result *ret_result)
@@ -353,9 +354,11 @@ int gw_inject_take(int32_t pid, int32_t remote_fd, int32_t ram_fd,
 	result.uffd = take_fd(pid, remote_fd);
 	if (result.uffd < 0)
 		return result.uffd;
-	if (gw_uffd_is_uffd(result.uffd) != 1) {
+	const int is_uffd = gw_uffd_is_uffd(result.uffd);
+
+	if (is_uffd != 1) {
 		(void)gw_sys_close(result.uffd);
-		return -EBADF;
+		return is_uffd < 0 ? is_uffd : -EBADF;
 	}
 	result.features = features_of(result.uffd);
 	*ret_result = result;

@@ -262,9 +262,14 @@ static int cache_is_empty(const struct gw_install *install, uint64_t first, uint
 
 static int punch(const struct gw_install *install, uint64_t first, uint64_t count)
 {
-	return gw_sys_fallocate(install->ram_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-				gw_install_offset_of(install, first),
-				gw_install_offset_of(install, count));
+	int err;
+
+	do
+		err = gw_sys_fallocate(install->ram_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+				       gw_install_offset_of(install, first),
+				       gw_install_offset_of(install, count));
+	while (err == -EINTR);
+	return err;
 }
 
 /*
@@ -344,6 +349,23 @@ static int continue_filled(struct gw_install *install, const struct claimed *cla
 	return GW_INSTALL_DONE;
 }
 
+/*
+ * Pages that were filled and could not be mapped, for want of memory say: nobody has seen them, so they
+ * are fetched again. Left FILLED they would be nobody's until the next agent: a fault there waits for
+ * who fills. By INSTALLING, because an adopter takes a FILLED hole for one that the guest made.
+ */
+static void unfill(struct gw_install *install, uint64_t first, uint64_t count)
+{
+	for (uint64_t page = first; page < first + count; page++) {
+		if (gw_page_map_get(install->map, page) != GW_PAGE_FILLED ||
+		    !gw_page_map_move(install->map, page, GW_PAGE_FILLED, GW_PAGE_INSTALLING))
+			continue;
+		/* With content it must not be ABSENT: it stays for an adopter, which punches it. */
+		if (punch(install, page, 1) == 0)
+			put_back(install, page, 1);
+	}
+}
+
 static int fill_outcome(int err)
 {
 	if (err < 0)
@@ -383,6 +405,8 @@ static int fill_claimed(struct gw_install *install, const struct claimed *claime
 		const uint64_t run = run_in(install, first + at, filled - at, GW_PAGE_FILLED);
 		const int outcome = continue_filled(install, claimed, at, run, again);
 
+		if (outcome == GW_INSTALL_FULL || outcome < 0)
+			unfill(install, first, filled);
 		if (outcome != GW_INSTALL_DONE)
 			return outcome;
 		at += run;

@@ -178,6 +178,10 @@ static int has_data_huge(const struct gw_install *install, uint64_t page,
 			return 1;
 		if (answer == GW_UFFD_GONE)
 			return -ESRCH;
+		if (answer == GW_UFFD_NO_SPACE)
+			return -ENOMEM;
+		if (answer == GW_UFFD_NOT_REGISTERED)
+			return -ENXIO; /* not ENOENT: there is something to adopt */
 		if (answer != GW_UFFD_AGAIN)
 			return answer < 0 ? answer : -EIO;
 		if (again->on_again(again->user) < 0)

@@ -69,6 +69,13 @@ int gw_install_fault(struct gw_install *install, uint64_t page, bool minor,
 			(void)gw_page_map_move(install->map, page, GW_PAGE_ZERO, GW_PAGE_PRESENT);
 			gw_install_publish_and_wake(install, page, 1);
 			return GW_INSTALL_DONE;
+		case GW_UFFD_NOT_REGISTERED:
+			/* An event from before the end: the page reads what it should without us. */
+			if (atomic_load(&install->released)) {
+				gw_install_publish_and_wake(install, page, 1);
+				return GW_INSTALL_DONE;
+			}
+			return gw_install_outcome_of(install, answer);
 		default:
 			return gw_install_outcome_of(install, answer);
 		}

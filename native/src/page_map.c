@@ -33,7 +33,8 @@ static const uint16_t legal_moves[GW_PAGE_STATE_COUNT] = {
 	/* ABSENT: the kernel said that it has put nothing there. */
 	[GW_PAGE_INSTALLING] = BIT(GW_PAGE_ABSENT) | BIT(GW_PAGE_FILLED) | BIT(GW_PAGE_PRESENT) |
 			       BIT(GW_PAGE_REMOVED),
-	[GW_PAGE_FILLED] = BIT(GW_PAGE_PRESENT) | BIT(GW_PAGE_REMOVED),
+	/* INSTALLING: it could not be mapped, and is to be a hole again. */
+	[GW_PAGE_FILLED] = BIT(GW_PAGE_INSTALLING) | BIT(GW_PAGE_PRESENT) | BIT(GW_PAGE_REMOVED),
 	[GW_PAGE_PRESENT] = BIT(GW_PAGE_REMOVED),
 	[GW_PAGE_ZERO] = BIT(GW_PAGE_PRESENT),
 	[GW_PAGE_REMOVED] = 0,

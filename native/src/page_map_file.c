@@ -155,6 +155,8 @@ int gw_page_map_create(const char *path, const struct gw_page_map_identity *iden
 fail:
 	gw_page_map_destroy(map);
 	(void)gw_sys_unlink(temporary);
+	/* There is no map, so the bitmap is nobody's: it would be memory that nobody counts. */
+	(void)gw_page_map_unlink(path);
 	return err;
 }
 

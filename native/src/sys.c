@@ -29,8 +29,10 @@
 		if (injected_)                               \
 			return injected_;                    \
 	} while (0)
+#define SHORTENED(len) gw_sys_shortened(len)
 #else
 #define FAIL_IF_TOLD(call) ((void)0)
+#define SHORTENED(len)	   (len)
 #endif
 
 /* -1 and errno to -errno, in the width of the call. */
@@ -63,17 +65,17 @@ ssize_t gw_sys_writev(int fd, const struct iovec *iov, int iov_count)
 
 ssize_t gw_sys_pread(int fd, void *ret_buffer, size_t len, off_t offset)
 {
-	RETURN_OF(GW_SYS_PREAD, ssize_t, pread(fd, ret_buffer, len, offset));
+	RETURN_OF(GW_SYS_PREAD, ssize_t, pread(fd, ret_buffer, SHORTENED(len), offset));
 }
 
 ssize_t gw_sys_pwrite(int fd, const void *buffer, size_t len, off_t offset)
 {
-	RETURN_OF(GW_SYS_PWRITE, ssize_t, pwrite(fd, buffer, len, offset));
+	RETURN_OF(GW_SYS_PWRITE, ssize_t, pwrite(fd, buffer, SHORTENED(len), offset));
 }
 
 ssize_t gw_sys_recv(int fd, void *ret_buffer, size_t len, int flags)
 {
-	RETURN_OF(GW_SYS_RECV, ssize_t, recv(fd, ret_buffer, len, flags));
+	RETURN_OF(GW_SYS_RECV, ssize_t, recv(fd, ret_buffer, SHORTENED(len), flags));
 }
 
 ssize_t gw_sys_send(int fd, const void *buffer, size_t len, int flags)
@@ -86,9 +88,29 @@ ssize_t gw_sys_recvmsg(int fd, struct msghdr *message, int flags)
 	RETURN_OF(GW_SYS_RECVMSG, ssize_t, recvmsg(fd, message, flags));
 }
 
+#ifdef GW_TEST_HOOKS
+/* The first bytes of the first piece, if a test says so. */
+static ssize_t send_shortened(int fd, const struct msghdr *message, int flags)
+{
+	struct iovec first = {0};
+	struct msghdr cut = *message;
+	const size_t len_max = gw_sys_shortened(SIZE_MAX);
+
+	if (len_max == SIZE_MAX || message->msg_iovlen == 0)
+		return sendmsg(fd, message, flags);
+	first = message->msg_iov[0];
+	first.iov_len = first.iov_len < len_max ? first.iov_len : len_max;
+	cut.msg_iov = &first;
+	cut.msg_iovlen = 1;
+	return sendmsg(fd, &cut, flags);
+}
+#else
+#define send_shortened sendmsg
+#endif
+
 ssize_t gw_sys_sendmsg(int fd, const struct msghdr *message, int flags)
 {
-	RETURN_OF(GW_SYS_SENDMSG, ssize_t, sendmsg(fd, message, flags));
+	RETURN_OF(GW_SYS_SENDMSG, ssize_t, send_shortened(fd, message, flags));
 }
 
 int gw_sys_epoll_create(void)

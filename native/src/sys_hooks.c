@@ -18,49 +18,75 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
-static _Atomic uint64_t call_counts[GW_SYS_CALL_COUNT];
-/* The armed failure: `fail_left` counts down to 1, which fails; 0 = none. */
-static _Atomic uint64_t fail_left;
-static _Atomic int fail_call;
-static _Atomic int fail_error;
-static _Atomic bool fail_repeats;
-static _Atomic bool fail_happened;
+/* In shared memory where a test asks for that. */
+struct arms {
+	_Atomic uint64_t call_counts[GW_SYS_CALL_COUNT];
+	/* The armed failure: `fail_left` counts down to 1, which fails; 0 = none. */
+	_Atomic uint64_t fail_left;
+	_Atomic int fail_call;
+	_Atomic int fail_error; /* 0: not an error, but short_len bytes at most */
+	_Atomic size_t short_len;
+	_Atomic bool fail_repeats;
+	_Atomic bool fail_happened;
+};
 
-static void arm(enum gw_sys_call call, uint64_t nth, int err, bool repeats)
+static struct arms own_arms;
+/* Changed while there is one thread. */
+static struct arms *arms = &own_arms;
+static _Thread_local size_t short_now = SIZE_MAX;
+
+void gw_sys_share_with_children(void)
 {
-	atomic_store(&fail_left, 0);
-	atomic_store(&fail_call, (int)call);
-	atomic_store(&fail_error, err);
-	atomic_store(&fail_repeats, repeats);
-	atomic_store(&fail_happened, false);
+	void *const shared = mmap(NULL, sizeof(*arms), PROT_READ | PROT_WRITE,
+				  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	if (shared == MAP_FAILED)
+		abort();
+	arms = shared;
+}
+
+static void arm(enum gw_sys_call call, uint64_t nth, int err, size_t short_len, bool repeats)
+{
+	atomic_store(&arms->fail_left, 0);
+	atomic_store(&arms->fail_call, (int)call);
+	atomic_store(&arms->fail_error, err);
+	atomic_store(&arms->short_len, short_len);
+	atomic_store(&arms->fail_repeats, repeats);
+	atomic_store(&arms->fail_happened, false);
 	/* Last: who sees it sees the rest. */
-	atomic_store(&fail_left, nth);
+	atomic_store(&arms->fail_left, nth);
 }
 
 void gw_sys_fail_nth(enum gw_sys_call call, uint64_t nth, int err)
 {
-	arm(call, nth, err, false);
+	arm(call, nth, err, 0, false);
 }
 
 void gw_sys_fail_from(enum gw_sys_call call, uint64_t nth, int err)
 {
-	arm(call, nth, err, true);
+	arm(call, nth, err, 0, true);
+}
+
+void gw_sys_short_nth(enum gw_sys_call call, uint64_t nth, size_t len_max)
+{
+	arm(call, nth, 0, len_max, false);
 }
 
 void gw_sys_fail_none(void)
 {
-	atomic_store(&fail_left, 0);
+	atomic_store(&arms->fail_left, 0);
 }
 
 bool gw_sys_failed(void)
 {
-	return atomic_load(&fail_happened);
+	return atomic_load(&arms->fail_happened);
 }
 
 uint64_t gw_sys_count(enum gw_sys_call call)
 {
-	return atomic_load(&call_counts[call]);
+	return atomic_load(&arms->call_counts[call]);
 }
 
 const char *gw_sys_name(enum gw_sys_call call)
@@ -76,25 +102,37 @@ const char *gw_sys_name(enum gw_sys_call call)
 
 int gw_sys_injected(enum gw_sys_call call)
 {
-	atomic_fetch_add(&call_counts[GW_SYS_ANY], 1);
-	atomic_fetch_add(&call_counts[call], 1);
-	uint64_t left = atomic_load(&fail_left);
-	const int wanted = atomic_load(&fail_call);
+	atomic_fetch_add(&arms->call_counts[GW_SYS_ANY], 1);
+	atomic_fetch_add(&arms->call_counts[call], 1);
+	uint64_t left = atomic_load(&arms->fail_left);
+	const int wanted = atomic_load(&arms->fail_call);
 
 	if (left == 0 || (wanted != GW_SYS_ANY && wanted != (int)call))
 		return 0;
 	for (;;) {
 		if (left == 0)
 			return 0;
-		const uint64_t next = left == 1 && atomic_load(&fail_repeats) ? 1 : left - 1;
+		const uint64_t next = left == 1 && atomic_load(&arms->fail_repeats) ? 1 : left - 1;
 
-		if (atomic_compare_exchange_weak(&fail_left, &left, next))
+		if (atomic_compare_exchange_weak(&arms->fail_left, &left, next))
 			break;
 	}
 	if (left != 1)
 		return 0;
-	atomic_store(&fail_happened, true);
-	return -atomic_load(&fail_error);
+	atomic_store(&arms->fail_happened, true);
+	const int err = atomic_load(&arms->fail_error);
+
+	if (err == 0)
+		short_now = atomic_load(&arms->short_len);
+	return -err;
+}
+
+size_t gw_sys_shortened(size_t len)
+{
+	const size_t len_max = short_now;
+
+	short_now = SIZE_MAX;
+	return len < len_max ? len : len_max;
 }
 
 /* Set and unset while no thread is in an ioctl; the answer's release orders the user before it. */

@@ -47,7 +47,7 @@ static void only_legal_moves_are_made(void)
 		[GW_PAGE_REQUESTED_BULK] = "\1\3\4\7\10",
 		[GW_PAGE_REQUESTED_DEMAND] = "\1\4\7\10\11",
 		[GW_PAGE_INSTALLING] = "\1\5\6\10",
-		[GW_PAGE_FILLED] = "\6\10",
+		[GW_PAGE_FILLED] = "\4\6\10",
 		[GW_PAGE_PRESENT] = "\10",
 		[GW_PAGE_ZERO] = "\6",
 		[GW_PAGE_REMOVED] = "",

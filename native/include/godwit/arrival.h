@@ -119,8 +119,8 @@ struct gw_arrival_status {
  *
  * Returns 0; -EINVAL a field is out of range; -ENOTEMPTY the memory has data that
  * no map accounts for: it is not the guest's, do not run it; -ESTALE the adopted
- * map is of another epoch or geometry; -ENOENT nothing to adopt; -ENOMEM; or
- * the -errno of a failing call.
+ * map is of another epoch or geometry; -ENOENT nothing to adopt; -ENXIO the
+ * memory is not registered (any more); -ENOMEM; or the -errno of a failing call.
  */
 int gw_arrival_create(const struct gw_arrival_config *config, struct gw_arrival **ret_arrival);
 

@@ -58,6 +58,7 @@ struct gw_install {
 	struct gw_exits *exits; /* told of each page after the map; NULL: no vCPU exits */
 	uint8_t *alias;		/* page size 2 MiB, CONTINUE: our own mapping of the file */
 	uint8_t *zeros;		/* page size 2 MiB: there is no ZEROPAGE, zeros are copied */
+	_Atomic bool released;	/* whole, and the registrations are being taken off */
 	struct gw_install_region regions[GW_ARRIVAL_REGION_COUNT_MAX];
 };
 

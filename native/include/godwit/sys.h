@@ -183,6 +183,10 @@ void gw_sys_fail_nth(enum gw_sys_call call, uint64_t nth, int err);
 /* The same, and every later call of it too, until gw_sys_fail_none. */
 void gw_sys_fail_from(enum gw_sys_call call, uint64_t nth, int err);
 void gw_sys_fail_none(void);
+/* The nth call of `call` (PREAD, PWRITE, RECV, SENDMSG) transfers len_max bytes at most; it counts as failed. */
+void gw_sys_short_nth(enum gw_sys_call call, uint64_t nth, size_t len_max);
+/* What is armed and what is counted is one thing in this process and those it forks from now on. */
+void gw_sys_share_with_children(void);
 /* True once the armed failure has happened. */
 bool gw_sys_failed(void);
 /* Calls since the process started, and of all since then. */
@@ -191,6 +195,8 @@ uint64_t gw_sys_count(enum gw_sys_call call);
 const char *gw_sys_name(enum gw_sys_call call);
 /* For code that makes a call by other means: -errno to give instead, else 0. */
 int gw_sys_injected(enum gw_sys_call call);
+/* How long a transfer may be that gw_sys_injected let through, in this thread: `len`, or what is armed. */
+size_t gw_sys_shortened(size_t len);
 
 /*
  * A kernel that this machine has not: `answer` is asked at each ioctl that is not failed, in the thread
