@@ -39,9 +39,11 @@
 #include <godwit/uffd.h>
 
 #define ARRIVAL_HEARTBEAT_NS	    UINT64_C(1000000000)
-#define ARRIVAL_SILENCE_NS_MAX	    UINT64_C(3000000000)
+#define ARRIVAL_SILENCE_NS_MAX	    UINT64_C(2500000000) /* so that it is known within 3 s */
 #define ARRIVAL_BACKOFF_NS_MIN	    UINT64_C(10000000)
 #define ARRIVAL_BACKOFF_NS_MAX	    UINT64_C(1000000000)
+#define ARRIVAL_DIAL_NS		    UINT64_C(500000000) /* between two attempts to connect */
+#define ARRIVAL_DIAL_COUNT_MAX	    6U
 #define ARRIVAL_FULL_RETRY_NS	    UINT64_C(100000000)
 #define ARRIVAL_FAULT_COUNT_MAX	    4096U /* outstanding at once; more wait in the kernel */
 #define ARRIVAL_EVENT_COUNT_MAX	    1024U /* read and not handled yet */
@@ -91,12 +93,20 @@ enum link_cause {
 	LINK_REFUSED = 4, /* for good: not until another server is named */
 };
 
+/* Attempts to connect that are on their way, the oldest first. */
+struct arrival_dial {
+	int fds[ARRIVAL_DIAL_COUNT_MAX];
+	uint32_t count;
+};
+
 /* One lane's connection. All of it belongs to its thread. */
 struct arrival_link {
 	struct gw_arrival *arrival;
 	const struct link_handler *handler;
 	void *owner;
 	struct gw_grpc *conn;	   /* NULL: down */
+	struct arrival_dial dial;  /* empty while there is a connection */
+	uint64_t dial_ns;	   /* the first of these attempts */
 	struct gw_grpc_call *call; /* NULL: not opened, or ended */
 	int epoll_fd;
 	uint32_t epoll_tag;
@@ -110,7 +120,7 @@ struct arrival_link {
 	uint32_t failure_count;
 	uint32_t server_version;
 	uint64_t opened_ns;
-	uint64_t retry_ns; /* not before */
+	uint64_t retry_ns; /* without a connection: when to do the next thing about it */
 	uint64_t sent_ns;  /* the last message of ours */
 	uint64_t heartbeat_sequence;
 	uint64_t want_len_max;
@@ -264,6 +274,17 @@ bool arrival_is_fetching(const struct gw_arrival *arrival);
 /* Is there nothing left to do but answer late faults? */
 bool arrival_is_over(const struct gw_arrival *arrival);
 int arrival_drain_fd(int fd);
+
+/* arrival_dial.c */
+/* Try once more; the oldest of too many attempts is given up. 0; -errno: this one has failed. */
+int dial_more(struct arrival_dial *dial, const char *host, uint32_t port, int epoll_fd,
+	      uint32_t epoll_tag);
+/*
+ * The first attempt that is there: 1 and its descriptor, registered for EPOLLOUT, the others are
+ * given up. 0 none yet; -errno the last one has failed.
+ */
+int dial_take(struct arrival_dial *dial, int *ret_fd);
+void dial_stop(struct arrival_dial *dial);
 
 /* arrival_link.c */
 int link_init(struct arrival_link *link, struct gw_arrival *arrival, uint32_t index, int32_t lane,

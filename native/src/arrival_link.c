@@ -17,7 +17,6 @@
 
 #include <godwit/sys.h>
 
-#define CONNECT_TIMEOUT_MS  3000U
 #define DEMAND_WINDOW_LEN   (UINT32_C(4) << 20)
 #define BULK_WINDOW_LEN	    (UINT32_C(16) << 20)
 #define PAGE_SIZE_HUGE	    (UINT32_C(2) << 20)
@@ -54,6 +53,7 @@ int link_init(struct arrival_link *link, struct gw_arrival *arrival, uint32_t in
 
 void link_fini(struct arrival_link *link)
 {
+	dial_stop(&link->dial);
 	gw_grpc_destroy(link->conn);
 	link->conn = NULL;
 	free(link->wants);
@@ -170,6 +170,7 @@ void link_close(struct arrival_link *link, enum link_cause cause, uint64_t now_n
 {
 	link_fail(link, cause);
 	link->call = NULL; /* so that on_end of the destruction is nobody's */
+	dial_stop(&link->dial);
 	gw_grpc_destroy(link->conn);
 	link->conn = NULL;
 	link->epoll_events = 0;
@@ -270,9 +271,9 @@ static int open_stream(struct arrival_link *link, uint64_t now_ns)
 	return err < 0 ? err : send_hello(link, now_ns);
 }
 
-static void link_open(struct arrival_link *link, uint64_t now_ns)
+/* Connected: speak. Takes fd. */
+static void link_open(struct arrival_link *link, int fd, uint64_t now_ns)
 {
-	struct gw_arrival *const arrival = link->arrival;
 	const struct gw_grpc_config config = {
 		.handler = &grpc_handler,
 		.user = link,
@@ -283,31 +284,64 @@ static void link_open(struct arrival_link *link, uint64_t now_ns)
 		/* Every want that may be outstanding, and heartbeats and the hello beside them. */
 		.send_queue_count = link->want_cap + 16,
 	};
-	char host[ARRIVAL_HOST_LEN_MAX + 1];
-	uint32_t port;
-	int fd = -1;
+	int err = gw_grpc_client_create(&config, fd, &link->conn);
 
-	(void)pthread_mutex_lock(&arrival->text_lock);
-	memcpy(host, arrival->host, sizeof(host));
-	port = arrival->port;
-	link->server_version = atomic_load(&arrival->server_version);
-	(void)pthread_mutex_unlock(&arrival->text_lock);
-	(void)snprintf(link->authority, sizeof(link->authority),
-		       strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
-	link->cause = LINK_UP;
+	if (err < 0)
+		(void)gw_sys_close(fd);
 	link->opened_ns = now_ns;
-	int err = gw_grpc_connect(host, port, CONNECT_TIMEOUT_MS, &fd);
-
-	if (err == 0) {
-		err = gw_grpc_client_create(&config, fd, &link->conn);
-		if (err < 0)
-			(void)gw_sys_close(fd);
-	}
+	link->epoll_events = EPOLLOUT; /* as the dial has registered it */
 	if (err == 0)
 		err = open_stream(link, now_ns);
 	if (err == 0)
 		err = gw_grpc_flush(link->conn);
 	settle(link, err, now_ns);
+}
+
+/* One of the attempts may be there, or all may have failed. */
+static void link_take(struct arrival_link *link, uint64_t now_ns)
+{
+	int fd = -1;
+	const int got = dial_take(&link->dial, &fd);
+
+	if (got > 0)
+		link_open(link, fd, now_ns);
+	else if (got < 0)
+		settle(link, got, now_ns);
+}
+
+static void link_dial(struct arrival_link *link, uint64_t now_ns)
+{
+	struct gw_arrival *const arrival = link->arrival;
+	char host[ARRIVAL_HOST_LEN_MAX + 1];
+	uint32_t port;
+	uint32_t version;
+
+	(void)pthread_mutex_lock(&arrival->text_lock);
+	memcpy(host, arrival->host, sizeof(host));
+	port = arrival->port;
+	version = atomic_load(&arrival->server_version);
+	(void)pthread_mutex_unlock(&arrival->text_lock);
+	if (version != link->server_version)
+		dial_stop(&link->dial);
+	link->server_version = version;
+	(void)snprintf(link->authority, sizeof(link->authority),
+		       strchr(host, ':') ? "[%s]:%u" : "%s:%u", host, port);
+	link->cause = LINK_UP;
+	link->opened_ns = now_ns;
+	if (link->dial.count == 0)
+		link->dial_ns = now_ns;
+	else
+		arrival_set_reason(arrival, "%s lane: %s has not answered for %u ms",
+				   lane_name(link), link->authority,
+				   (unsigned int)((now_ns - link->dial_ns) / 1000000));
+	const int err = dial_more(&link->dial, host, port, link->epoll_fd, link->epoll_tag);
+
+	link->retry_ns = now_ns + ARRIVAL_DIAL_NS;
+	/* On this host it is there at once. */
+	if (link->dial.count > 0)
+		link_take(link, now_ns);
+	else
+		settle(link, err, now_ns);
 }
 
 /* --- driven by the owner's loop --------------------------------------------------------------- */
@@ -316,8 +350,10 @@ void link_on_event(struct arrival_link *link, uint32_t events, uint64_t now_ns)
 {
 	int err = 0;
 
-	if (!link->conn)
+	if (!link->conn) {
+		link_take(link, now_ns);
 		return;
+	}
 	if (events & (EPOLLOUT | EPOLLERR | EPOLLHUP))
 		err = gw_grpc_on_writable(link->conn, now_ns);
 	if (err == 0 && link->cause == LINK_UP && events & EPOLLIN)
@@ -352,7 +388,7 @@ uint64_t link_on_time(struct arrival_link *link, uint64_t now_ns)
 	if (link->server_version != atomic_load(&link->arrival->server_version) &&
 	    link->opened_ns > 0) {
 		/* Another server: what the old one said counts no more. */
-		if (link->conn)
+		if (link->conn || link->dial.count > 0)
 			link_close(link, LINK_BROKEN, now_ns);
 		link->failure_count = 1;
 		link->retry_ns = now_ns;
@@ -362,7 +398,7 @@ uint64_t link_on_time(struct arrival_link *link, uint64_t now_ns)
 	if (!link->conn) {
 		if (now_ns < link->retry_ns)
 			return link->retry_ns;
-		link_open(link, now_ns);
+		link_dial(link, now_ns);
 		if (!link->conn)
 			return link->retry_ns;
 	}
