@@ -7,17 +7,29 @@ single (I8, "on doubt ask"):
   - an answer of the peer: a GodwitError with the peer's own reason;
   - no answer: `outcome_unknown(error)` is True; ask the peer for evidence.
 gRPC retries by itself only what the peer's HTTP/2 layer said it never saw (REFUSED_STREAM, GOAWAY).
+
+A peer that the network has swallowed is noticed within 3 s, and found again within about 1 s of its
+return. Noticed: bytes that nobody acknowledges for UNACKNOWLEDGED_MS end a connection (that is how
+gRPC sets TCP_USER_TIMEOUT: by keepalive_timeout_ms), and while a call is under way there are such
+bytes: a heartbeat each second, a Check of the health service. HTTP/2 PINGs as often would do it,
+and make a stock server hang up: it takes more than one in five minutes without data for abuse
+(ENHANCE_YOUR_CALM, too_many_pings). Ours are 20 s apart, and our servers are told to bear that
+(grpc_server.OPTIONS). What is judged is the network, not the process: one that answers late on a
+busy host is not dead, and a new connection to it would not help.
+Found: an attempt to connect is given up after a second at most, and made again, so that nobody
+waits for TCP's own repetitions of a lost SYN after 1, 3, 7 s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable
+from typing import TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2
 
 from services.common import grpc_status, telemetry
 from services.common.errors import (
@@ -27,20 +39,24 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.common.grpc_server import MESSAGE_MAX_BYTES, METADATA_MAX_BYTES
+from services.common.health import SERVICE_NAME
 
 CONNECT_S = 5.0
+HEARTBEAT_S = 1.0
+UNACKNOWLEDGED_MS = 2_500
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_metadata_size", METADATA_MAX_BYTES),
-    # Finds a dead peer under a silent stream within half a minute. Only while a call is open, and
-    # far above the 5 s that grpc_server.OPTIONS tolerate.
+    # For a silent stream without heartbeats. Only while a call is open, and far above the 5 s that
+    # grpc_server.OPTIONS tolerate.
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", UNACKNOWLEDGED_MS),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     # A peer that was restarted is found again at once, not after the default of up to two minutes.
+    # The smallest is also how long the first attempt may take; it grows to the largest.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -53,7 +69,13 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
-_UNANSWERED = frozenset({"PEER_UNAVAILABLE", "PEER_CANCELLED", "PEER_DEADLINE_EXCEEDED"})
+_Beat: TypeAlias = (
+    "grpc.aio.UnaryUnaryCall[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]"
+)
+
+_UNANSWERED = frozenset(
+    {"PEER_UNAVAILABLE", "PEER_CANCELLED", "PEER_DEADLINE_EXCEEDED", "PEER_SILENT"}
+)
 
 
 class NotExecutedError(UnavailableError):
@@ -103,6 +125,51 @@ async def wait_connected(channel: grpc.aio.Channel, *, timeout_s: float, peer: s
         ) from None
 
 
+def _check(channel: grpc.aio.Channel, timeout_s: float) -> _Beat:
+    # Under way from now on, whether or not it is awaited.
+    method: grpc.aio.UnaryUnaryMultiCallable[
+        health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse
+    ] = channel.unary_unary(
+        f"/{SERVICE_NAME}/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    return method(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+
+
+async def beat(channel: grpc.aio.Channel, *, timeout_s: float, peer: str = "") -> None:
+    """A message there and back.
+
+    Raises:
+        NotExecutedError: there is no connection.
+        GodwitError: no answer came.
+    """
+    began = time.monotonic()
+    await wait_connected(channel, timeout_s=timeout_s, peer=peer)
+    try:
+        await _check(channel, max(timeout_s - (time.monotonic() - began), 0.001))
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+            raise _with_peer(to_error(error), peer) from error
+
+
+async def _with_heartbeats(channel: grpc.aio.Channel, answer: Awaitable[_Response]) -> _Response:
+    """Wait for `answer`; see the module on why there are bytes under way meanwhile."""
+    waiting = asyncio.ensure_future(answer)
+    heartbeat: _Beat | None = None
+    try:
+        while not (await asyncio.wait({waiting}, timeout=HEARTBEAT_S))[0]:
+            if heartbeat is None or heartbeat.done():
+                heartbeat = _check(channel, 2 * HEARTBEAT_S)
+        return waiting.result()
+    finally:
+        if heartbeat is not None:
+            heartbeat.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            await asyncio.wait({waiting})
+
+
 async def call(
     channel: grpc.aio.Channel,
     method: (
@@ -130,7 +197,8 @@ async def call(
     left_s = max(timeout_s - (time.monotonic() - began), 0.001)
     try:
         # The union's two members differ only in what they are called with.
-        return await method(request, timeout=left_s, metadata=_metadata(traceparent))  # type: ignore[arg-type]
+        answer = method(request, timeout=left_s, metadata=_metadata(traceparent))  # type: ignore[arg-type]
+        return await _with_heartbeats(channel, answer)
     except grpc.aio.AioRpcError as error:
         raise _with_peer(to_error(error), peer) from error
 
@@ -141,22 +209,32 @@ async def stream(
     request: _Request,
     *,
     connect_s: float = CONNECT_S,
+    silence_s_max: float | None = None,
     traceparent: str = "",
     peer: str = "",
 ) -> AsyncGenerator[_Response, None]:
     """The answers of a server-streaming call, without a deadline.
 
-    Use it under `contextlib.aclosing`: closing it cancels the call.
+    Use it under `contextlib.aclosing`: closing it cancels the call. A peer that promises to speak
+    at least now and then is given up after `silence_s_max` without a word.
 
     Raises:
         NotExecutedError: nothing was sent.
-        GodwitError: the stream ended with an error.
+        GodwitError: the stream ended with an error. UnavailableError, PEER_SILENT: see above.
     """
     await wait_connected(channel, timeout_s=connect_s, peer=peer)
     answers = method(request, metadata=_metadata(traceparent))
     try:
-        async for answer in answers:
-            yield answer
+        while True:
+            async with asyncio.timeout(silence_s_max):
+                answer = await answers.read()
+            if answer is grpc.aio.EOF:
+                return
+            yield answer  # type: ignore[misc]
+    except TimeoutError:
+        raise _with_peer(
+            UnavailableError("PEER_SILENT", f"{peer or 'the peer'} said nothing for a while"), peer
+        ) from None
     except grpc.aio.AioRpcError as error:
         raise _with_peer(to_error(error), peer) from error
     finally:

@@ -34,7 +34,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_metadata_size", METADATA_MAX_BYTES),
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # Also how long what we send may go unacknowledged: see grpc_client.
+    ("grpc.keepalive_timeout_ms", 2_500),
     # The default hangs up (GOAWAY, too_many_pings) on a client that pings more than once in five
     # minutes, in the middle of its streams. Ours ping every 20 s (grpc_client.OPTIONS).
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

@@ -34,6 +34,7 @@ from services.common.errors import (
     GodwitError,
     InvalidArgumentError,
 )
+from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
 from services.fault_agent.drivers.api import Vmm
 from services.fault_agent.evidence import write_fence
@@ -47,6 +48,8 @@ CHUNK_BYTES_MAX = 1 << 20
 LOAD_TIMEOUT_S = 120.0
 """Before the decision a deadline is harmless: the orchestrator aborts long before this one."""
 ASK_TIMEOUT_S = 5.0
+ADMIT_TIMEOUT_S = 3.0
+"""Of the question whether anybody is there, before the guest is paused."""
 
 
 @dataclass(slots=True)
@@ -124,6 +127,7 @@ class Outgoing:
         if self._may_have_saved and await self._vmm.has_saved():
             await _require_loaded(channel, stub, fence)
             return Transferred(epoch=fence.epoch, len_bytes=0, sha256="", save_ns=0, load_ns=0)
+        await _require_answer(channel, stub, fence, peer)
         self.ready.set()
         saved, digest = Saved(), hashlib.sha256()
         # Gathered, not grouped: a destination that gives up does not stop the save, whose end
@@ -191,6 +195,33 @@ class Outgoing:
         yield pb.LoadDeviceStateRequest(
             trailer=pb.DeviceStateTrailer(len_bytes=saved.len_bytes, sha256=digest.digest())
         )
+
+
+async def _require_answer(
+    channel: grpc.aio.Channel,
+    stub: fault_agent_service_pb2_grpc.FaultAgentServiceStub,
+    fence: Fence,
+    peer: str,
+) -> None:
+    """A connection that was there a minute ago may end in a cut: only an answer proves a way.
+
+    Raises:
+        NotExecutedError: there is none; the guest need not be paused for nothing.
+    """
+    try:
+        await grpc_client.call(
+            channel,
+            stub.Describe,
+            pb.DescribeRequest(vm_id=fence.vm_id),
+            timeout_s=ADMIT_TIMEOUT_S,
+            peer=peer,
+        )
+    except GodwitError as error:
+        raise NotExecutedError(
+            "PEER_UNREACHABLE",
+            f"{peer} does not answer: {error.message}; nothing was sent",
+            hint="check the agent there and the network between the nodes",
+        ) from error
 
 
 async def _require_loaded(

@@ -43,6 +43,9 @@ class Deadlines:
     undo_s: float = 10.0
     release_s: float = 30.0
     connect_s: float = 2.0
+    beat_s: float = 1.5
+    silence_s: float = 3.0
+    """Of a stream of progress, which speaks several times a second."""
 
 
 class AgentClient:
@@ -105,6 +108,10 @@ class AgentClient:
             traceparent=traceparent,
             peer=self.node,
         )
+
+    async def beat(self) -> None:
+        """Nothing but: is the agent there?"""
+        await grpc_client.beat(self._channel, timeout_s=self._deadlines.beat_s, peer=self.node)
 
     async def hello(self, *, adopt_store: bool = False) -> agent_pb2.HelloResponse:
         """Agree on a version. With `adopt_store` the node obeys this store only, from then on.
@@ -233,6 +240,7 @@ class AgentClient:
             self._stub.WatchProgress,
             request,
             connect_s=self._deadlines.connect_s,
+            silence_s_max=self._deadlines.silence_s,
             peer=self.node,
         )
 

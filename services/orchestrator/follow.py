@@ -20,6 +20,7 @@ from services.orchestrator.migration import (
     Event,
     LinkLost,
     LinkRestored,
+    MemoryComplete,
     PagesArrive,
     Phase,
     Stuck,
@@ -60,16 +61,21 @@ class Follower:
         self._events.put_nowait(event)
 
     async def _read(self) -> None:
-        backoff = self._move.context.backoff()
+        backoff, said = self._move.context.backoff(), False
         while True:
             await self._require_awaiting()
             judgement = await self._move.ask()
+            if isinstance(judgement.event, MemoryComplete) and not said:
+                # It was quicker than we are: its counters are told by a stream alone.
+                with contextlib.suppress(GodwitError):
+                    await self._stream()
             if judgement.event:
                 self._report(judgement.event)
             elif judgement.reason:
                 await self._move.wait_for(judgement.reason, judgement.message)
             try:
                 if await self._stream():
+                    said = True
                     backoff = self._move.context.backoff()
             except GodwitError as error:
                 await self._move.wait_for(error.reason, error.message, error.hint)

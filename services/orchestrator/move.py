@@ -51,13 +51,16 @@ class Limits:
     """How long Seal waits for the first answer to Activate."""
     alarm_s: float = 30.0
     retry_s_min: float = 0.05
-    retry_s_max: float = 5.0
+    retry_s_max: float = 1.0
+    """A guest may stand still meanwhile: what a cut held up goes on so soon after the return."""
     progress_ms: int = 250
     progress_write_s: float = 0.5
     source_check_s: float = 2.0
     """How often a lost link makes us ask whether the source still has the memory."""
-    poll_s: float = 3.0
+    beat_s: float = 1.0
     """How often each node is asked whether it is there."""
+    poll_s: float = 3.0
+    """How often each node is asked what runs there."""
     settle_s: float = 5.0
     """How often starts and stops without an answer, and owed proofs, are tried again."""
     drain_s: float = 5.0

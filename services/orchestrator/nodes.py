@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks every node, every few seconds, whether it is there and what runs on it."""
+"""Asks every node each second whether it is there, and every few seconds what runs on it."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ class Nodes:
             hello = await agent.hello()
             vms = await agent.list_vms()
         except GodwitError as error:
-            status.reachable, status.message = False, f"{error.reason}: {error.message}"
-            self._context.metrics.node_reachable.labels(name).set(0)
+            self._lost(name, error)
             raise UnavailableError(
                 "NODE_UNREACHABLE",
                 f"the agent of {name} at {agent.address} does not answer: {error.message}",
@@ -98,20 +97,46 @@ class Nodes:
         return status
 
     async def poll(self) -> None:
-        """Ask all nodes, again and again."""
-        while True:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for row in await self._context.store.fleet.nodes():
-                        group.create_task(self._poll_one(row.name))
-            except GodwitError:
-                log.exception("nodes could not be listed")
-            await asyncio.sleep(self._context.limits.poll_s)
+        """Ask all nodes, again and again, each at its own pace: a dead one holds up nobody."""
+        asked: set[str] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                try:
+                    names = {row.name for row in await self._context.store.fleet.nodes()}
+                except GodwitError:
+                    log.exception("nodes could not be listed")
+                else:
+                    for name in names - asked:
+                        group.create_task(self._keep_asking(name))
+                    asked |= names
+                await asyncio.sleep(self._context.limits.beat_s)
 
-    async def _poll_one(self, name: str) -> None:
-        was = self.status(name).reachable
-        with contextlib.suppress(UnavailableError):
-            await self.require(name)
-        status = self.status(name)
-        if status.reachable != was:
-            log.warning("node %s: %s", name, "reachable" if status.reachable else status.message)
+    async def _keep_asking(self, name: str) -> None:
+        loop, limits = asyncio.get_running_loop(), self._context.limits
+        listed_at = 0.0
+        while True:
+            was = self.status(name).reachable
+            with contextlib.suppress(GodwitError):
+                if was and loop.time() - listed_at < limits.poll_s:
+                    await self._beat(name)
+                else:
+                    await self.require(name)
+                    listed_at = loop.time()
+            status = self.status(name)
+            if status.reachable != was:
+                log.warning(
+                    "node %s: %s", name, "reachable" if status.reachable else status.message
+                )
+            await asyncio.sleep(limits.beat_s)
+
+    async def _beat(self, name: str) -> None:
+        try:
+            await self._context.agents.get(name).beat()
+        except GodwitError as error:
+            self._lost(name, error)
+            raise
+
+    def _lost(self, name: str, error: GodwitError) -> None:
+        status = self._status.setdefault(name, NodeStatus())
+        status.reachable, status.message = False, f"{error.reason}: {error.message}"
+        self._context.metrics.node_reachable.labels(name).set(0)

@@ -248,6 +248,7 @@ async def stream(
     request: Any,
     *,
     connect_s: float = 5.0,
+    silence_s_max: float | None = None,
     traceparent: str = "",
     peer: str = "",
 ) -> AsyncGenerator[Any, None]:
