@@ -198,6 +198,13 @@ static int command_verify(struct request *request, struct mv_error *error)
 	return mv_machine_ask_sweep(request->control->machine, &request->client->sweep, error);
 }
 
+static int command_power_off(struct request *request, struct mv_error *error)
+{
+	if (mv_json_end(&request->json, error) < 0)
+		return -EINVAL;
+	return mv_machine_power_off(request->control->machine, error);
+}
+
 static int command_quit(struct request *request, struct mv_error *error)
 {
 	if (mv_json_end(&request->json, error) < 0)
@@ -211,10 +218,15 @@ static const struct {
 	int (*run)(struct request *request, struct mv_error *error);
 	bool takes_fd;
 } COMMANDS[] = {
-	{"hello", command_hello, false},   {"pause", command_pause, false},
-	{"resume", command_resume, false}, {"save", command_save, true},
-	{"load", command_load, true},	   {"stats", command_stats, false},
-	{"verify", command_verify, false}, {"quit", command_quit, false},
+	{"hello", command_hello, false},
+	{"pause", command_pause, false},
+	{"resume", command_resume, false},
+	{"save", command_save, true},
+	{"load", command_load, true},
+	{"stats", command_stats, false},
+	{"verify", command_verify, false},
+	{"quit", command_quit, false},
+	{"power-off", command_power_off, false},
 };
 
 static int run_named(struct request *request, struct mv_error *error)

@@ -142,7 +142,7 @@ static void kick(void *opaque, struct mv_vcpu *vcpu)
 	 * its page, and the pause for it. Only when the guest never runs again may it be dropped.
 	 */
 	if (faults->backend == GW_VMM_EXIT_SIGSEGV && !machine->quitting &&
-	    machine->state != MV_FAILED)
+	    machine->state != MV_FAILED && machine->state != MV_ENDED)
 		return;
 	gw_vmm_kick(faults->vmm, vcpu->id);
 }

@@ -7,6 +7,7 @@
 #include "machine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,6 +35,8 @@ const char *mv_state_name(enum mv_state state)
 		return "running";
 	case MV_FAILED:
 		return "failed";
+	case MV_ENDED:
+		return "ended";
 	}
 	return "unknown";
 }
@@ -113,6 +116,18 @@ void mv_machine_fail(struct mv_machine *machine, const struct mv_vcpu *vcpu, con
 	pthread_mutex_unlock(&machine->lock);
 }
 
+void mv_machine_end(struct mv_machine *machine)
+{
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state == MV_RUNNING) {
+		machine->state = MV_ENDED;
+		mv_machine_event(machine, "{\"event\":\"ended\"}");
+		kick_all(machine);
+		pthread_cond_broadcast(&machine->changed);
+	}
+	pthread_mutex_unlock(&machine->lock);
+}
+
 int mv_machine_refuse(const struct mv_machine *machine, const char *what, struct mv_error *error)
 {
 	if (machine->state == MV_FAILED)
@@ -139,7 +154,7 @@ bool mv_machine_over(struct mv_machine *machine)
 	bool over;
 
 	pthread_mutex_lock(&machine->lock);
-	over = machine->quitting || machine->state == MV_FAILED;
+	over = machine->quitting || machine->state == MV_FAILED || machine->state == MV_ENDED;
 	pthread_mutex_unlock(&machine->lock);
 	return over;
 }
@@ -199,6 +214,19 @@ int mv_machine_resume(struct mv_machine *machine, struct mv_error *error)
 	} else if (machine->state != MV_RUNNING) {
 		rc = mv_machine_refuse(machine, "resume", error);
 	}
+	pthread_mutex_unlock(&machine->lock);
+	return rc;
+}
+
+int mv_machine_power_off(struct mv_machine *machine, struct mv_error *error)
+{
+	int rc = 0;
+
+	pthread_mutex_lock(&machine->lock);
+	if (machine->state == MV_RUNNING)
+		machine->power_off_asked = true;
+	else if (machine->state != MV_ENDED)
+		rc = mv_machine_refuse(machine, "power-off", error);
 	pthread_mutex_unlock(&machine->lock);
 	return rc;
 }
@@ -331,6 +359,17 @@ static int init_sync(struct mv_machine *machine)
 	return machine->notify_fd < 0 ? -errno : 0;
 }
 
+/* Created: whoever reads it may open it later. */
+static int open_beat_log(struct mv_machine *machine, struct mv_error *error)
+{
+	const char *path = machine->config.beat_log;
+
+	if (!path)
+		return 0;
+	machine->beat_log_fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
+	return machine->beat_log_fd < 0 ? mv_refuse_errno(error, -errno, "%.128s", path) : 0;
+}
+
 static struct mv_machine *allocate(const struct mv_machine_config *config)
 {
 	struct mv_machine *machine = calloc(1, sizeof(*machine));
@@ -345,6 +384,7 @@ static struct mv_machine *allocate(const struct mv_machine_config *config)
 	machine->config = *config;
 	machine->memory.fd = -1;
 	machine->notify_fd = -1;
+	machine->beat_log_fd = -1;
 	machine->made_tick = gm_tick();
 	machine->made_ns = mv_now_ns();
 	machine->state = config->memory.incoming ? MV_INCOMING : MV_PAUSED;
@@ -399,7 +439,9 @@ static int build(struct mv_machine *machine, struct mv_error *error)
 
 	if (rc < 0)
 		return mv_refuse_errno(error, rc, "eventfd");
-	rc = mv_memory_create(&machine->config.memory, &machine->memory, error);
+	rc = open_beat_log(machine, error);
+	if (rc == 0)
+		rc = mv_memory_create(&machine->config.memory, &machine->memory, error);
 	if (rc == 0)
 		rc = choose_accel(machine, error);
 	if (rc == 0)
@@ -453,6 +495,8 @@ void mv_machine_destroy(struct mv_machine *machine)
 	mv_memory_destroy(&machine->memory);
 	if (machine->notify_fd >= 0)
 		close(machine->notify_fd);
+	if (machine->beat_log_fd >= 0)
+		close(machine->beat_log_fd);
 	for (uint32_t i = 0; i < machine->config.vcpu_count; i++)
 		pthread_cond_destroy(&machine->vcpus[i].wake);
 	pthread_cond_destroy(&machine->changed);

@@ -3,6 +3,7 @@
  * machine.h - the virtual machine: its memory, its vCPUs, and what may be done to it when.
  *
  *   INCOMING --load--> PAUSED --resume--> RUNNING --pause--> PAUSED ...   any --error--> FAILED
+ *                                         RUNNING --the guest powers itself off--> ENDED
  *
  * Threads: one control thread calls the functions; vCPU threads call those below the line.
  * Errors: 0 or -errno, with words. What is refused changes nothing.
@@ -40,7 +41,17 @@ enum mv_state {
 	MV_PAUSED = 2,
 	MV_RUNNING = 3,
 	MV_FAILED = 4,
+	MV_ENDED = 5,
 };
+
+/* A record of --beat-log, in the order of CLOCK_MONOTONIC for each vCPU. Append only. */
+struct mv_logged_beat {
+	uint64_t number;
+	uint64_t time_ns;
+	uint32_t pid; /* of the VMM */
+	uint32_t vcpu;
+};
+_Static_assert(sizeof(struct mv_logged_beat) == 24, "readers of the file know it");
 
 struct mv_machine_config {
 	struct mv_memory_config memory; /* incoming is in there */
@@ -53,7 +64,8 @@ struct mv_machine_config {
 	uint64_t work_bytes;	 /* 0 = half of the memory */
 	uint64_t op_count_per_s; /* of each vCPU; 0 = no limit */
 	uint64_t seed;
-	bool paused; /* start a new guest paused */
+	const char *beat_log; /* file that every heartbeat is appended to; NULL: none */
+	bool paused;	      /* start a new guest paused */
 };
 
 /* Lines for the outside, in order; the control thread takes them out. */
@@ -94,7 +106,8 @@ struct mv_machine {
 	char accel_reason[MV_ERROR_LEN_MAX]; /* why not KVM; empty if it is, or was not asked for */
 	struct mv_faults *faults;	     /* NULL: without an agent */
 	struct mv_fault_handler fault_handler;
-	int notify_fd; /* eventfd: readable when an event came or a sweep ended */
+	int notify_fd;	 /* eventfd: readable when an event came or a sweep ended */
+	int beat_log_fd; /* -1: no log. A record is one write to it: O_APPEND keeps them whole */
 	struct mv_vcpu *vcpus;
 
 	/* Guards everything below, and what vcpu.h says. Held for moments, never across a sleep. */
@@ -104,6 +117,7 @@ struct mv_machine {
 	uint32_t parked_count;
 	bool quitting;
 	uint64_t sweep_asked;
+	bool power_off_asked;
 	uint64_t pause_ns; /* how long the last pause took until every vCPU was parked */
 	struct mv_events events;
 	char failure[MV_ERROR_LEN_MAX];
@@ -151,6 +165,12 @@ int mv_machine_ask_sweep(struct mv_machine *machine, uint64_t *ret_number, struc
 /* True if every vCPU has finished sweep `number`. */
 bool mv_machine_swept(struct mv_machine *machine, uint64_t number);
 
+/*
+ * Presses the power button: the guest ends itself at its next heartbeat, and the machine is ENDED.
+ * Returns 0, also if it has ended already; -EBUSY not running.
+ */
+int mv_machine_power_off(struct mv_machine *machine, struct mv_error *error);
+
 /* True if the machine has FAILED, and why. */
 bool mv_machine_failed(struct mv_machine *machine, struct mv_error *ret_why);
 
@@ -173,6 +193,9 @@ void mv_machine_event(struct mv_machine *machine, const char *format, ...)
 
 /* Without the lock: this vCPU cannot go on; everybody stops and the guest is held. */
 void mv_machine_fail(struct mv_machine *machine, const struct mv_vcpu *vcpu, const char *why);
+
+/* Without the lock: the guest has powered itself off. */
+void mv_machine_end(struct mv_machine *machine);
 
 /* Without the lock: true if no vCPU is ever to run again. */
 bool mv_machine_over(struct mv_machine *machine);

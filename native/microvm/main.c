@@ -48,6 +48,7 @@ static const char USAGE[] =
 	"  --uffd-count N          deal memory out among so many userfaultfds (default 1)\n"
 	"  --fault-spin-us N       how long a vCPU looks for its page before it sleeps (default "
 	"0)\n"
+	"  --beat-log PATH         append every heartbeat, 24 bytes each; machine.h\n"
 	"  --die-with-parent       SIGKILL when the thread that started this process ends\n";
 
 struct options {
@@ -76,6 +77,7 @@ enum option_name {
 	OPTION_FAULT_BACKEND,
 	OPTION_UFFD_COUNT,
 	OPTION_FAULT_SPIN_US,
+	OPTION_BEAT_LOG,
 	OPTION_DIE_WITH_PARENT,
 	OPTION_HELP,
 };
@@ -99,6 +101,7 @@ static const struct option OPTIONS[] = {
 	{"fault-backend", required_argument, NULL, OPTION_FAULT_BACKEND},
 	{"uffd-count", required_argument, NULL, OPTION_UFFD_COUNT},
 	{"fault-spin-us", required_argument, NULL, OPTION_FAULT_SPIN_US},
+	{"beat-log", required_argument, NULL, OPTION_BEAT_LOG},
 	{"die-with-parent", no_argument, NULL, OPTION_DIE_WITH_PARENT},
 	{"help", no_argument, NULL, OPTION_HELP},
 	{NULL, 0, NULL, 0},
@@ -227,6 +230,9 @@ static void set_option(struct options *options, enum option_name name)
 	case OPTION_UFFD_COUNT:
 	case OPTION_FAULT_SPIN_US:
 		set_fault_option(options, name);
+		break;
+	case OPTION_BEAT_LOG:
+		config->beat_log = optarg;
 		break;
 	case OPTION_DIE_WITH_PARENT:
 		options->die_with_parent = true;

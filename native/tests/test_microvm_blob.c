@@ -12,7 +12,7 @@
 #define MEMORY_BYTES (64u << 20)
 
 static const struct mv_blob_header IDENTITY = {
-	.memory_bytes = MEMORY_BYTES, .accel = 2, .vcpu_count = 2, .guest_abi = 1};
+	.memory_bytes = MEMORY_BYTES, .accel = 2, .vcpu_count = 2, .guest_abi = 2};
 
 static const struct mv_blob_rule RULES[] = {
 	{MV_SECTION_MACHINE, 1, 16, 16, 8},

@@ -218,7 +218,7 @@ static void fails_with(const uint8_t *code, size_t len, const char *why)
 static void a_guest_that_misbehaves_is_held(void)
 {
 	static const uint8_t undefined[] = {0x0f, 0x0b};
-	static const uint8_t no_call[] = {0xba, 0x17, 0, 0, 0, 0xed}; /* in eax, port 17h */
+	static const uint8_t no_call[] = {0xba, 0x18, 0, 0, 0, 0xed}; /* in eax, port 18h */
 	static const uint8_t a_byte[] = {0xba, 0x11, 0, 0, 0, 0xec};  /* in al, port 11h */
 	static const uint8_t outward[] = {0xba, 0x11, 0, 0, 0, 0xef}; /* out port 11h, eax */
 

@@ -62,6 +62,7 @@ static void moves_in_a_row(enum mv_accel accel, uint32_t vcpu_count)
 
 	fprintf(stderr, "  %s, %u vCPUs\n", machine->accel->name, vcpu_count);
 	pause_machine(machine);
+	watch_events(machine, &watch); /* on a busy host it may have filled its pages by now */
 	machine = move(machine);
 	resume_machine(machine);
 	await_filled(machine, &watch);
@@ -105,6 +106,61 @@ static void beats_go_up_by_one(enum mv_accel accel, uint32_t vcpu_count)
 	pause_machine(machine);
 	for (uint32_t i = 0; i < vcpu_count; i++)
 		CHECK_EQ(machine->vcpus[i].told.first_beat.number, last[i] + 1);
+	mv_machine_destroy(machine);
+}
+
+/* Two VMMs write to one file: of each vCPU every number is there once, and the times ascend. */
+static void every_beat_is_logged(enum mv_accel accel, uint32_t vcpu_count)
+{
+	char path[] = "/tmp/godwit-beats-XXXXXX";
+	struct mv_machine_config config = test_config(accel, vcpu_count);
+	struct mv_logged_beat beat, last[GM_VCPU_COUNT_MAX] = {0};
+	struct mv_machine *machine;
+	const int fd = mkstemp(path);
+
+	CHECK(fd >= 0);
+	config.beat_log = path;
+	machine = test_machine(&config);
+	CHECK_EQ(sweep(machine), 0);
+	pause_machine(machine);
+	machine = move(machine);
+	resume_machine(machine);
+	CHECK_EQ(sweep(machine), 0);
+	pause_machine(machine);
+	while (read(fd, &beat, sizeof(beat)) == sizeof(beat)) {
+		CHECK(beat.vcpu < vcpu_count);
+		CHECK_EQ(beat.number, last[beat.vcpu].number + 1);
+		CHECK(beat.time_ns > last[beat.vcpu].time_ns);
+		CHECK_EQ(beat.pid, (uint32_t)getpid());
+		last[beat.vcpu] = beat;
+	}
+	for (uint32_t i = 0; i < vcpu_count; i++)
+		CHECK_EQ(last[i].number, machine->vcpus[i].told.last_beat.number);
+	mv_machine_destroy(machine);
+	close(fd);
+	unlink(path);
+}
+
+static void an_ended_guest_stays_ended(enum mv_accel accel, uint32_t vcpu_count)
+{
+	struct mv_machine *machine = filled_machine(accel, vcpu_count);
+	char line[MV_EVENT_LEN_MAX];
+	struct mv_error error;
+	uint8_t *bytes;
+	size_t len;
+
+	pause_machine(machine);
+	CHECK_EQ(mv_machine_power_off(machine, &error), -EBUSY);
+	resume_machine(machine);
+	CHECK_EQ(mv_machine_power_off(machine, &error), 0);
+	while (!mv_machine_take_event(machine, line))
+		await_notice(machine);
+	CHECK(strstr(line, "\"event\":\"ended\""));
+	CHECK_EQ(mv_machine_power_off(machine, &error), 0);
+	CHECK_EQ(mv_machine_resume(machine, &error), -EBUSY);
+	CHECK_EQ(mv_machine_pause(machine, PAUSE_NS, &error), -EBUSY);
+	CHECK_EQ(mv_machine_save(machine, &bytes, &len, &error), -EBUSY);
+	CHECK(strstr(error.text, "the machine is ended"));
 	mv_machine_destroy(machine);
 }
 
@@ -416,6 +472,14 @@ static void all_beats(void)
 {
 	on_every_accel(beats_go_up_by_one);
 }
+static void all_logs(void)
+{
+	on_every_accel(every_beat_is_logged);
+}
+static void all_ends(void)
+{
+	on_every_accel(an_ended_guest_stays_ended);
+}
 static void all_rollbacks(void)
 {
 	on_every_accel(a_saved_machine_may_go_on);
@@ -460,6 +524,8 @@ int main(void)
 	RUN(all_senseless);
 	RUN(all_moves);
 	RUN(all_beats);
+	RUN(all_logs);
+	RUN(all_ends);
 	RUN(all_rollbacks);
 	RUN(all_stops);
 	RUN(all_damage);

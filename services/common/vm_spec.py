@@ -77,6 +77,8 @@ class Microvm(_Strict):
     """auto: the best that the node where it arrives can do."""
     uffd_count: int = Field(default=1, ge=1, le=16)
     """Userfaultfds that its memory is dealt out to."""
+    beat_log: str = Field(default="", pattern=r"^(/.{1,120})?$")
+    """File on every node that each heartbeat is appended to; native/microvm/README.md."""
 
 
 class VmSpec(_Strict):

@@ -16,7 +16,7 @@
 #include <stdint.h>
 
 /* Goes up whenever a guest in memory and a VMM of another build would misunderstand each other. */
-#define GM_ABI_VERSION 1u
+#define GM_ABI_VERSION 2u
 
 #define GM_PAGE_SIZE	  4096ull
 #define GM_HUGE_PAGE_SIZE 0x200000ull
@@ -109,14 +109,17 @@ _Static_assert(__builtin_offsetof(struct gm_vcpu_system, tick_count) == 128,
 #define GM_PORT_BASE 0x10u
 
 enum gm_call {
-	GM_CALL_BEAT = 1,     /* beat number, ops, errors, ticks -> the sweep that is asked for */
-	GM_CALL_IDLE = 2,     /* microseconds to sleep at most */
-	GM_CALL_ERROR = 3,    /* enum gm_error, page, got, want */
-	GM_CALL_FILLED = 4,   /* pages filled */
-	GM_CALL_VERIFIED = 5, /* sweep number, pages checked, errors found in it, ops */
-	GM_CALL_MEASURED = 6, /* ticks that a touch took at most, touches, first tick, last tick */
+	/* beat number, ops, errors, ticks -> the sweep that is asked for, or GM_BEAT_POWER_OFF */
+	GM_CALL_BEAT = 1,
+	GM_CALL_IDLE = 2,      /* microseconds to sleep at most */
+	GM_CALL_ERROR = 3,     /* enum gm_error, page, got, want */
+	GM_CALL_FILLED = 4,    /* pages filled */
+	GM_CALL_VERIFIED = 5,  /* sweep number, pages checked, errors found in it, ops */
+	GM_CALL_MEASURED = 6,  /* ticks that a touch took at most, touches, first tick, last tick */
+	GM_CALL_POWER_OFF = 7, /* the guest has ended; it does not come back from this call */
 };
-#define GM_CALL_MAX 6u
+#define GM_CALL_MAX	  7u
+#define GM_BEAT_POWER_OFF 0x80000000u
 
 enum gm_error {
 	GM_ERROR_TAG = 1,      /* the page's number: another page, or none */

@@ -354,7 +354,7 @@ static void check_op_total(struct gm_vcpu *vcpu)
 	       __atomic_load_n(&control->op_total, __ATOMIC_RELAXED), sum);
 }
 
-/* Returns true if a sweep begins. */
+/* Returns true if there is nothing else to do in this step: a sweep begins, or the guest ends. */
 static bool beat(struct gm_vcpu *vcpu)
 {
 	struct gm_ctx *ctx = &vcpu->ctx;
@@ -368,6 +368,10 @@ static bool beat(struct gm_vcpu *vcpu)
 	ctx->beat_count++;
 	asked = gm_hypercall(vcpu, GM_CALL_BEAT, ctx->beat_count, ctx->op_count, ctx->error_count,
 			     ticks);
+	if (asked & GM_BEAT_POWER_OFF) {
+		gm_hypercall(vcpu, GM_CALL_POWER_OFF, 0, 0, 0, 0);
+		return true;
+	}
 	if (asked <= ctx->sweep_number || ctx->phase != PHASE_RUN)
 		return false;
 	if (boot_of(vcpu)->workload == GM_WORKLOAD_MEASURE) {

@@ -66,6 +66,7 @@ _STATES = {
     # The guest is held, as it was, and can neither run on nor be saved. It has not ended: an ended
     # guest's memory is released, and this one's is what a person will want to look at.
     "failed": VmmState.UNRESPONSIVE,
+    "ended": VmmState.GUEST_ENDED,
 }
 
 
@@ -103,6 +104,7 @@ def command_line(spec: VmSpec, binary: str, ram_path: Path, *, incoming: bool) -
         *("--ops-per-second", str(guest.ops_per_second)),
         *("--tick-us", str(guest.tick_us)),
         *("--seed", str(guest.seed)),
+        *(("--beat-log", guest.beat_log) if guest.beat_log else ()),
     ]
     if not incoming:
         return [*line, "--paused"]
