@@ -12,6 +12,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import FailedPreconditionError
 from services.common.vm_spec import PAGE_BYTES
+from services.fault_agent.drivers.api import VmmState
 from services.fault_agent.evidence import counters_message
 from services.fault_agent.journal import Role
 from services.fault_agent.page_runs import set_runs
@@ -20,8 +21,11 @@ from services.pagecore.api import ArrivalPhase
 
 INTERVAL_MS_DEFAULT = 250
 INTERVAL_MS_MIN = 20
+LOOK_S = 2.0
+"""How often the VMM is asked whether its guest has ended: nobody fetches memory for a dead one."""
 RUNS_PER_MESSAGE_MAX = 50_000
 """A run is 12 bytes or so on the wire; gRPC's usual limit of a message is 4 MiB."""
+_OVER = (pb.ARRIVAL_PHASE_COMPLETE, pb.ARRIVAL_PHASE_ENDED)
 _CHUNK_BYTES = 64 << 10
 """Chunks that are equal are skipped by one comparison, whatever the size of the guest."""
 
@@ -112,10 +116,15 @@ async def watch_progress(
         )
     interval_s = max(interval_ms or INTERVAL_MS_DEFAULT, INTERVAL_MS_MIN) / 1000
     deltas, sequence = Deltas(page_count=vm.spec.memory_bytes // PAGE_BYTES), 0
+    look_at = time.monotonic() + LOOK_S
     while True:
         began = time.monotonic()
         # The phase first: a bitmap that is looked at after COMPLETE was durable is all clear.
         phase, reason = _phase(vm, epoch)
+        if began >= look_at and vm.record.role is Role.ARRIVED:
+            look_at = began + LOOK_S
+            if phase not in _OVER and await vm.look() is VmmState.GUEST_ENDED:
+                phase, reason = pb.ARRIVAL_PHASE_ENDED, "the guest has shut itself down"
         _take_bitmap(vm, deltas)
         while True:
             sequence += 1
@@ -131,7 +140,7 @@ async def watch_progress(
             )
             if not deltas.pending:
                 break
-        if phase in (pb.ARRIVAL_PHASE_COMPLETE, pb.ARRIVAL_PHASE_ENDED):
+        if phase in _OVER:
             return
         await _wait(vm, interval_s - (time.monotonic() - began))
 
