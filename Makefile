@@ -101,6 +101,10 @@ bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 
 soak-moves: setup ## move a microvm 200 times in a row on each fault backend, checking every page
 	@$(PY) -m tests.soak.moves $(ARGS)
 
+.PHONY: chaos
+chaos: setup ## N=300 moves with a random fault in each; SEED=... runs one again
+	@$(PY) -m tests.chaos -n $(or $(N),300) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 .PHONY: lint
 lint: system-lint setup ## every static check, and that generated code is what its sources give
 	@tools/lint.sh

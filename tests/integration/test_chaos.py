@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise: whatever fails in a migration, one guest is left, whole, and nobody gave a command.
+
+One case of each kind; `make chaos N=300` runs as many as one likes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.kinds import KINDS
+
+SEED = 1
+TIMEOUT_S = 900
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 60)
+def test_each_kind_of_fault_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.chaos", "--each", "--dir", str(tmp_path / "chaos")),
+            *("-n", str(len(KINDS)), "--seed", str(SEED)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["faults"] == {kind.name: 1 for kind in KINDS}, done.stderr
+    assert (report["corrupt"], report["doubled"], report["lost"]) == (0, 0, 0)
+    assert report["recovered"] == report["n"] == len(KINDS)
