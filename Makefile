@@ -31,7 +31,7 @@ help: ## list the targets
 .PHONY: setup
 setup: .venv/.project native ## install what is missing, make .venv, build the native part
 
-.PHONY: system system-guest system-lint system-fuzz
+.PHONY: system system-guest system-lint system-fuzz system-bench
 system:
 	@tools/setup_system.sh build
 system-guest:
@@ -40,6 +40,8 @@ system-lint:
 	@tools/setup_system.sh lint
 system-fuzz:
 	@tools/setup_system.sh fuzz
+system-bench:
+	@tools/setup_system.sh bench
 
 .venv/.deps: requirements.lock tools/setup_python.sh tools/find_python.sh | system
 	@echo 'setup: .venv from requirements.lock' >&2
@@ -80,10 +82,10 @@ $(NATIVE_VARIANTS:%=native-test-%): native-test-%: native-build-%
 	@ctest --test-dir build/native-$* --output-on-failure --no-tests=error --parallel 2
 
 .PHONY: bench bench-quick
-bench: setup ## measure everything against the peers, judge the bars: some 40 minutes
+bench: setup system-bench system-guest ## measure everything against the peers, judge the bars: some 40 minutes
 	@ninja -C build/native --quiet bench_page_path >&2
 	@$(PY) -m tests.bench $(ARGS)
-bench-quick: setup ## the page path alone, in minutes
+bench-quick: setup system-bench ## the page path alone, in minutes
 	@ninja -C build/native --quiet bench_page_path >&2
 	@$(PY) -m tests.bench --quick $(ARGS)
 

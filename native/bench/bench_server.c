@@ -19,7 +19,6 @@
 #include <godwit/serve.h>
 #include <godwit/sys.h>
 
-#define HEARTBEAT_MS	     60000u /* each stands still while the others are measured */
 #define CONNECTION_COUNT_MAX 32u
 
 struct raw_request {
@@ -123,8 +122,7 @@ static uint32_t page_listen(const struct source *source)
 	const struct gw_serve_region region = {.size = source->len, .page_size = PAGE};
 	const struct gw_serve_config config = {.struct_size = sizeof(config),
 					       .listen_host = "127.0.0.1",
-					       .connection_count_max = CONNECTION_COUNT_MAX,
-					       .heartbeat_ms = HEARTBEAT_MS};
+					       .connection_count_max = CONNECTION_COUNT_MAX};
 	const struct gw_serve_image image = {.struct_size = sizeof(image),
 					     .ram_fd = source->fd,
 					     .image_id = "bench",

@@ -26,7 +26,7 @@ _GRPCIO_COUNT = 100
 _PACED_US = 1000
 _PACED_COUNT = 60
 
-_LABELS = {
+LABELS = {
     "tcp": "raw TCP, 4 KiB and back",
     "uffd": "userfaultfd, answered on the spot",
     "wire": "our wire, nothing installed",
@@ -115,7 +115,7 @@ def rows(result: Result) -> Rows:
         rate = result["bulk_mbs"].get(key)
         table.append(
             [
-                _LABELS[key],
+                LABELS[key],
                 f"{sum(len(samples) for samples in rounds):,} in {count}",
                 *(figure(estimate(count, quantile(rounds, q))) for q in (0.5, 0.99, 0.999)),
                 figure(estimate(count, median(rate)), 0) if rate and max(rate) > 0 else "",

@@ -51,7 +51,7 @@ def section_text(section: Section, result: Result) -> list[str]:
 
 
 def text(
-    results: Sequence[tuple[Section, Result]], all_bars: Sequence[Bar], plots: Sequence[str] = ()
+    results: Sequence[tuple[Section, Result]], all_bars: Sequence[Bar], plots: Sequence[str]
 ) -> str:
     """The whole report."""
     lines = [
@@ -66,9 +66,19 @@ def text(
         "## Bars",
         "",
         *bars.table(all_bars),
-        "",
-        *(f"![{Path(plot).stem}]({plot})" for plot in plots),
     ]
+    for plot in plots:
+        lines += ["", f"![{Path(plot).stem}]({plot})"]
     for section, result in results:
         lines += ["", *section_text(section, result)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def write(
+    results: Sequence[tuple[Section, Result]], all_bars: Sequence[Bar], directory: Path
+) -> None:
+    """page-path.md and its plots."""
+    from tests.bench import plots  # slow to import, and not needed to judge
+
+    drawn = plots.draw({section.name: result for section, result in results}, directory)
+    (directory / "page-path.md").write_text(text(results, all_bars, drawn))

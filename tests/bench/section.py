@@ -66,6 +66,23 @@ def in_turns(
     return taken
 
 
+def joined(before: Result, after: Result) -> Result:
+    """The rounds of two runs of one section: lists are put together, other values are the later's.
+
+    Samples of one round are a list of numbers in a list, and stay one round.
+    """
+    whole: Result = dict(before)
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            whole[key] = joined(old, value)
+        elif isinstance(old, list) and isinstance(value, list):
+            whole[key] = [*old, *value]
+        else:
+            whole[key] = value
+    return whole
+
+
 def figure(value: Estimate, digits: int = 1) -> str:
     """With its interval."""
     return f"{value.value:,.{digits}f} ({value.low:,.{digits}f}–{value.high:,.{digits}f})"  # noqa: RUF001

@@ -91,7 +91,7 @@ def test_the_whole_command(
     assert len(not_ok) == len(missed)
     assert all(name.startswith(start) for name, start in zip(not_ok, missed, strict=True))
     assert capsys.readouterr().out.count("MISSED") == len(missed)
-    assert (tmp_path / "report.md").read_text().startswith("# The page path in numbers")
+    assert (tmp_path / "page-path.md").read_text().startswith("# The page path in numbers")
 
 
 def test_a_section_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from tests.bench import lanes, streams
-from tests.bench.section import in_turns
+import json
+
+from tests.bench import counts, lanes, streams
+from tests.bench.section import in_turns, joined
 
 
 def test_each_is_measured_once_a_round_and_each_is_first_in_turn() -> None:
@@ -35,3 +37,23 @@ def test_bars_of_streams() -> None:
     found = streams.bars({"mbs": {key: [at] * 5 for key, at in mbs.items()}})
     assert [bar.value.value for bar in found if bar.value] == [0.8, 0.45, 4.5]
     assert [bar.ok for bar in found] == [True, False, True]
+
+
+def test_runs_are_joined_round_by_round() -> None:
+    before = {"us": {"idle": [[1, 2]]}, "versions": {"new": "11.1"}, "own": True}
+    after = {"us": {"idle": [[3, 4]]}, "versions": {"new": "11.1"}, "own": False}
+    assert joined(before, after) == {
+        "us": {"idle": [[1, 2], [3, 4]]},
+        "versions": {"new": "11.1"},
+        "own": False,
+    }
+
+
+def test_bars_of_counts() -> None:
+    """A page that costs more than the reference allows is missed; so is one not counted."""
+    reference = json.loads(counts.REFERENCE.read_text())
+    dear = {label: [at * 1.2] for label, at in reference.items()}
+    assert not any(bar.ok for bar in counts.bars({"counts": dear}))
+    same = {label: [at] for label, at in reference.items()}
+    assert all(bar.ok for bar in counts.bars({"counts": same}))
+    assert all("no valgrind" in bar.verdict() for bar in counts.bars({"why_not": "no valgrind"}))
