@@ -3,10 +3,14 @@
  * bench_wire.c - pages over loopback: our client and our page server against raw TCP, in turns within
  * one run, so that a noisy machine is noisy for both.
  *
- *   bench_wire [ROUNDS]     default 10; each round: 2000 wants of 4 KiB, 400 of 1 MiB, each way
+ *   bench_wire [ROUNDS [CASES]]     default 10, all; each round: 2000 wants of 4 KiB, 400 of 1 MiB
+ *
+ * CASES is a string of digits, see the table of cases. "cpu" is what both ends together took, kernel
+ * included: it depends less on what else the machine does than the time.
  *
  * Ours does what it does in earnest: reads the memory, sums it, frames it; the client checks the
- * sum. Raw TCP writes from a mapping what 24 bytes ask for, and checks nothing.
+ * sum. Raw TCP writes from a mapping what 24 bytes ask for, and checks nothing; nor does it pay for the
+ * first touch of a page of memory, as its mapping is the one that the memory was made with.
  */
 #include "check.h"
 
@@ -33,6 +37,7 @@ struct samples {
 	uint64_t *ns;
 	size_t count;
 	uint64_t total_ns;
+	uint64_t cpu_ns;
 };
 
 static int by_value(const void *a, const void *b)
@@ -53,10 +58,12 @@ static double quantile_us(const struct samples *samples, double quantile)
 static void say(const char *what, struct samples *samples, size_t len)
 {
 	qsort(samples->ns, samples->count, sizeof(*samples->ns), by_value);
-	printf("%-28s n=%-6zu p50 %7.1f us  p99 %7.1f us  p99.9 %7.1f us  %7.0f MB/s\n", what,
-	       samples->count, quantile_us(samples, 0.5), quantile_us(samples, 0.99),
+	printf("%-26s n=%-6zu p50 %7.1f us  p99 %7.1f us  p99.9 %7.1f us  %5.0f MB/s  cpu %4.0f "
+	       "us\n",
+	       what, samples->count, quantile_us(samples, 0.5), quantile_us(samples, 0.99),
 	       quantile_us(samples, 0.999),
-	       (double)(samples->count * len) * 1000 / (double)samples->total_ns);
+	       (double)(samples->count * len) * 1000 / (double)samples->total_ns,
+	       (double)samples->cpu_ns / 1000 / (double)samples->count);
 }
 
 static uint64_t offset_of(size_t i, size_t len)
@@ -286,29 +293,98 @@ static struct gw_serve *open_server(int fd)
 	return serve;
 }
 
-static struct samples new_samples(size_t count)
-{
-	struct samples samples = {.ns = calloc(count, sizeof(uint64_t))};
+/* --- cases ----------------------------------------------------------------------------------- */
 
-	CHECK(samples.ns);
-	return samples;
+#define CLIENT_COUNT 3 /* of demand, and two of bulk */
+
+struct bench {
+	int raw_fd;
+	uint8_t *buffer;
+	struct page_client clients[CLIENT_COUNT];
+};
+
+struct bench_case {
+	const char *what;
+	size_t len, count, in_flight;
+	size_t connections; /* 0 = raw TCP */
+};
+
+static const struct bench_case cases[] = {
+	{"4 KiB, raw TCP", PAGE, SMALL_COUNT, 1, 0},
+	{"4 KiB, page server", PAGE, SMALL_COUNT, 1, 1},
+	{"1 MiB, raw TCP", MIB, LARGE_COUNT, 1, 0},
+	{"1 MiB, page server", MIB, LARGE_COUNT, 1, 1},
+	{"1 MiB x 4, raw TCP", MIB, LARGE_COUNT, IN_FLIGHT, 0},
+	{"1 MiB x 4, page server", MIB, LARGE_COUNT, IN_FLIGHT, 1},
+	{"1 MiB x 4, on two lanes", MIB, LARGE_COUNT, IN_FLIGHT, 2},
+};
+
+#define CASE_COUNT (sizeof(cases) / sizeof(cases[0]))
+
+struct lane_work {
+	struct page_client *client;
+	size_t len, count, in_flight;
+	struct samples samples;
+};
+
+static void *lane_thread(void *argument)
+{
+	struct lane_work *work = argument;
+
+	our_round(work->client, work->len, work->count, work->in_flight, &work->samples);
+	return NULL;
 }
 
-int main(int argc, char **argv)
+/* Each lane its half, in a thread of its own, as the agent does it. */
+static void lanes_round(struct bench *bench, const struct bench_case *which,
+			struct samples *samples)
 {
-	const size_t round_count = argc > 1 ? strtoul(argv[1], NULL, 10) : 10;
-	const int fd = memfd_create("bench", MFD_CLOEXEC);
-	struct samples samples[6];
-	struct raw_server raw;
-	struct page_client demand;
-	struct page_client bulk;
-	struct gw_serve *serve;
+	const size_t half = which->count / 2;
+	const uint64_t begin_ns = gw_sys_now_ns();
+	struct lane_work works[2];
 	pthread_t thread;
-	uint8_t *memory;
-	uint8_t *buffer;
-	int raw_fd;
 
-	CHECK(round_count > 0 && round_count <= ROUND_MAX);
+	for (size_t i = 0; i < 2; i++)
+		works[i] = (struct lane_work){
+			.client = &bench->clients[1 + i],
+			.len = which->len,
+			.count = half,
+			.in_flight = which->in_flight,
+			.samples = {.ns = samples->ns + samples->count + i * half}};
+	CHECK_EQ(pthread_create(&thread, NULL, lane_thread, &works[1]), 0);
+	lane_thread(&works[0]);
+	pthread_join(thread, NULL);
+	samples->count += 2 * half;
+	samples->total_ns += gw_sys_now_ns() - begin_ns;
+}
+
+static uint64_t cpu_now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void run_case(struct bench *bench, const struct bench_case *which, struct samples *samples)
+{
+	const uint64_t begin_ns = cpu_now_ns();
+
+	if (which->connections == 0)
+		raw_round(bench->raw_fd, which->len, which->count, which->in_flight, bench->buffer,
+			  samples);
+	else if (which->connections == 1)
+		our_round(&bench->clients[which->len == PAGE ? 0 : 1], which->len, which->count,
+			  which->in_flight, samples);
+	else
+		lanes_round(bench, which, samples);
+	samples->cpu_ns += cpu_now_ns() - begin_ns;
+}
+
+static uint8_t *new_memory(int fd)
+{
+	uint8_t *memory;
+
 	CHECK_EQ(ftruncate(fd, (off_t)MEMORY_LEN), 0);
 	memory = mmap(NULL, MEMORY_LEN, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	CHECK(memory != MAP_FAILED);
@@ -317,38 +393,50 @@ int main(int argc, char **argv)
 
 		memcpy(memory + at, &word, 8);
 	}
-	buffer = aligned_alloc(PAGE, MIB);
-	CHECK(buffer);
-	memset(buffer, 1, MIB);
-	for (size_t i = 0; i < 6; i++)
-		samples[i] = new_samples(round_count * (i < 2 ? SMALL_COUNT : LARGE_COUNT));
+	return memory;
+}
 
+int main(int argc, char **argv)
+{
+	const size_t round_count = argc > 1 ? strtoul(argv[1], NULL, 10) : 10;
+	const char *wanted = argc > 2 ? argv[2] : "0123456";
+	const int fd = memfd_create("bench", MFD_CLOEXEC);
+	struct samples samples[CASE_COUNT];
+	struct bench bench;
+	struct raw_server raw;
+	struct gw_serve *serve;
+	pthread_t thread;
+
+	CHECK(round_count > 0 && round_count <= ROUND_MAX);
+	raw.memory = new_memory(fd);
+	bench.buffer = aligned_alloc(PAGE, MIB);
+	CHECK(bench.buffer);
+	memset(bench.buffer, 1, MIB);
+	for (size_t i = 0; i < CASE_COUNT; i++) {
+		samples[i] = (struct samples){
+			.ns = calloc(round_count * cases[i].count, sizeof(uint64_t))};
+		CHECK(samples[i].ns);
+	}
 	serve = open_server(fd);
-	raw.memory = memory;
-	raw_fd = raw_connect(&raw);
+	bench.raw_fd = raw_connect(&raw);
 	CHECK_EQ(pthread_create(&thread, NULL, raw_thread, &raw), 0);
-	open_client(&demand, (uint32_t)gw_serve_port(serve), GW_PAGE_LANE_DEMAND);
-	open_client(&bulk, (uint32_t)gw_serve_port(serve), GW_PAGE_LANE_BULK);
+	for (size_t i = 0; i < CLIENT_COUNT; i++)
+		open_client(&bench.clients[i], (uint32_t)gw_serve_port(serve),
+			    i == 0 ? GW_PAGE_LANE_DEMAND : GW_PAGE_LANE_BULK);
 
 	for (size_t i = 0; i < round_count; i++) {
-		raw_round(raw_fd, PAGE, SMALL_COUNT, 1, buffer, &samples[0]);
-		our_round(&demand, PAGE, SMALL_COUNT, 1, &samples[1]);
-		raw_round(raw_fd, MIB, LARGE_COUNT, 1, buffer, &samples[2]);
-		our_round(&bulk, MIB, LARGE_COUNT, 1, &samples[3]);
-		raw_round(raw_fd, MIB, LARGE_COUNT, IN_FLIGHT, buffer, &samples[4]);
-		our_round(&bulk, MIB, LARGE_COUNT, IN_FLIGHT, &samples[5]);
+		for (size_t k = 0; k < CASE_COUNT; k++)
+			if (strchr(wanted, '0' + (int)k))
+				run_case(&bench, &cases[k], &samples[k]);
 	}
-	say("4 KiB, raw TCP", &samples[0], PAGE);
-	say("4 KiB, page server", &samples[1], PAGE);
-	say("1 MiB, raw TCP", &samples[2], MIB);
-	say("1 MiB, page server", &samples[3], MIB);
-	say("1 MiB x 4, raw TCP", &samples[4], MIB);
-	say("1 MiB x 4, page server", &samples[5], MIB);
+	for (size_t k = 0; k < CASE_COUNT; k++)
+		if (samples[k].count > 0)
+			say(cases[k].what, &samples[k], cases[k].len);
 
-	close(raw_fd);
+	close(bench.raw_fd);
 	pthread_join(thread, NULL);
-	gw_grpc_destroy(demand.conn);
-	gw_grpc_destroy(bulk.conn);
+	for (size_t i = 0; i < CLIENT_COUNT; i++)
+		gw_grpc_destroy(bench.clients[i].conn);
 	gw_serve_destroy(serve);
 	return EXIT_SUCCESS;
 }

@@ -16,9 +16,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define READ_LEN_DEFAULT (256u * 1024)
-/* Reads in one on_readable: then the owner looks at its other fds. */
-#define READ_COUNT_MAX 8
+#define READ_LEN_DEFAULT (16u * 1024)
+/* Read in one on_readable: then the owner looks at its other fds. */
+#define READ_ROUND_LEN (512u * 1024)
+/* What is received into place from so much on; less is as well copied. */
+#define PLACE_LEN_MIN 2048u
+/* Read beside it: a frame header, a prefix, the head of a message with pages. */
+#define NEXT_HEAD_LEN 64u
 /* sendmsg calls in one flush: the same. */
 #define SEND_COUNT_MAX	     16
 #define SEND_QUEUE_COUNT_MAX 65536u
@@ -303,12 +307,54 @@ int gw_grpc_on_writable(struct gw_grpc *conn, uint64_t now_ns)
 
 /* --- in -------------------------------------------------------------------------------------- */
 
-/* Returns how many bytes were handled; 0 none are there; -errno. */
-static ssize_t read_once(struct gw_grpc *conn)
+/* Give received bytes to the session. Returns 0 or -errno. */
+static int handle_received(struct gw_grpc *conn, const uint8_t *data, size_t len)
 {
-	const ssize_t got = gw_sys_recv(conn->fd, conn->read_buffer, conn->read_len, MSG_DONTWAIT);
-	ssize_t handled;
+	const ssize_t handled = nghttp2_session_mem_recv(conn->session, data, len);
 
+	if (handled == NGHTTP2_ERR_NOMEM)
+		return die(conn, -ENOMEM, "MEMORY: HTTP/2 session");
+	/* Less than everything would mean that a callback paused it; none of ours does. */
+	if (handled < 0 || (size_t)handled != len)
+		return die(conn, -EPROTO, "HTTP2: the peer broke the protocol");
+	return 0;
+}
+
+/*
+ * Where the next bytes belong: what is missing of a message that has begun, as far as its DATA frame
+ * goes. They are received there, so that nobody copies them; the session parses them where they lie.
+ * A guess that is wrong (padding) costs a copy and nothing else: receive_data moves what is not in place.
+ */
+static size_t find_place(struct gw_grpc *conn, uint8_t **ret_place)
+{
+	struct gw_grpc_call *call;
+
+	if (conn->frame_left < PLACE_LEN_MIN)
+		return 0;
+	call = nghttp2_session_get_stream_user_data(conn->session, conn->frame_stream_id);
+	return call ? receive_place(call, conn->frame_left, ret_place) : 0;
+}
+
+/* Returns how many bytes were handled; 0 none are there; -errno. `ret_full`: there may be more. */
+static ssize_t read_once(struct gw_grpc *conn, bool *ret_full)
+{
+	struct iovec pieces[2] = {{.iov_base = NULL}, {.iov_base = conn->read_buffer}};
+	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 2};
+	uint8_t *place = NULL;
+	const size_t place_len = find_place(conn, &place);
+	ssize_t got;
+	int err = 0;
+
+	if (place_len == 0) {
+		got = gw_sys_recv(conn->fd, conn->read_buffer, conn->read_len, MSG_DONTWAIT);
+		*ret_full = got == (ssize_t)conn->read_len;
+	} else {
+		pieces[0] = (struct iovec){.iov_base = place, .iov_len = place_len};
+		/* Only the next head besides: what follows it belongs into place as well. */
+		pieces[1].iov_len = conn->read_len < NEXT_HEAD_LEN ? conn->read_len : NEXT_HEAD_LEN;
+		got = gw_sys_recvmsg(conn->fd, &message, MSG_DONTWAIT);
+		*ret_full = got == (ssize_t)(place_len + pieces[1].iov_len);
+	}
 	if (got == -EAGAIN || got == -EINTR)
 		return 0;
 	if (got < 0)
@@ -316,13 +362,16 @@ static ssize_t read_once(struct gw_grpc *conn)
 	if (got == 0)
 		return die(conn, -ECONNRESET, "CONNECTION_LOST: the peer closed it");
 	conn->received_ns = conn->now_ns;
-	handled = nghttp2_session_mem_recv(conn->session, conn->read_buffer, (size_t)got);
-	if (handled == NGHTTP2_ERR_NOMEM)
-		return die(conn, -ENOMEM, "MEMORY: HTTP/2 session");
-	/* Less than everything would mean that a callback paused it; none of ours does. */
-	if (handled != got)
-		return die(conn, -EPROTO, "HTTP2: the peer broke the protocol");
-	return got;
+	if (place_len > 0) {
+		const size_t placed = (size_t)got < place_len ? (size_t)got : place_len;
+
+		err = handle_received(conn, place, placed);
+		if (!err && (size_t)got > placed)
+			err = handle_received(conn, conn->read_buffer, (size_t)got - placed);
+	} else {
+		err = handle_received(conn, conn->read_buffer, (size_t)got);
+	}
+	return err ? err : got;
 }
 
 int gw_grpc_on_readable(struct gw_grpc *conn, uint64_t now_ns)
@@ -330,14 +379,16 @@ int gw_grpc_on_readable(struct gw_grpc *conn, uint64_t now_ns)
 	if (conn->dead)
 		return conn->dead;
 	conn->now_ns = now_ns;
-	for (int i = 0; i < READ_COUNT_MAX; i++) {
-		const ssize_t got = read_once(conn);
+	for (size_t len = 0; len < READ_ROUND_LEN;) {
+		bool full = false;
+		const ssize_t got = read_once(conn, &full);
 
 		if (got < 0)
 			return (int)got;
 		/* A short read emptied the socket: asking again would cost a call to hear EAGAIN. */
-		if ((size_t)got < conn->read_len)
+		if (!full)
 			break;
+		len += (size_t)got;
 	}
 	return flush_and_tell(conn);
 }

@@ -209,13 +209,24 @@ static int on_frame_received(nghttp2_session *session, const nghttp2_frame *fram
 	return 0;
 }
 
+static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *frame, void *user)
+{
+	struct gw_grpc *conn = user;
+
+	(void)session;
+	conn->frame_left = frame->type == NGHTTP2_DATA ? frame->length : 0;
+	conn->frame_stream_id = frame->stream_id;
+	return 0;
+}
+
 static int on_chunk(nghttp2_session *session, uint8_t flags, int32_t stream_id, const uint8_t *data,
 		    size_t len, void *user)
 {
 	struct gw_grpc_call *call = h2_call_of(session, stream_id);
+	struct gw_grpc *conn = user;
 
 	(void)flags;
-	(void)user;
+	conn->frame_left -= len < conn->frame_left ? len : conn->frame_left;
 	if (nghttp2_session_consume_connection(session, len) == NGHTTP2_ERR_NOMEM)
 		return NGHTTP2_ERR_CALLBACK_FAILURE;
 	if (!call)
@@ -280,6 +291,7 @@ static int on_stream_close(nghttp2_session *session, int32_t stream_id, uint32_t
 void h2_set_receive_callbacks(nghttp2_session_callbacks *callbacks)
 {
 	nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, on_begin_headers);
+	nghttp2_session_callbacks_set_on_begin_frame_callback(callbacks, on_begin_frame);
 	nghttp2_session_callbacks_set_on_header_callback(callbacks, on_header);
 	nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame_received);
 	nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_chunk);

@@ -137,6 +137,9 @@ struct gw_grpc {
 	size_t control_len;
 	uint8_t control[OUT_CONTROL_LEN_MAX];
 
+	/* Of the DATA frame that is being received: how much is still to come, its padding included. */
+	size_t frame_left;
+	int32_t frame_stream_id;
 	uint8_t *read_buffer;
 	size_t read_len;
 };
@@ -163,6 +166,9 @@ void call_drop_queue(struct gw_grpc_call *call);
 
 /* grpc_receive.c: received bytes of a call; calls on_message. */
 void receive_data(struct gw_grpc_call *call, const uint8_t *data, size_t len);
+/* Where the next `len_max` bytes of the call are wanted, as part of a message that has begun: how many
+ * of them, and the place; 0 = nowhere in particular. */
+size_t receive_place(struct gw_grpc_call *call, size_t len_max, uint8_t **ret_place);
 /* False if the stream ended within a message. */
 bool receive_at_boundary(const struct gw_grpc_call *call);
 

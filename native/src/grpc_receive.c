@@ -3,8 +3,9 @@
  * grpc_receive.c - cuts the DATA of a call into messages.
  *
  * A message that lies whole in one chunk is handed on where it is; any other is
- * gathered in a buffer of exactly its length, which is reused: each byte is copied at most
- * once, whatever sizes the frames have.
+ * gathered in a buffer of exactly its length, which is reused. Most of it is received there to
+ * begin with (receive_place, read_once in grpc_conn.c); each byte is copied at most once, whatever
+ * sizes the frames have.
  *
  * Threads, Errors, Ownership, Units, Source: see grpc_internal.h.
  */
@@ -129,13 +130,27 @@ void receive_data(struct gw_grpc_call *call, const uint8_t *data, size_t len)
 		const size_t missing = receive->message_len - receive->len;
 		const size_t taken = len < missing ? len : missing;
 
-		memcpy(receive->message + receive->len, data, taken);
+		/* In place already, mostly: see receive_place. After padding it may lie a little ahead. */
+		if (receive->message + receive->len != data)
+			memmove(receive->message + receive->len, data, taken);
 		receive->len += taken;
 		data += taken;
 		len -= taken;
 		if (receive->len == receive->message_len)
 			deliver(call, receive->message, receive->message_len);
 	}
+}
+
+size_t receive_place(struct gw_grpc_call *call, size_t len_max, uint8_t **ret_place)
+{
+	struct grpc_receive *receive = &call->receive;
+	size_t missing;
+
+	if (receive->len == 0 || !wants_messages(call))
+		return 0;
+	missing = receive->message_len - receive->len;
+	*ret_place = receive->message + receive->len;
+	return missing < len_max ? missing : len_max;
 }
 
 bool receive_at_boundary(const struct gw_grpc_call *call)

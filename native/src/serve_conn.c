@@ -197,13 +197,25 @@ static const struct gw_grpc_handler handler = {
 
 /* --- the thread ------------------------------------------------------------------------------ */
 
-/* Queue answers of every stream in turn, as much as the buffers hold. True if any were. */
+/*
+ * Queue a piece of every stream, as the buffers hold them. True if any were. Another stream comes first
+ * each time: one that always has something to send must not keep the buffers from the others.
+ */
 static bool pump(struct serve_conn *conn)
 {
+	struct serve_stream *first = conn->streams;
 	bool queued = false;
 
+	if (!first)
+		return false;
+	for (size_t i = conn->turn++ % SERVE_CALL_COUNT_MAX; i > 0 && first->next; i--)
+		first = first->next;
 	/* Ends no stream's life: that happens in on_end, which runs within gw_grpc_on_*. */
-	for (struct serve_stream *stream = conn->streams; stream; stream = stream->next) {
+	for (struct serve_stream *stream = first; stream; stream = stream->next) {
+		if (stream->kind == SERVE_STREAM_FETCH)
+			queued |= serve_fetch_pump(stream);
+	}
+	for (struct serve_stream *stream = conn->streams; stream != first; stream = stream->next) {
 		if (stream->kind == SERVE_STREAM_FETCH)
 			queued |= serve_fetch_pump(stream);
 	}

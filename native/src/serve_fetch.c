@@ -277,6 +277,7 @@ static enum outcome send_pages(struct serve_stream *stream, struct gw_pages *pag
 	/* A run of zeros may go on beyond its want, which is answered then. */
 	if (stream->want_done_len > stream->wants[stream->want_first].len)
 		stream->want_done_len = stream->wants[stream->want_first].len;
+	stream->queued_len += pages->data.len;
 	serve_count(&counters->sent_bytes_total, pages->data.len);
 	if (!buffer)
 		serve_count(&counters->zero_page_total, page_count);
@@ -423,7 +424,7 @@ static enum outcome answer_locked(struct serve_stream *stream)
 			return send_pages(stream, &pages, NULL);
 		}
 	}
-	return send_data(stream, image, offset, len);
+	return send_data(stream, image, offset, len < SERVE_PIECE_LEN ? len : SERVE_PIECE_LEN);
 }
 
 static enum outcome answer(struct serve_stream *stream)
@@ -444,9 +445,10 @@ bool serve_fetch_pump(struct serve_stream *stream)
 {
 	bool queued = false;
 
+	stream->queued_len = 0;
 	while (stream->state == SERVE_READY_DUE ||
 	       (stream->state == SERVE_OPEN && stream->want_count > 0)) {
-		if (answer(stream) != QUEUED)
+		if (stream->queued_len >= SERVE_PIECE_LEN || answer(stream) != QUEUED)
 			return queued;
 		queued = true;
 		/* Not 0 == 0: a want of nothing is refused when its turn comes. */

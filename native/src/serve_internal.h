@@ -27,9 +27,15 @@
 
 /* Streams at once on one connection: one is the rule, a few harm nobody. */
 #define SERVE_CALL_COUNT_MAX 16
+/*
+ * A want is answered in pieces of so much, each read, summed and given to the socket before the next is
+ * read: the peer installs one while we read the next, and a piece stays in the core's cache from pread to
+ * sendmsg. Whole wants at a time made the two ends take turns; half or twice as much is no different.
+ */
+#define SERVE_PIECE_LEN (128ul * 1024)
 /* Memory that a connection's answers lie in until the socket has taken them. */
 #define SERVE_BUFFER_COUNT 2
-#define SERVE_BUFFER_LEN   GW_PAGE_WANT_LEN_MAX
+#define SERVE_BUFFER_LEN   SERVE_PIECE_LEN
 /* Give up a peer that has been silent for so many heartbeats. */
 #define SERVE_SILENCE_HEARTBEATS 3
 
@@ -103,6 +109,7 @@ struct serve_conn {
 	struct gw_grpc *grpc;
 	struct serve_stream *streams;
 	size_t fetch_count; /* streams that have said hello */
+	size_t turn;	    /* which stream comes first: see pump */
 	uint64_t now_ns;
 	uint64_t life_ns; /* last sign of life that is not the peer's bytes: accepted, hello */
 	struct serve_buffer buffers[SERVE_BUFFER_COUNT];
@@ -142,6 +149,7 @@ struct serve_stream {
 	size_t want_first;
 	size_t want_count;
 	uint64_t want_done_len;
+	size_t queued_len; /* page bytes in this turn */
 	/* DescribeImage: what was asked for. */
 	bool asked;
 	char image_id[GW_PAGE_ID_LEN_MAX + 1];

@@ -43,6 +43,8 @@ struct raw_peer {
 	const uint8_t *body;
 	size_t body_len;
 	bool body_ends;
+	bool pads; /* frames of DATA, each by another length */
+	uint32_t seed;
 	const struct raw_header *trailers;
 };
 
@@ -104,6 +106,20 @@ static inline ssize_t raw_read(nghttp2_session *session, int32_t stream_id, uint
 		return NGHTTP2_ERR_DEFERRED;
 	}
 	return (ssize_t)len;
+}
+
+static inline ssize_t raw_pad(nghttp2_session *session, const nghttp2_frame *frame, size_t len_max,
+			      void *user)
+{
+	struct raw_peer *peer = user;
+	size_t len = frame->hd.length;
+
+	(void)session;
+	if (!peer->pads || frame->hd.type != NGHTTP2_DATA)
+		return (ssize_t)len;
+	peer->seed = peer->seed * 1664525 + 1013904223;
+	len += (peer->seed >> 16) % 256;
+	return (ssize_t)(len < len_max ? len : len_max);
 }
 
 static inline int raw_on_header(nghttp2_session *session, const nghttp2_frame *frame,
@@ -177,6 +193,7 @@ static inline void raw_open(struct raw_peer *peer, int fd, bool server)
 	CHECK_EQ(nghttp2_option_new(&option), 0);
 	nghttp2_option_set_no_http_messaging(option, 1);
 	nghttp2_session_callbacks_set_send_callback(callbacks, raw_send);
+	nghttp2_session_callbacks_set_select_padding_callback(callbacks, raw_pad);
 	nghttp2_session_callbacks_set_on_header_callback(callbacks, raw_on_header);
 	nghttp2_session_callbacks_set_on_begin_headers_callback(callbacks, raw_on_begin);
 	nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, raw_on_chunk);

@@ -541,8 +541,9 @@ static void every_failing_system_call_is_survived(void)
 		enum gw_sys_call call;
 		int err;
 	} cases[] = {
-		{GW_SYS_RECV, ECONNRESET}, {GW_SYS_RECV, EAGAIN},    {GW_SYS_RECV, EINTR},
-		{GW_SYS_SENDMSG, EPIPE},   {GW_SYS_SENDMSG, EAGAIN}, {GW_SYS_SENDMSG, EINTR},
+		{GW_SYS_RECV, ECONNRESET},    {GW_SYS_RECV, EAGAIN},	{GW_SYS_RECV, EINTR},
+		{GW_SYS_RECVMSG, ECONNRESET}, {GW_SYS_RECVMSG, EAGAIN}, {GW_SYS_RECVMSG, EINTR},
+		{GW_SYS_SENDMSG, EPIPE},      {GW_SYS_SENDMSG, EAGAIN}, {GW_SYS_SENDMSG, EINTR},
 		{GW_SYS_SENDMSG, ENOMEM},
 	};
 

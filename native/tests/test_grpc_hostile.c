@@ -18,7 +18,7 @@ struct bout {
 	struct pair_side *ours;
 };
 
-static void open_bout(struct bout *bout, bool ours_is_server)
+static void open_bout_for(struct bout *bout, bool ours_is_server, uint32_t message_len_max)
 {
 	struct gw_grpc_config config = pair_config(NULL);
 	int fds[2];
@@ -29,12 +29,17 @@ static void open_bout(struct bout *bout, bool ours_is_server)
 	bout->ours = ours_is_server ? &bout->pair.server : &bout->pair.client;
 	bout->ours->pair = &bout->pair;
 	config.user = bout->ours;
-	config.message_len_max = 1000;
+	config.message_len_max = message_len_max;
 	if (ours_is_server)
 		CHECK_EQ(gw_grpc_server_create(&config, fds[0], &bout->ours->conn), 0);
 	else
 		CHECK_EQ(gw_grpc_client_create(&config, fds[0], &bout->ours->conn), 0);
 	raw_open(&bout->peer, fds[1], !ours_is_server);
+}
+
+static void open_bout(struct bout *bout, bool ours_is_server)
+{
+	open_bout_for(bout, ours_is_server, 1000);
 }
 
 static void step(struct bout *bout)
@@ -598,6 +603,38 @@ static void messages_are_percent_encoded_within_bounds(void)
 	CHECK_EQ(strcmp(text, "abcdefg"), 0);
 }
 
+/* --- padding --------------------------------------------------------------------------------- */
+
+/* A message is received into place; padding lands there, too, and must not stay. */
+static void padded_frames_make_whole_messages(void)
+{
+	static const struct raw_header headers[] = {
+		GOOD_REQUEST, {"content-type", "application/grpc"}, {NULL, NULL}};
+	static const size_t lens[] = {100, 16379, 16384, 200000, 700001};
+	static uint8_t body[5 + 700001];
+
+	for (size_t i = 0; i < sizeof(lens) / sizeof(lens[0]); i++) {
+		const size_t len = lens[i];
+		struct bout bout;
+
+		for (size_t k = 0; k < len; k++)
+			body[5 + k] = (uint8_t)(k * 2654435761u >> 24);
+		for (size_t k = 0; k < 4; k++)
+			body[1 + k] = (uint8_t)(len >> (24 - 8 * k));
+		open_bout_for(&bout, true, 1u << 20);
+		bout.ours->on_half_close = end_ok;
+		bout.peer.pads = true;
+		(void)raw_request(&bout.peer, headers, body, 5 + len, true);
+		for (int k = 0; k < 400 && bout.ours->half_close_count == 0; k++)
+			step(&bout);
+		CHECK_EQ(bout.ours->half_close_count, 1);
+		CHECK_EQ(bout.ours->message_count, 1);
+		CHECK_EQ(bout.ours->last_len, len);
+		CHECK_EQ(memcmp(bout.ours->last, body + 5, len), 0);
+		close_bout(&bout);
+	}
+}
+
 /* --- wounded streams ------------------------------------------------------------------------- */
 
 /* The bytes that a client of ours sends for a few calls. */
@@ -666,6 +703,7 @@ int main(void)
 	RUN(resets_are_mapped);
 	RUN(timeouts_are_read_and_written);
 	RUN(messages_are_percent_encoded_within_bounds);
+	RUN(padded_frames_make_whole_messages);
 	RUN(wounded_streams_are_survived);
 	return EXIT_SUCCESS;
 }

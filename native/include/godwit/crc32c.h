@@ -17,6 +17,9 @@
 /* Of `data` after what gave `crc`; 0 to begin with. data may be NULL if len is 0. */
 uint32_t gw_crc32c(uint32_t crc, const void *data, size_t len);
 
+/* The same without the widest instructions, as where the processor has none: so that it is tested, too. */
+uint32_t gw_crc32c_unfolded(uint32_t crc, const void *data, size_t len);
+
 /* The same without the processor's instruction, slowly: what the fast one is tested against. */
 uint32_t gw_crc32c_portable(uint32_t crc, const void *data, size_t len);
 

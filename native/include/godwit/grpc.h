@@ -93,7 +93,7 @@ struct gw_grpc_config {
 				      65535, at most 2^31-1: how much a peer may have in flight */
 	uint32_t call_count_max;   /* server: calls open at once; the peer is told */
 	uint32_t send_queue_count; /* messages queued at once, all calls together; 1..65536 */
-	uint32_t read_len;	   /* most bytes one read(2) takes; 0 = 256 KiB */
+	uint32_t read_len;	   /* most bytes one read(2) takes; 0 = 16 KiB */
 };
 
 /*

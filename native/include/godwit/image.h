@@ -17,8 +17,8 @@
  *     guest; pread answers with a short count, which is DATA_LOSS of one;
  *   - checksum and bytes agree, also while the guest runs on the memory, and when a record
  *     is replaced nothing of the memory is read later on behalf of the old one;
- *   - it costs nothing: each page is served about once, so through a mapping it is always a
- *     first touch: 119 us a MiB, pread 110 (page-aligned buffer, AMD EPYC VM, one run).
+ *   - it costs next to nothing: each page is served about once, so through a mapping it is always a
+ *     first touch (docs/adr/0006-pread.md has the figures).
  * Rejected with the mapping: fstat before each touch (races with the cut), sigsetjmp (a
  * library must not own the process's signals), sealing (the memory is the VMM's).
  */
