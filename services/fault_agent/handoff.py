@@ -113,6 +113,9 @@ def accept(message: bytes, fds: Sequence[int], expected: Expected) -> Faults:
         faults = _check(_parse(message), list(fds), expected)
         kept = {*faults.uffds, faults.exit_channel_fd, faults.exit_doorbell_fd}
         return faults
+    except OSError as error:
+        # A descriptor that cannot even be looked at: O_PATH, say.
+        raise HandoffRefusedError(f"a descriptor: {error.strerror}") from error
     finally:
         close_all(set(fds) - kept)
 
@@ -214,6 +217,8 @@ def _check_channel(fd: int, expected: Expected) -> None:
     if not seals & fcntl.F_SEAL_SHRINK:
         # We map it: one that shrinks under us would be our death.
         raise HandoffRefusedError("channel is not sealed against shrinking")
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        raise HandoffRefusedError("channel cannot be read and written")
     page_count = expected.memory_bytes // PAGE_BYTES
     least = _CHANNEL_HEADER_LEN + (page_count + 7) // 8 + expected.vcpu_count * _VCPU_LEN
     if status.st_size % PAGE_BYTES or not least <= status.st_size <= 2 * least + (1 << 20):

@@ -94,7 +94,8 @@ class Connection:
                 raise HandoffRefusedError("descriptors behind the hand-off")
         line = bytes(self._received[:end])
         del self._received[: end + 1]
-        with contextlib.suppress(ValueError):
+        # Deep enough, it is a RecursionError.
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
                 return value

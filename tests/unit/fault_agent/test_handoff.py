@@ -298,6 +298,40 @@ def test_a_descriptor_that_lies(
     refused(vmm, fds, why)
 
 
+def reopened(flags: int) -> int:
+    """A good channel, opened otherwise than it has to be."""
+    good = make_channel()
+    fd = os.open(f"/proc/self/fd/{good}", flags | os.O_CLOEXEC)
+    os.close(good)
+    return fd
+
+
+def one_end(ends: tuple[int, int]) -> int:
+    os.close(ends[1])
+    return ends[0]
+
+
+@pytest.mark.parametrize("name", ["memory", "channel", "doorbell", "uffd"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: one_end(os.pipe()),
+        lambda: socket.socket().detach(),
+        lambda: os.open("/", os.O_PATH | os.O_CLOEXEC),
+        lambda: os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC),
+        lambda: os.pidfd_open(os.getpid()),
+        lambda: reopened(os.O_WRONLY),
+        lambda: reopened(os.O_RDONLY),
+        lambda: reopened(os.O_PATH),
+    ],
+    ids=["pipe", "socket", "path", "mem", "pidfd", "writeonly", "readonly", "opath"],
+)
+def test_any_other_kind_of_descriptor(tmp_path: Path, name: str, make: Callable[[], int]) -> None:
+    vmm = Vmm(tmp_path)
+    fds = [make() if each == name else vmm.fd(each) for each in vmm.names]
+    refused(vmm, fds, "a descriptor|channel|memory")
+
+
 def test_memory_that_is_another_size_or_cannot_be_written(tmp_path: Path) -> None:
     vmm = Vmm(tmp_path)
     fds = vmm.fds()
@@ -412,6 +446,49 @@ async def test_a_connection_that_says_too_much(
     assert open_count() == before
 
 
+async def test_a_message_that_does_not_become_whole(
+    tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then: the whole has its time, not each piece."""
+    monkeypatch.setattr(handoff_socket, "MESSAGE_TIMEOUT_S", 0.3)
+    vmm = Vmm(tmp_path)
+    before = open_count()
+    with dial(tmp_path) as connection:
+        hand_off(connection, vmm.line()[:1], vmm.fds())
+
+        async def drip() -> None:
+            for byte in vmm.line()[1:-1]:
+                await asyncio.sleep(0.01)
+                connection.sendall(bytes([byte]))
+
+        dripping = asyncio.ensure_future(drip())
+        with pytest.raises(HandoffRefusedError, match=r"not whole after 0\.3 s"):
+            await accepted(listener, vmm.expected)
+        dripping.cancel()
+        await asyncio.gather(dripping, return_exceptions=True)
+        assert is_hung_up_on(connection)
+    assert open_count() == before
+
+
+async def test_a_second_hand_off_is_not_taken(tmp_path: Path, listener: Listener) -> None:
+    """Not on the same connection, whatever it brings; on another it waits until it is asked for."""
+    vmm = Vmm(tmp_path, "exit-sigsegv")
+    before = open_count()
+    with dial(tmp_path) as connection, dial(tmp_path) as other:
+        hand_off(connection, vmm.line(), vmm.fds())
+        hand_off(other, vmm.line(), vmm.fds())
+        kept, faults = await accepted(listener, vmm.expected)
+        hand_off(connection, vmm.line(), vmm.fds())
+        with pytest.raises(HandoffRefusedError, match="descriptors behind"):
+            await kept.line()  # type: ignore[attr-defined]
+        kept.close()  # type: ignore[attr-defined]
+        handoff.close_fds(faults)
+        second, again = await accepted(listener, vmm.expected)
+        handoff.close_fds(again)
+        second.close()  # type: ignore[attr-defined]
+    assert open_count() == before
+
+
 async def test_another_process_is_hung_up_on(tmp_path: Path, listener: Listener) -> None:
     """It does not keep the VMM from handing off either."""
     vmm = Vmm(tmp_path)
@@ -497,7 +574,18 @@ async def test_it_lets_go(ending: Ending) -> None:
     assert open_count() == before - 1, "its listener is closed too"
 
 
-@pytest.mark.parametrize("says", [b"", b"nonsense\n", b"[]\n", b"x" * 5000])
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"",
+        b"nonsense\n",
+        b"[]\n",
+        b"x" * 5000,
+        b"[" * 60000 + b"\n",
+        b'{"event": "\0\xff"}\n',
+        b'{"event": ' + b"9" * 4000 + b"9" * 4000 + b"}\n",
+    ],
+)
 async def test_a_released_that_is_lost_is_heard_again(ending: Ending, says: bytes) -> None:
     """The connection breaks, by either side's doing; the VMM connects again and says it then."""
     armed = await ending.armed()
