@@ -38,8 +38,11 @@
 #include <godwit/stats.h>
 #include <godwit/uffd.h>
 
-#define ARRIVAL_HEARTBEAT_NS	    UINT64_C(1000000000)
-#define ARRIVAL_SILENCE_NS_MAX	    UINT64_C(2500000000) /* so that it is known within 3 s */
+#define ARRIVAL_HEARTBEAT_NS   UINT64_C(1000000000)
+#define ARRIVAL_SILENCE_NS_MAX UINT64_C(2500000000) /* so that it is known within 3 s */
+/* No want answered for so long, whatever else is said: the server is stuck, or drips. */
+#define ARRIVAL_STALL_NS_DEMAND	    UINT64_C(5000000000)
+#define ARRIVAL_STALL_NS_BULK	    UINT64_C(60000000000)
 #define ARRIVAL_BACKOFF_NS_MIN	    UINT64_C(10000000)
 #define ARRIVAL_BACKOFF_NS_MAX	    UINT64_C(1000000000)
 #define ARRIVAL_DIAL_NS		    UINT64_C(500000000) /* between two attempts to connect */
@@ -122,6 +125,8 @@ struct arrival_link {
 	uint64_t opened_ns;
 	uint64_t retry_ns; /* without a connection: when to do the next thing about it */
 	uint64_t sent_ns;  /* the last message of ours */
+	uint64_t
+		progress_ns; /* the last want answered, or the first one asked since none was due */
 	uint64_t heartbeat_sequence;
 	uint64_t want_len_max;
 	struct link_want *wants; /* ring */

@@ -383,6 +383,22 @@ static void send_heartbeat(struct arrival_link *link, uint64_t now_ns)
 	settle(link, err, now_ns);
 }
 
+/*
+ * How long wants have been due and none was answered. Signs of life do not count: heartbeats may come
+ * from a server that is stuck behind them, and bytes one by one. Looked at once a heartbeat.
+ */
+static uint64_t stalled_ns(const struct arrival_link *link, uint64_t now_ns)
+{
+	return link->up && link->want_count > 0 && now_ns > link->progress_ns
+		       ? now_ns - link->progress_ns
+		       : 0;
+}
+
+static uint64_t stall_ns_max(const struct arrival_link *link)
+{
+	return link->lane == GW_PAGE_LANE_DEMAND ? ARRIVAL_STALL_NS_DEMAND : ARRIVAL_STALL_NS_BULK;
+}
+
 uint64_t link_on_time(struct arrival_link *link, uint64_t now_ns)
 {
 	if (link->server_version != atomic_load(&link->arrival->server_version) &&
@@ -413,6 +429,15 @@ uint64_t link_on_time(struct arrival_link *link, uint64_t now_ns)
 		link_close(link, LINK_BROKEN, now_ns);
 		return link->retry_ns;
 	}
+	if (stalled_ns(link, now_ns) >= stall_ns_max(link)) {
+		arrival_set_reason(link->arrival,
+				   "%s lane: the page server has answered no want for %u ms",
+				   lane_name(link),
+				   (unsigned int)(stalled_ns(link, now_ns) / 1000000));
+		atomic_store(&link->arrival->grpc_status, GW_GRPC_UNAVAILABLE);
+		link_close(link, LINK_DAMAGED, now_ns);
+		return link->retry_ns;
+	}
 	if (link->up && now_ns - link->sent_ns >= ARRIVAL_HEARTBEAT_NS)
 		send_heartbeat(link, now_ns);
 	if (!link->conn)
@@ -432,6 +457,8 @@ int link_want(struct arrival_link *link, uint64_t first, uint64_t count, uint64_
 		return -ENOTCONN;
 	if (link->want_count + part_count > link->want_cap)
 		return -EAGAIN;
+	if (link->want_count == 0)
+		link->progress_ns = now_ns;
 	while (left > 0) {
 		const uint64_t len = earlier(left, link->want_len_max);
 		const struct gw_fetch_request request = {

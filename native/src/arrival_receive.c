@@ -167,6 +167,7 @@ static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
 	}
 	struct link_want *const want = &link->wants[link->want_first];
 
+	link->progress_ns = gw_grpc_received_ns(link->conn);
 	want->done += pages->len;
 	link->in_flight_bytes -= pages->len;
 	if (want->done == want->len) {

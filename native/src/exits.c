@@ -10,8 +10,9 @@
  *   vCPU:  waiting = 1          | look at the bit       publish: clear the bit | look at waiting
  *   vCPU:  request_head + 1     | look at agent_idle    sleep:   agent_idle = 1 | look at the heads
  *
- * test_exits.c parks the vCPU between its two (hook vmm.wait_published) while a page is
- * published, and the agent between its two (hook exits.idle) while a request is posted.
+ * test_exits.c parks a vCPU of its own between its two (test.waiting) while a page is published, the
+ * publisher between its two (exits.cleared) while a vCPU begins to wait, and the agent between its two
+ * (exits.idle) while a request is posted; test_vmm_race.c parks the library's vCPU (vmm.wait_published).
  *
  * A hostile VMM. It can write anything, at any time, also between two of our looks: each value is
  * read once into a local and checked there. What it can reach that way: pages of its own image

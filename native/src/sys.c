@@ -83,30 +83,46 @@ ssize_t gw_sys_send(int fd, const void *buffer, size_t len, int flags)
 	RETURN_OF(GW_SYS_SEND, ssize_t, send(fd, buffer, len, flags));
 }
 
-ssize_t gw_sys_recvmsg(int fd, struct msghdr *message, int flags)
-{
-	RETURN_OF(GW_SYS_RECVMSG, ssize_t, recvmsg(fd, message, flags));
-}
-
 #ifdef GW_TEST_HOOKS
-/* The first bytes of the first piece, if a test says so. */
-static ssize_t send_shortened(int fd, const struct msghdr *message, int flags)
+/* The first bytes of the first piece, if a test says so; true then. */
+static bool shorten(const struct msghdr *message, struct msghdr *ret_cut, struct iovec *ret_first)
 {
-	struct iovec first = {0};
-	struct msghdr cut = *message;
 	const size_t len_max = gw_sys_shortened(SIZE_MAX);
 
 	if (len_max == SIZE_MAX || message->msg_iovlen == 0)
-		return sendmsg(fd, message, flags);
-	first = message->msg_iov[0];
-	first.iov_len = first.iov_len < len_max ? first.iov_len : len_max;
-	cut.msg_iov = &first;
-	cut.msg_iovlen = 1;
-	return sendmsg(fd, &cut, flags);
+		return false;
+	*ret_first = message->msg_iov[0];
+	ret_first->iov_len = ret_first->iov_len < len_max ? ret_first->iov_len : len_max;
+	*ret_cut = *message;
+	ret_cut->msg_iov = ret_first;
+	ret_cut->msg_iovlen = 1;
+	return true;
+}
+
+static ssize_t send_shortened(int fd, const struct msghdr *message, int flags)
+{
+	struct iovec first;
+	struct msghdr cut;
+
+	return sendmsg(fd, shorten(message, &cut, &first) ? &cut : message, flags);
+}
+
+static ssize_t receive_shortened(int fd, struct msghdr *message, int flags)
+{
+	struct iovec first;
+	struct msghdr cut;
+
+	return recvmsg(fd, shorten(message, &cut, &first) ? &cut : message, flags);
 }
 #else
-#define send_shortened sendmsg
+#define send_shortened	  sendmsg
+#define receive_shortened recvmsg
 #endif
+
+ssize_t gw_sys_recvmsg(int fd, struct msghdr *message, int flags)
+{
+	RETURN_OF(GW_SYS_RECVMSG, ssize_t, receive_shortened(fd, message, flags));
+}
 
 ssize_t gw_sys_sendmsg(int fd, const struct msghdr *message, int flags)
 {

@@ -20,7 +20,8 @@
  * before the looks: whoever saw waiting = 1 has changed it. A kick needs no `waiting`: it
  * stores `kicked`, then changes wake_count; a vCPU that remembered the new count sees `kicked`.
  * Rejected: atomic_thread_fence, which ThreadSanitizer does not understand.
- * tests/test_vmm_race.c parks the vCPU at each hook below and lets the other side pass it.
+ * tests/test_vmm_race.c parks the vCPU at each hook below but vmm.slept, which is behind the sleep, and
+ * lets the other side pass it.
  */
 #include "vmm_internal.h"
 

@@ -335,6 +335,31 @@ static void a_late_bulk_answer_does_not_undo_the_guests_stores(void)
 	bench_close(&bench);
 }
 
+/* Bulk has asked, and its want is not even sent, when somebody touches the page: demand answers. */
+static void a_fault_on_what_bulk_has_just_asked_for(void)
+{
+	struct bench bench = bench_open();
+	struct toucher toucher;
+	uint64_t page = 0;
+
+	gw_hook_hold("bulk.asked");
+	CHECK_EQ(gw_arrival_start_bulk(bench.arrival), 0);
+	CHECK(gw_hook_wait("bulk.asked", 1, TIMEOUT_MS));
+	while (is_zero_page(page) ||
+	       gw_arrival_page_state(bench.arrival, page * PAGE) != GW_PAGE_REQUESTED_BULK)
+		CHECK(++page < PAGE_COUNT);
+	toucher_start(&toucher, &bench.guest, page);
+	CHECK_EQ(toucher_join(&toucher), first_word(page));
+	bench.guest.memory[page * PAGE] ^= 0xff;
+	gw_hook_release("bulk.asked");
+	wait_phase(bench.arrival, GW_ARRIVAL_COMPLETE);
+	/* The answer to bulk's want came too, and was dropped. */
+	CHECK(!page_is_right(&bench.guest, page));
+	bench.guest.memory[page * PAGE] ^= 0xff;
+	check_whole(&bench);
+	bench_close(&bench);
+}
+
 /* I10, I11: the first answers are wrong, each in one way; afterwards the server is honest. */
 static void a_lie_is_never_installed(enum peer_lie lie)
 {
@@ -955,6 +980,7 @@ int main(int argc, char **argv)
 		RUN_IF(a_closed_gate_holds_faults);
 		RUN_IF(a_stalled_bulk_never_delays_demand);
 		RUN_IF(a_late_bulk_answer_does_not_undo_the_guests_stores);
+		RUN_IF(a_fault_on_what_bulk_has_just_asked_for);
 		RUN_IF(an_engine_killed_at_any_time_is_adopted);
 		RUN_IF(a_touched_page_is_a_violation_and_holds_the_guest);
 		RUN_IF(what_is_given_back_reads_zero);

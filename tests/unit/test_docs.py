@@ -72,3 +72,16 @@ def test_every_field_of_the_vm_spec_is_described(
     section = (DOCS / "vm-spec.md").read_text().split(title, 1)[1].split("\n\n**", 1)[0]
     section = section.split("\n## ", 1)[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(model.model_fields)
+
+
+def test_every_hook_point_of_the_c_core_is_used_by_a_test() -> None:
+    """A point that no test holds or calls proves nothing."""
+    native = ROOT / "native"
+    points = {
+        point
+        for path in (*(native / "src").glob("*.c"), *(native / "microvm").glob("*.c"))
+        for point in re.findall(r'\bGW_HOOK\("([^"]+)"\)', path.read_text())
+    }
+    assert len(points) > 10
+    tests = "".join(path.read_text() for path in (native / "tests").glob("*.[ch]"))
+    assert sorted(point for point in points if f'"{point}"' not in tests) == []

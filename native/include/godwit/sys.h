@@ -183,7 +183,7 @@ void gw_sys_fail_nth(enum gw_sys_call call, uint64_t nth, int err);
 /* The same, and every later call of it too, until gw_sys_fail_none. */
 void gw_sys_fail_from(enum gw_sys_call call, uint64_t nth, int err);
 void gw_sys_fail_none(void);
-/* The nth call of `call` (PREAD, PWRITE, RECV, SENDMSG) transfers len_max bytes at most; it counts as failed. */
+/* The nth call of `call` (PREAD, PWRITE, RECV, RECVMSG, SENDMSG) transfers len_max bytes at most; it counts as failed. */
 void gw_sys_short_nth(enum gw_sys_call call, uint64_t nth, size_t len_max);
 /* What is armed and what is counted is one thing in this process and those it forks from now on. */
 void gw_sys_share_with_children(void);
