@@ -26,7 +26,7 @@ from services.fault_agent.drivers.api import Vmm, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.evidence import read_fence
 from services.fault_agent.fence import Command, Fence, wrong_state
-from services.fault_agent.journal import Arriving, Record, Role
+from services.fault_agent.journal import Arriving, Decision, Record, Role
 from services.fault_agent.node import Node
 from services.fault_agent.preflight import Preflight
 from services.fault_agent.private_map import refuse_private_pages
@@ -218,10 +218,12 @@ class Arrivals:
             self._require_arriving(vm, fence, Command.ACTIVATE)
             if record.epoch_loaded != fence.epoch:
                 raise wrong_state(record, Command.ACTIVATE, "its device state is not loaded")
+            await reach("agent.activate.before_activating")
+            # Last of all: a VMM that is dead by now has not run, and the guest can go back.
             await vm.require_process(Command.ACTIVATE)
             self._engines.require(vm)
-            await reach("agent.activate.before_activating")
             await vm.write(replace(fenced, epoch_activating=fence.epoch, epoch_owned=fence.epoch))
+            await self._require_still_alive(vm, record)
             await reach("agent.activate.after_activating")
             await self._let_run(vm)
             return await self._node.evidence(vm, VmmState.RUNNING)
@@ -245,8 +247,35 @@ class Arrivals:
             await self._take_back(vm)
             return await self._node.evidence(vm)
 
+    async def recall(self, fence: Fence) -> pb.Evidence:
+        """Take the guest back from here, for ever: its VMM is proved dead, Activate is stale.
+
+        Under COMMITTED only if the guest never ran here (I5). Under RETURNED whatever it did: the
+        store has given it to its source, so that what may be left of it here is nobody's.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: ACTIVATING is durable, or it lives here; the
+                fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        async with vm.command(fence, Command.RECALL_DESTINATION) as fenced:
+            record = vm.record
+            if record.role in (Role.UNKNOWN, Role.GONE):
+                return await self._node.evidence(vm)
+            if record.role not in (Role.ARRIVING, Role.ARRIVED):
+                raise wrong_state(record, Command.RECALL_DESTINATION, "it did not come from there")
+            if was_activated(record) and fence.decision is not Decision.RETURNED:
+                raise wrong_state(record, Command.RECALL_DESTINATION, "the guest may have run here")
+            await reach("agent.recall.before")
+            # Durable before the kill: no Activate is admitted from here on.
+            await vm.write(fenced)
+            await self._take_back(vm)
+            return await self._node.evidence(vm)
+
     async def release(self, fence: Fence) -> pb.Evidence:
         """End the arrival's bookkeeping: from now on the VM simply lives here.
+
+        Under LOST the guest is given up: its VMM is killed, its memory removed.
 
         A guest that has ended needs no memory: what is left of it here is removed.
 
@@ -258,6 +287,8 @@ class Arrivals:
         async with vm.command(fence, Command.RELEASE) as fenced:
             record = vm.record
             over = record.role in (Role.RESIDENT, Role.GONE)
+            if fence.decision is Decision.LOST:
+                return await self._give_up_guest(vm, fenced)
             if over and record.epoch_owned == fence.epoch:
                 return await self._node.evidence(vm)
             if record.role is not Role.ARRIVED or record.epoch_owned != fence.epoch:
@@ -284,6 +315,16 @@ class Arrivals:
                 await vm.write(fenced)
                 await self._take_back(vm)
             return await self._node.evidence(vm)
+
+    async def _give_up_guest(self, vm: Vm, fenced: Record) -> pb.Evidence:
+        record = vm.record
+        if record.role is Role.RESIDENT:
+            raise wrong_state(record, Command.RELEASE, "it lives here: StopVm ends it")
+        if record.role is not Role.GONE:
+            await reach("agent.release.before")
+            await vm.write(fenced)
+            await self._take_back(vm)
+        return await self._node.evidence(vm)
 
     async def _make_shell(self, vm: Vm, fenced: Record, fence: Fence, order: ArrivalOrder) -> None:
         node = self._node
@@ -336,6 +377,19 @@ class Arrivals:
             )
         await reach("agent.prepare.before_prepared")
         await vm.write(replace(vm.record, epoch_prepared=fence.epoch))
+
+    async def _require_still_alive(self, vm: Vm, before: Record) -> None:
+        """Take ACTIVATING back if the VMM died before it was durable: `cont` was not attempted.
+
+        Only whoever wrote the mark, and has done nothing since, can know that. If we die first it
+        stays, and the guest is held for a person.
+        """
+        try:
+            await vm.require_process(Command.ACTIVATE)
+        except FailedPreconditionError:
+            owned = before.epoch_owned
+            await vm.write(replace(vm.record, epoch_activating=0, epoch_owned=owned))
+            raise
 
     async def _let_run(self, vm: Vm) -> None:
         """Only after ACTIVATING is durable."""

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
@@ -13,14 +15,15 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from services.common.errors import FailedPreconditionError
 from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
-from services.fault_agent.device_state import Outgoing
+from services.fault_agent import kept_state
+from services.fault_agent.device_state import CHUNK_BYTES_MAX, Outgoing
 from services.fault_agent.drivers.api import Vmm, VmmRefusedError, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Decision, Export, ExportState, Record, Role, Transferred
 from services.fault_agent.node import Node
 from services.fault_agent.preflight import Preflight, require
-from services.fault_agent.residents import remove_memory
+from services.fault_agent.residents import make_launch, remove_memory
 from services.fault_agent.vms import Vm
 
 log = logging.getLogger(__name__)
@@ -44,6 +47,11 @@ def _frozen(record: Record) -> tuple[Export, int]:
 def _never_began(transfer: asyncio.Future[Transferred]) -> bool:
     """True if an attempt failed before anything was saved: there was no way to the destination."""
     return transfer.done() and isinstance(transfer.exception(), NotExecutedError)
+
+
+async def _chunks(state: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(state), CHUNK_BYTES_MAX):
+        yield state[start : start + CHUNK_BYTES_MAX]
 
 
 class Departures:
@@ -195,7 +203,14 @@ class Departures:
         # FROZEN is journaled before a save begins, by whichever agent of this boot.
         export = vm.record.export
         saved = export is not None and export.state is ExportState.FROZEN
-        outgoing = Outgoing(vmm, fence, generation, peer, may_have_saved=saved)
+        outgoing = Outgoing(
+            vmm,
+            fence,
+            generation,
+            peer,
+            may_have_saved=saved,
+            keep=lambda state: kept_state.keep(vm.record, state),
+        )
         vm.transfer = self._node.start_task(outgoing.run(), f"transfer {vm.vm_id}")
         await outgoing.ready.wait()
         if _never_began(vm.transfer):
@@ -206,21 +221,28 @@ class Departures:
         """Let the guest run on here under a fresh epoch.
 
         Raises:
-            FailedPreconditionError: DECISION_MISSING; WRONG_STATE: sealed, or the epoch is not
-                fresh; NODE_REBOOTED; the fence's.
+            FailedPreconditionError: DECISION_MISSING; WRONG_STATE: sealed and not given back, or
+                the epoch is not fresh; NODE_REBOOTED; the fence's.
+            DataLossError: STATE_CORRUPT: its VMM is gone, and so is its device state.
             VmmRefusedError: it does not run: a disk is locked, say.
         """
         vm = self._node.vm(fence.vm_id)
         vm.require_known()
         async with vm.command(fence, Command.RESUME) as fenced:
             record = vm.record
-            if record.role not in (Role.RESIDENT, Role.DEPARTING):
+            returned = fence.decision is Decision.RETURNED
+            mine = record.role in (Role.RESIDENT, Role.DEPARTING)
+            if not mine and not (record.role is Role.SEALED and returned):
                 raise wrong_state(record, Command.RESUME, "the guest is not this node's to run")
             again = record.role is Role.RESIDENT and record.epoch_owned == fence.epoch
             if not again:
                 self._check_fresh(record, fence)
-            vmm = await vm.require_vmm(Command.RESUME)
-            await vm.stop_transfer()
+            if await self._needs_a_vmm(vm):
+                await vm.stop_transfer()
+                vmm = await self._rebuild(vm, fenced, fence)
+            else:
+                vmm = await vm.require_vmm(Command.RESUME)
+                await vm.stop_transfer()
             if not again:
                 # Durable before the guest runs under it.
                 await vm.write(
@@ -228,16 +250,77 @@ class Departures:
                         fenced,
                         role=Role.RESIDENT,
                         epoch_owned=fence.epoch,
+                        process=vm.record.process,  # it may be another by now
                         export=None,
                         transferred=None,
                     )
                 )
+            # From here on the guest may run, and its memory is no longer what the state belongs to.
+            kept_state.remove(record.ram_path)
             if record.export is not None:
-                # Not a condition: the decision is ABORTED, so nobody installs a page of it.
+                # Not a condition: the source owns the guest, so nobody installs a page of it.
                 await self._node.images.withdraw(record.export.image_id)
             if await vm.look() is not VmmState.RUNNING:
                 await vmm.resume()
                 await vmm.announce()
+            return await self._node.evidence(vm)
+
+    async def _needs_a_vmm(self, vm: Vm) -> bool:
+        """True if the guest's VMM is gone, or half made again, and the guest is kept all the same.
+
+        Never of a RESIDENT one: it may have run since.
+        """
+        record = vm.record
+        if record.role is Role.SEALED:
+            return True
+        if record.role is not Role.DEPARTING or not vm.same_boot:
+            return False
+        gone = await vm.look() in (VmmState.DEAD, VmmState.INCOMING)
+        return gone and kept_state.is_kept(record)
+
+    async def _rebuild(self, vm: Vm, fenced: Record, fence: Fence) -> Vmm:
+        """A VMM on the kept memory with the kept device state in it, paused.
+
+        Given again after our death in the middle it begins anew: neither the memory nor the state
+        has changed, because no vCPU has run. What the record says stays as it was until the caller
+        writes RESIDENT: a SEALED guest's half-made VMM is killed by the next agent.
+        """
+        vm.require_same_boot(Command.RESUME)
+        state = await asyncio.to_thread(kept_state.read, vm.record)
+        await vm.kill_vmm()
+        # The right by which it is done is durable before there is a process.
+        await vm.write(replace(fenced, process=None))
+        driver = self._node.driver(vm.spec.driver)
+        launch = make_launch(self._node, vm, vm.spec, fence.epoch)
+        try:
+            await vm.launch(driver.start_incoming, replace(launch, memory_present=True))
+            vmm = await vm.hold()
+            async with contextlib.aclosing(_chunks(state)) as chunks:
+                await vmm.load(chunks)
+            await reach("agent.resume.rebuilt")
+        except BaseException:
+            await vm.kill_vmm()
+            await vm.write(replace(vm.record, process=None))
+            raise
+        log.info("%s: its VMM was made again from memory and device state", vm.vm_id)
+        return vmm
+
+    async def recall(self, fence: Fence) -> pb.Evidence:
+        """From now on no Seal of before is admitted; evidence says whether it could run on here.
+
+        Raises:
+            FailedPreconditionError: WRONG_STATE: it did not depart under an epoch before this one;
+                the fence's.
+        """
+        vm = self._node.vm(fence.vm_id)
+        vm.require_known()
+        async with vm.command(fence, Command.RECALL_SOURCE) as fenced:
+            record = vm.record
+            departed = record.role in (Role.DEPARTING, Role.SEALED)
+            if not departed or record.epoch_departing >= fence.epoch:
+                raise wrong_state(record, Command.RECALL_SOURCE, "it has not departed from here")
+            await vm.stop_transfer()
+            await vm.write(fenced)
             return await self._node.evidence(vm)
 
     async def seal(self, fence: Fence) -> pb.Evidence:
@@ -295,7 +378,7 @@ class Departures:
             return await self._node.evidence(vm)
 
     async def release(self, fence: Fence, *, memory_complete: bool) -> pb.Evidence:
-        """Free the sealed guest's memory (I3).
+        """Free the sealed guest's memory (I3). Under LOST also of one that was never sealed.
 
         Raises:
             FailedPreconditionError: MEMORY_INCOMPLETE; WRONG_STATE: not sealed; the fence's.
@@ -306,9 +389,16 @@ class Departures:
             record = vm.record
             if record.role is Role.GONE and record.epoch_sealed == fence.epoch:
                 return await self._node.evidence(vm)
-            if record.role is not Role.SEALED or record.epoch_sealed != fence.epoch:
+            lost = fence.decision is Decision.LOST
+            if lost and record.role is Role.GONE:
+                return await self._node.evidence(vm)
+            if lost and record.role is Role.DEPARTING:
+                await vm.stop_transfer()
+            elif record.role is not Role.SEALED or (
+                record.epoch_sealed != fence.epoch and not lost
+            ):
                 raise wrong_state(record, Command.RELEASE, "it is not sealed under this epoch")
-            if not memory_complete:
+            if not memory_complete and not lost:
                 raise FailedPreconditionError(
                     "MEMORY_INCOMPLETE",
                     f"the memory of {vm.vm_id} is kept until the destination has all of it",
@@ -333,11 +423,12 @@ class Departures:
             raise wrong_state(record, command, "no departure was prepared under this epoch")
 
     def _check_fresh(self, record: Record, fence: Fence) -> None:
-        if record.role is Role.DEPARTING and fence.decision is not Decision.ABORTED:
+        decided = fence.decision in (Decision.ABORTED, Decision.RETURNED)
+        if record.role is Role.DEPARTING and not decided:
             raise FailedPreconditionError(
                 "DECISION_MISSING",
                 f"migration {record.migration_id} of {record.vm_id} is under way: Resume needs"
-                " the decision ABORTED",
+                " the decision ABORTED or RETURNED",
             )
         used = max(record.epoch_owned, record.epoch_departing)
         if fence.epoch <= used:

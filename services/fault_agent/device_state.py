@@ -87,9 +87,18 @@ class Outgoing:
     """One device state on its way out. `run` in a task, the rest from the command that paused."""
 
     def __init__(
-        self, vmm: Vmm, fence: Fence, generation: int, peer: Peer, *, may_have_saved: bool
+        self,
+        vmm: Vmm,
+        fence: Fence,
+        generation: int,
+        peer: Peer,
+        *,
+        may_have_saved: bool,
+        keep: Callable[[bytes], None],
     ) -> None:
+        """`keep` is called once, in a thread, with the whole state."""
         self._vmm = vmm
+        self._keep = keep
         self._fence = fence
         self._generation = generation
         self._peer = peer
@@ -154,17 +163,24 @@ class Outgoing:
 
     async def _save(self, saved: Saved) -> None:
         await self._paused.wait()
-        began = time.monotonic_ns()
+        began, state = time.monotonic_ns(), bytearray()
         try:
             async with contextlib.aclosing(self._vmm.save()) as chunks:
                 async for chunk in chunks:
                     self._queue.put_nowait(chunk)
+                    state += chunk
             saved.complete = True
         except GodwitError as error:
             saved.error = error
         finally:
             saved.save_ns = time.monotonic_ns() - began
             self._queue.put_nowait(None)
+        if saved.complete:
+            # While the destination loads it. Before Pause is answered: a Seal may follow.
+            try:
+                await asyncio.to_thread(self._keep, bytes(state))
+            except OSError as error:
+                log.warning("the device state of %s is not kept: %s", self._fence.vm_id, error)
 
     async def _messages(
         self, saved: Saved, digest: hashlib._Hash

@@ -11,11 +11,12 @@ from godwit.common.v1 import common_pb2
 
 from services.common.errors import InvalidArgumentError
 from services.common.vm_spec import VmSpec
+from services.fault_agent import kept_state
 from services.fault_agent.drivers.api import VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Fence
 from services.fault_agent.images import image_message
-from services.fault_agent.journal import Counters, Decision, Record, Role
+from services.fault_agent.journal import Counters, Decision, ExportState, Record, Role
 from services.pagecore.api import ArrivalStatus
 
 _ROLES = {
@@ -41,6 +42,8 @@ _DECISIONS = {
     Decision.NONE: common_pb2.DECISION_UNSPECIFIED,
     Decision.COMMITTED: common_pb2.DECISION_COMMITTED,
     Decision.ABORTED: common_pb2.DECISION_ABORTED,
+    Decision.RETURNED: common_pb2.DECISION_RETURNED,
+    Decision.LOST: common_pb2.DECISION_LOST,
 }
 _DECISIONS_READ = {number: decision for decision, number in _DECISIONS.items()}
 
@@ -130,6 +133,17 @@ def retained_bytes(record: Record, boot_id: str) -> int:
     return 0
 
 
+def returnable(record: Record, boot_id: str, vmm_state: VmmState) -> bool:
+    """True if the whole guest is here as it was at its pause, and has not run since."""
+    if record.role not in (Role.DEPARTING, Role.SEALED) or record.boot_id != boot_id:
+        return False
+    if record.role is Role.DEPARTING and vmm_state is VmmState.PAUSED:
+        return record.export is not None and record.export.state is ExportState.FROZEN
+    ran = vmm_state in (VmmState.RUNNING, VmmState.GUEST_ENDED)
+    mute = record.role is Role.DEPARTING and vmm_state is VmmState.UNRESPONSIVE
+    return not ran and not mute and kept_state.is_kept(record)
+
+
 def evidence(
     record: Record,
     *,
@@ -158,6 +172,7 @@ def evidence(
         epoch_sealed=record.epoch_sealed,
         decision=_DECISIONS[record.decision],
         retained_bytes=retained_bytes(record, boot_id),
+        returnable=returnable(record, boot_id, vmm_state),
     )
     if record.spec_json:
         spec = VmSpec.parse(record.spec_json)

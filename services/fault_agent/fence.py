@@ -38,6 +38,8 @@ class Command(enum.Enum):
     SEAL = "Seal"
     ABORT_SOURCE = "Abort(source)"
     ABORT_DESTINATION = "Abort(destination)"
+    RECALL_SOURCE = "Recall(source)"
+    RECALL_DESTINATION = "Recall(destination)"
     RELEASE = "Release"
 
 
@@ -63,15 +65,27 @@ _ALLOWED: dict[Command, frozenset[Decision]] = {
     # COMMITTED: the arrival is to fetch from another page server from now on.
     Command.PREPARE_ARRIVAL: frozenset({Decision.NONE, Decision.COMMITTED}),
     Command.PAUSE: _NONE,
-    Command.RESUME: frozenset({Decision.NONE, Decision.ABORTED}),
+    Command.RESUME: frozenset({Decision.NONE, Decision.ABORTED, Decision.RETURNED}),
     Command.TRANSFER: _NONE,
     Command.LOAD: _NONE,
     Command.ACTIVATE: _COMMITTED,
     Command.SEAL: _COMMITTED,
     Command.ABORT_SOURCE: frozenset({Decision.NONE, Decision.ABORTED}),
     Command.ABORT_DESTINATION: frozenset({Decision.ABORTED}),
-    Command.RELEASE: _COMMITTED,
+    Command.RECALL_SOURCE: _COMMITTED,
+    Command.RECALL_DESTINATION: frozenset({Decision.COMMITTED, Decision.RETURNED}),
+    Command.RELEASE: frozenset({Decision.COMMITTED, Decision.LOST}),
 }
+
+_FOLLOWS = frozenset(
+    {
+        (Decision.COMMITTED, Decision.RETURNED),
+        (Decision.COMMITTED, Decision.LOST),
+        (Decision.RETURNED, Decision.LOST),
+    }
+)
+"""What may be told after what of one migration, and then only under an epoch of its own."""
+
 
 _BEGINS = frozenset(
     {
@@ -80,6 +94,8 @@ _BEGINS = frozenset(
         # An Abort that overtakes its Prepare must be remembered, or the Prepare would be obeyed.
         Command.ABORT_SOURCE,
         Command.ABORT_DESTINATION,
+        # The same of a Recall and what it forbids.
+        Command.RECALL_DESTINATION,
         # Of a migration that this node had not heard of: the decision is not about the last one.
         Command.RESUME,
     }
@@ -150,7 +166,12 @@ def _check_decision(record: Record, fence: Fence, command: Command) -> None:
             f"{command.value} needs {' or '.join(sorted(allowed))}, got {fence.decision.value}",
         )
     same = bool(fence.migration_id) and fence.migration_id == record.migration_id
-    if same and record.decision is not Decision.NONE and fence.decision is not record.decision:
+    if (
+        same
+        and record.decision is not Decision.NONE
+        and fence.decision is not record.decision
+        and not _follows(record, fence)
+    ):
         raise FailedPreconditionError(
             "DECISION_CONFLICT",
             f"migration {fence.migration_id} is {record.decision.value} here,"
@@ -158,6 +179,11 @@ def _check_decision(record: Record, fence: Fence, command: Command) -> None:
             hint="a command from before the decision, or a store that has forgotten it",
             metadata={"decision": record.decision.value},
         )
+
+
+def _follows(record: Record, fence: Fence) -> bool:
+    fresh = fence.epoch > max(record.epoch_departing, record.epoch_prepared)
+    return fresh and (record.decision, fence.decision) in _FOLLOWS
 
 
 def _check_migration(record: Record, fence: Fence, command: Command) -> None:

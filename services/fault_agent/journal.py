@@ -55,6 +55,10 @@ class Decision(enum.StrEnum):
     NONE = "none"
     COMMITTED = "committed"
     ABORTED = "aborted"
+    RETURNED = "returned"
+    """COMMITTED, and then given back to the source under a fresh epoch."""
+    LOST = "lost"
+    """COMMITTED, and then given up."""
 
 
 class ExportState(enum.StrEnum):

@@ -11,6 +11,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import AlreadyExistsError, InvalidArgumentError
 from services.common.vm_spec import VmSpec
+from services.fault_agent import kept_state
 from services.fault_agent.drivers.api import Driver, Launch, VmmState
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Record, Role
@@ -63,6 +64,7 @@ async def remove_memory(vm: Vm) -> None:
     """
     record = vm.record
     remove_file(record.ram_path)
+    kept_state.remove(record.ram_path)
     if record.arriving is not None:
         remove_page_map(record.arriving.page_map_path)
     await vm.write(

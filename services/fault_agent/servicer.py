@@ -210,6 +210,18 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             raise InvalidArgumentError("FIELD_INVALID", "side must be SOURCE or DESTINATION")
         return pb.AbortResponse(evidence=await self._node.run_to_end(handler(fence), "Abort"))
 
+    async def Recall(self, request: pb.RecallRequest, context: _Context) -> pb.RecallResponse:  # noqa: N802, ARG002
+        """Take a COMMITTED back."""
+        fence = read_fence(request.fence)
+        handlers = {
+            pb.SIDE_SOURCE: self._departures.recall,
+            pb.SIDE_DESTINATION: self._arrivals.recall,
+        }
+        handler = handlers.get(request.side)
+        if handler is None:
+            raise InvalidArgumentError("FIELD_INVALID", "side must be SOURCE or DESTINATION")
+        return pb.RecallResponse(evidence=await self._node.run_to_end(handler(fence), "Recall"))
+
     async def Release(self, request: pb.ReleaseRequest, context: _Context) -> pb.ReleaseResponse:  # noqa: N802, ARG002
         """Free the source's memory, or end the destination's bookkeeping."""
         fence = read_fence(request.fence)

@@ -226,6 +226,11 @@ class AgentClient:
         answer = await self._call(self._stub.Abort, request, self._deadlines.undo_s)
         return answer.evidence
 
+    async def recall(self, request: agent_pb2.RecallRequest) -> agent_pb2.Evidence:
+        """Take a COMMITTED back."""
+        answer = await self._call(self._stub.Recall, request, self._deadlines.undo_s)
+        return answer.evidence
+
     async def release(self, request: agent_pb2.ReleaseRequest) -> agent_pb2.Evidence:
         """Free the memory, or end the arrival's bookkeeping."""
         answer = await self._call(self._stub.Release, request, self._deadlines.release_s)

@@ -22,6 +22,7 @@ from services.orchestrator.migration import (
     Event,
     GuestEnded,
     MemoryComplete,
+    NeverRan,
     Phase,
     StateLoaded,
     StepFailed,
@@ -38,10 +39,13 @@ _RUNS = frozenset({agent_pb2.VMM_STATE_RUNNING})
 _OVER = frozenset({agent_pb2.VMM_STATE_DEAD, agent_pb2.VMM_STATE_GUEST_ENDED})
 
 
-_DECISIONS = {
-    common_pb2.DECISION_COMMITTED: Decision.COMMITTED,
-    common_pb2.DECISION_ABORTED: Decision.ABORTED,
+_TOLD_FIRST = {
+    common_pb2.DECISION_COMMITTED: (),
+    common_pb2.DECISION_ABORTED: (),
+    common_pb2.DECISION_RETURNED: (common_pb2.DECISION_COMMITTED,),
+    common_pb2.DECISION_LOST: (common_pb2.DECISION_COMMITTED, common_pb2.DECISION_RETURNED),
 }
+"""What a node may have been told before it, of the same migration."""
 
 
 class Verdict(Enum):
@@ -109,6 +113,31 @@ def is_sealed(row: MigrationRow, source: Evidence) -> bool:
     return row.epoch > 0 and source.epoch_sealed >= row.epoch
 
 
+def wire_decision(row: MigrationRow) -> common_pb2.Decision.ValueType:
+    """What the store says of the migration, as agents are told it."""
+    if row.decision is Decision.ABORTED:
+        return common_pb2.DECISION_ABORTED
+    if row.decision is None:
+        return common_pb2.DECISION_UNSPECIFIED
+    if row.phase is Phase.LOST:
+        return common_pb2.DECISION_LOST
+    return common_pb2.DECISION_RETURNED if row.given_back else common_pb2.DECISION_COMMITTED
+
+
+def never_ran(row: MigrationRow, destination: Evidence) -> bool:
+    """True if the destination proves that `cont` was never attempted, and that its VMM is dead.
+
+    LOADED(epoch) must be there: it was durable before COMMITTED could be written, so a journal
+    without it is not the one that would have ACTIVATING (I5). After another boot the VMM is dead.
+    """
+    return (
+        row.epoch > 0
+        and destination.epoch_loaded == row.epoch
+        and destination.epoch_activating != row.epoch
+        and destination.vmm_state == agent_pb2.VMM_STATE_DEAD
+    )
+
+
 def source_memory_is_gone(row: MigrationRow, source: Evidence) -> bool:
     """True if it is proved that the source's memory cannot be fetched any more: not a time-out.
 
@@ -157,6 +186,8 @@ def judge(
         return _awaiting(row, source, destination)
     if row.phase is Phase.FINALIZING:
         return _finalizing(row, destination)
+    if row.phase in (Phase.GIVING_BACK, Phase.GIVEN_BACK):
+        return _returning(row, destination)
     if row.phase is Phase.ABORTED:
         invariants = ("I1",) if destination and _ran(row, destination) else ()
         return Judgement(verdict=Verdict.PERFORM, invariants=invariants)
@@ -167,10 +198,12 @@ def judge(
 
 def _told_otherwise(row: MigrationRow, evidence: Evidence) -> str:
     """The decision that the node was told for this migration, if the store does not have it."""
-    told = _DECISIONS.get(evidence.decision)
-    if told is None or evidence.migration_id != row.migration_id or told == row.decision:
+    told, known = evidence.decision, wire_decision(row)
+    if not told or evidence.migration_id != row.migration_id or told == known:
         return ""
-    return told
+    if told in _TOLD_FIRST.get(known, ()):
+        return ""
+    return common_pb2.Decision.Name(told)
 
 
 def _failed(reason: str, message: str, *invariants: str) -> Judgement:
@@ -232,19 +265,66 @@ def _committed(
     if is_activated(row, destination):
         return Judgement(verdict=Verdict.EVENT, event=Activated(), invariants=invariants)
     if destination.vmm_state == agent_pb2.VMM_STATE_DEAD:
-        if destination.epoch_activating == row.epoch:
-            return _stuck_destination(row, invariants)
-        return Judgement(
-            verdict=Verdict.EVENT,
-            event=Stuck(
-                reason="DESTINATION_GONE_BEFORE_ACTIVATION",
-                message=f"the VMM on {row.destination_node} is gone and was never let run; "
-                f"{row.source_node} keeps the whole guest, paused",
-                hint="the guest can be given back to its source under a new epoch",
-            ),
-            invariants=invariants,
-        )
+        return _destination_dead(row, source, destination, invariants)
     return Judgement(verdict=Verdict.PERFORM, invariants=invariants)
+
+
+def _destination_dead(
+    row: MigrationRow,
+    source: Evidence | None,
+    destination: Evidence,
+    invariants: tuple[str, ...],
+) -> Judgement:
+    """What becomes of a guest whose destination's VMM is dead, and who can have it."""
+    if destination.epoch_activating == row.epoch:
+        return _stuck_destination(row, invariants)
+    if not never_ran(row, destination):
+        return _stuck(
+            "DESTINATION_JOURNAL_LOST",
+            f"the journal on {row.destination_node} has no LOADED for epoch {row.epoch} any more: "
+            "nothing proves that the guest never ran there",
+            "restore that node's journal; or prove by hand that the guest never ran there, fence "
+            "the node, and use break-glass",
+            invariants,
+        )
+    if source is None:
+        return _wait("SOURCE_UNREACHABLE", f"{row.source_node} does not answer", *invariants)
+    if not source.returnable:
+        return _stuck(
+            "GUEST_GONE",
+            f"the guest never ran on {row.destination_node}, and {row.source_node} cannot let it "
+            "run on: it has no paused VMM of it, and not both its memory and its device state",
+            "start it again from its disk once the migration is abandoned",
+            invariants,
+        )
+    return Judgement(
+        verdict=Verdict.EVENT,
+        event=NeverRan(
+            reason="DESTINATION_GONE_BEFORE_ACTIVATION",
+            message=f"the VMM on {row.destination_node} is gone and was never let run; "
+            f"{row.source_node} keeps the whole guest and gets it back",
+        ),
+        invariants=invariants,
+    )
+
+
+def _returning(row: MigrationRow, destination: Evidence | None) -> Judgement:
+    """Nothing but the destination's own word that it did run the guest can stop a return."""
+    ran = destination is not None and destination.epoch_activating == row.epoch
+    if not ran or row.by_force:
+        invariants = ("I5",) if ran else ()
+        return Judgement(verdict=Verdict.PERFORM, invariants=invariants)
+    if row.given_back:
+        return Judgement(verdict=Verdict.PERFORM, invariants=("I5",))
+    return _stuck_destination(row, ())
+
+
+def _stuck(reason: str, message: str, hint: str, invariants: tuple[str, ...]) -> Judgement:
+    return Judgement(
+        verdict=Verdict.EVENT,
+        event=Stuck(reason=reason, message=message, hint=hint),
+        invariants=invariants,
+    )
 
 
 def _stuck_destination(row: MigrationRow, invariants: tuple[str, ...]) -> Judgement:
@@ -277,6 +357,8 @@ def _awaiting(
     if destination and (
         destination.vmm_state == agent_pb2.VMM_STATE_DEAD or destination.role in _NOT_HERE
     ):
+        if row.phase is Phase.NEEDS_ATTENTION and destination.epoch_activating != row.epoch:
+            return _destination_dead(row, source, destination, invariants)
         return _stuck_destination(row, invariants)
     if source and source_memory_is_gone(row, source):
         return Judgement(

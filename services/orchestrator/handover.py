@@ -82,6 +82,9 @@ async def seal(move: Move, alarm: Alarm) -> None:
                 is_sealed(move.row, evidence) or source_memory_is_gone(move.row, evidence)
             ):
                 return
+            # Recalled: it runs the guest only once the store has given it back.
+            if evidence and 0 < move.row.return_epoch <= evidence.epoch_seen:
+                return
         else:
             await reach("orchestrator.seal.after")
             return

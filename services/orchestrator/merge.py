@@ -137,7 +137,9 @@ class _Merge:
 
     def _vm(self, active: MigrationRow | None) -> VmRow | None:
         known, owner = self._known.vm, self._owner
-        if active is not None and active.decision is Decision.COMMITTED:
+        if active is not None and active.given_back:
+            node, epoch = active.source_node, active.return_epoch
+        elif active is not None and active.decision is Decision.COMMITTED:
             node, epoch = active.destination_node, active.epoch
         elif active is not None and active.resume_epoch:
             node, epoch = active.source_node, active.resume_epoch
@@ -210,6 +212,8 @@ class _Merge:
                 self._known.vm_id, f"migration {migration_id} was committed and aborted (I2)"
             )
         present = self._known.migrations.get(migration_id)
+        returned = common_pb2.DECISION_RETURNED in told
+        returned = returned or (present is not None and present.given_back)
         row = self._base(present, migration_id, source, destination)
         if present is not None and present.phase in TERMINAL:
             if destination is not None and present.decision is Decision.ABORTED:
@@ -224,6 +228,8 @@ class _Merge:
                     " a node has acted on the contrary (I2)",
                 )
             committed = present.decision is Decision.COMMITTED
+        if returned:
+            return self._returned(row, superseded=superseded)
         if committed:
             return self._committed(row, superseded=superseded)
         return self._aborted(row, source, destination, superseded=superseded)
@@ -254,6 +260,8 @@ class _Merge:
             sealed = (each for each in self._known.evidence if each.epoch_sealed == fields["epoch"])
             if (left := next(sealed, None)) is not None:
                 fields |= {"source_node": left.node, "source_epoch": left.epoch_owned}
+        if destination is None and source is not None:
+            fields |= self._recalled(source)
         if destination is not None:
             fields["destination_node"] = destination.node
         if present is not None:
@@ -278,8 +286,30 @@ class _Merge:
         )
         return replace(row, **fields)
 
+    def _recalled(self, source: pb.Evidence) -> dict[str, Any]:
+        """The destination of a departure that was recalled there, or undone: its marks stay."""
+        for each in self._known.evidence:
+            later = source.epoch_owned < each.epoch_loaded <= source.epoch_seen
+            if each.node != source.node and later and each.role not in _COMES:
+                return {"epoch": each.epoch_loaded, "destination_node": each.node}
+        return {}
+
+    def _returned(self, row: MigrationRow, *, superseded: bool) -> MigrationRow:
+        """A node was told that the store had given the guest back: so it has (I5)."""
+        back = replace(
+            row,
+            decision=Decision.COMMITTED,
+            given_back=True,
+            return_epoch=self._fresh,
+            phase=Phase.RETURNED if superseded else Phase.GIVEN_BACK,
+        )
+        return self._write(back, "its source was told that it has the guest back")
+
     def _committed(self, row: MigrationRow, *, superseded: bool) -> MigrationRow:
         phase = row.phase if row.phase in PAST_COMMIT else Phase.COMMITTED
+        if phase is Phase.GIVING_BACK:
+            phase = Phase.COMMITTED  # begun anew, on evidence, under an epoch that is fresh
+        row = replace(row, return_epoch=0)
         if superseded:
             phase = Phase.LOST
         elif not row.destination_node:
@@ -316,7 +346,14 @@ class _Merge:
                 row.epoch in (each.epoch_activating, each.epoch_sealed)
                 for each in self._known.evidence
             )
-            if row.decision is Decision.COMMITTED or (arrived and row.decision is None):
+            decided = row.decision is Decision.COMMITTED or (arrived and row.decision is None)
+            if decided and (epoch := self._returned_to(row)):
+                back = replace(row, decision=Decision.COMMITTED, given_back=True)
+                back = replace(back, return_epoch=epoch, phase=Phase.RETURNED)
+                self._write(back, "its source has the guest again, and its destination never had")
+            elif row.given_back:
+                continue  # the orchestrator asks its source
+            elif decided:
                 # Else it stays as it is: the orchestrator waits for the node that knows.
                 if any(each.node == row.destination_node for each in self._known.evidence):
                     done = replace(row, decision=Decision.COMMITTED, phase=Phase.SUCCEEDED)
@@ -326,6 +363,19 @@ class _Merge:
                     replace(row, decision=Decision.ABORTED, phase=Phase.FAILED),
                     "no node has it under way; how it ended is forgotten",
                 )
+
+    def _returned_to(self, row: MigrationRow) -> int:
+        """The epoch under which the source has the guest back; 0: it has not, as far as is seen."""
+        owner = self._owner
+        if owner is None or owner.node != row.source_node or not 0 < row.epoch < _claim(owner):
+            return 0
+        unrun = row.given_back or any(
+            each.node == row.destination_node
+            and each.epoch_loaded == row.epoch
+            and each.epoch_activating != row.epoch
+            for each in self._known.evidence
+        )
+        return _claim(owner) if unrun else 0
 
     def _can_be_asked(self, row: MigrationRow) -> bool:
         return not {row.source_node, row.destination_node} & self._known.silent

@@ -40,6 +40,9 @@ class Phase(StrEnum):
     FAILED = "failed"
     NEEDS_ATTENTION = "needs_attention"
     LOST = "lost"
+    GIVING_BACK = "giving_back"
+    GIVEN_BACK = "given_back"
+    RETURNED = "returned"
 
 
 class Decision(StrEnum):
@@ -69,11 +72,25 @@ ARRIVING = (Phase.POSTCOPY, Phase.POSTCOPY_PAUSED, Phase.RECOVERING)
 AWAITING = (*ARRIVING, Phase.NEEDS_ATTENTION)
 """The memory's completion, or the guest's own end, is what ends these."""
 
-PAST_COMMIT = (Phase.COMMITTED, *ARRIVING, Phase.NEEDS_ATTENTION, Phase.FINALIZING)
+UNRUN = (Phase.COMMITTED, Phase.NEEDS_ATTENTION)
+"""Where evidence can say that the guest was never let run at the destination (I5)."""
+
+PAST_COMMIT = (
+    Phase.COMMITTED,
+    *ARRIVING,
+    Phase.NEEDS_ATTENTION,
+    Phase.GIVING_BACK,
+    Phase.FINALIZING,
+)
 """The destination owns the guest and the migration is not over."""
 
+PAST_RETURN = (Phase.GIVEN_BACK, Phase.RETURNED)
+"""The second compare-and-swap was written: the source owns the guest again."""
+
+_COMMITTED_EVER = (*PAST_COMMIT, *PAST_RETURN, Phase.SUCCEEDED, Phase.LOST)
+
 PAST_ABORT = (Phase.ABORTED, Phase.FAILED, Phase.CANCELLED)
-TERMINAL = frozenset({Phase.SUCCEEDED, Phase.CANCELLED, Phase.FAILED, Phase.LOST})
+TERMINAL = frozenset({Phase.SUCCEEDED, Phase.CANCELLED, Phase.FAILED, Phase.LOST, Phase.RETURNED})
 UNDECIDED = frozenset({*FORWARD, *UNDOING})
 
 
@@ -185,6 +202,18 @@ class Released(Event):
     """The source has freed the memory. Home: FINALIZING."""
 
 
+class NeverRan(Noted):
+    """Proof: no ACTIVATING at the destination, its VMM dead, and the source has the whole guest."""
+
+
+class ReturnRead(Event):
+    """Read back from the store: the second compare-and-swap was written. Home: GIVING_BACK."""
+
+
+class Restored(Event):
+    """The guest runs at its source again. Home: GIVEN_BACK."""
+
+
 class LossDeclared(Noted):
     """An operator's word, or proof, that the guest is gone."""
 
@@ -241,6 +270,14 @@ class ReleaseBothSides(Action):
     """Release the source on the destination's durable word, then the destination → Released."""
 
 
+class GiveBack(Action):
+    """Fence the destination, recall the source, swap the owner in the store → ReturnRead, Stuck."""
+
+
+class RestoreSource(Action):
+    """Let the guest run at its source under its fresh epoch → Restored or LossDeclared."""
+
+
 class UndoBothSides(Action):
     """Clear the destination, then let the guest run at the source → Undone or CancelUndone."""
 
@@ -266,6 +303,8 @@ ENTRY: dict[Phase, tuple[Action, ...]] = {
     Phase.RECOVERING: (FollowProgress(),),
     Phase.NEEDS_ATTENTION: (FollowProgress(),),
     Phase.FINALIZING: (ReleaseBothSides(),),
+    Phase.GIVING_BACK: (GiveBack(),),
+    Phase.GIVEN_BACK: (RestoreSource(),),
     **dict.fromkeys(sorted(TERMINAL), ()),
 }
 """What a phase does when it is entered, and again when an orchestrator finds a migration in it."""
@@ -291,7 +330,7 @@ def _stay(phase: Phase, *actions: Action) -> Transition:
 
 Pair = tuple[Phase, type[Event]]
 
-_ALARMED = (Phase.PENDING, *UNDOING, Phase.ABORTED, *PAST_COMMIT)
+_ALARMED = (Phase.PENDING, *UNDOING, Phase.ABORTED, *PAST_COMMIT, Phase.GIVEN_BACK)
 
 TABLE: dict[Pair, Transition] = {
     (Phase.PENDING, Admitted): _to(Phase.VALIDATING),
@@ -329,10 +368,15 @@ TABLE: dict[Pair, Transition] = {
     **{(phase, GuestEnded): _to(Phase.FINALIZING) for phase in AWAITING},
     **{
         (phase, Stuck): _to(Phase.NEEDS_ATTENTION)
-        for phase in (Phase.COMMITTED, *ARRIVING, Phase.FINALIZING)
+        for phase in (Phase.COMMITTED, *ARRIVING, Phase.GIVING_BACK, Phase.FINALIZING)
     },
     (Phase.FINALIZING, Released): _to(Phase.SUCCEEDED),
     (Phase.NEEDS_ATTENTION, LossDeclared): _to(Phase.LOST),
+    # Taken back, on proof (I5).
+    **{(phase, NeverRan): _to(Phase.GIVING_BACK) for phase in UNRUN},
+    (Phase.GIVING_BACK, ReturnRead): _to(Phase.GIVEN_BACK),
+    (Phase.GIVEN_BACK, Restored): _to(Phase.RETURNED),
+    (Phase.GIVEN_BACK, LossDeclared): _to(Phase.LOST),
 }
 
 
@@ -363,12 +407,30 @@ VIOLATIONS: dict[Pair, str] = {
     **dict.fromkeys(_pairs(Undone, *FORWARD, *UNDOING), "ORDER"),
     **dict.fromkeys(_pairs(CancelUndone, *FORWARD, *UNDOING), "ORDER"),
     **dict.fromkeys(_pairs(Stuck, *FORWARD, *UNDOING, Phase.ABORTED), "ORDER"),
+    **dict.fromkeys(_pairs(NeverRan, *FORWARD, *UNDOING, *PAST_ABORT), "ORDER"),
+    **dict.fromkeys(_pairs(ReturnRead, *FORWARD, *UNDOING, Phase.COMMITTED), "ORDER"),
     # The guest ran at a destination that does not own it.
     **dict.fromkeys(_pairs(Activated, *FORWARD, *UNDOING, *PAST_ABORT), "I1"),
+    # It ran at a destination that was proved not to have run it, and fenced.
+    **dict.fromkeys(_pairs(Activated, Phase.GIVING_BACK, *PAST_RETURN), "I5"),
+    # The destination has forgotten that it ran.
+    **dict.fromkeys(_pairs(NeverRan, *ARRIVING, Phase.FINALIZING, Phase.SUCCEEDED), "I5"),
     # Two decisions.
     **dict.fromkeys(_pairs(CommitRead, *FORWARD[:-1], *PAST_ABORT), "I2"),
-    **dict.fromkeys(_pairs(AbortRead, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST), "I2"),
-    **dict.fromkeys(_pairs(CommitRefused, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST), "I2"),
+    **dict.fromkeys(_pairs(AbortRead, *_COMMITTED_EVER), "I2"),
+    **dict.fromkeys(_pairs(CommitRefused, *_COMMITTED_EVER), "I2"),
+    # Given back without a proof that this phase stands for.
+    **dict.fromkeys(
+        _pairs(
+            ReturnRead,
+            *ARRIVING,
+            Phase.NEEDS_ATTENTION,
+            Phase.FINALIZING,
+            Phase.SUCCEEDED,
+            *PAST_ABORT,
+        ),
+        "I5",
+    ),
     # Memory freed that somebody may need.
     **dict.fromkeys(
         _pairs(
@@ -378,10 +440,13 @@ VIOLATIONS: dict[Pair, str] = {
         "I3",
     ),
     # The source let the guest run although the destination owns it.
-    **dict.fromkeys(_pairs(Undone, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST), "I5"),
-    **dict.fromkeys(_pairs(CancelUndone, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST), "I5"),
+    **dict.fromkeys(_pairs(Undone, *_COMMITTED_EVER), "I5"),
+    **dict.fromkeys(_pairs(CancelUndone, *_COMMITTED_EVER), "I5"),
+    **dict.fromkeys(
+        _pairs(Restored, *(p for p in _ALL if p not in (*PAST_RETURN, Phase.LOST))), "I5"
+    ),
     # Nothing fails a migration past the commit.
-    **dict.fromkeys(_pairs(StepFailed, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST), "I8"),
+    **dict.fromkeys(_pairs(StepFailed, *_COMMITTED_EVER), "I8"),
 }
 """Pairs that cannot come true unless the named invariant broke ("ORDER": a bug of the runner)."""
 
@@ -394,16 +459,23 @@ STALE: frozenset[Pair] = frozenset(
             if phase not in FORWARD[: FORWARD.index(home) + 1]
             and not (event is SwitchoverDue and phase is Phase.PRECOPY)
         ),
-        *_pairs(CommitRead, *PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST),
+        *_pairs(CommitRead, *_COMMITTED_EVER),
         *_pairs(AbortRead, *PAST_ABORT),
         *_pairs(CommitRefused, *UNDOING, *PAST_ABORT),
         *_pairs(StepFailed, *UNDOING, *PAST_ABORT),
         # The service refuses a late cancel (PAST_COMMIT); one that slipped by changes nothing.
-        *_pairs(CancelRequested, *UNDOING, Phase.ABORTED, *PAST_COMMIT, *_OVER),
+        *_pairs(CancelRequested, *UNDOING, Phase.ABORTED, *PAST_COMMIT, Phase.GIVEN_BACK, *_OVER),
         *_pairs(TimedOut, *_OVER),
         *_pairs(Undone, Phase.FAILED, Phase.CANCELLED),
         *_pairs(CancelUndone, Phase.FAILED, Phase.CANCELLED),
-        *_pairs(Activated, *PAST_COMMIT[1:], Phase.SUCCEEDED, Phase.LOST),
+        *_pairs(
+            Activated,
+            *ARRIVING,
+            Phase.NEEDS_ATTENTION,
+            Phase.FINALIZING,
+            Phase.SUCCEEDED,
+            Phase.LOST,
+        ),
         # An arrival is told of from PREPARING on, even after an abort; it matters in ARRIVING.
         *_pairs(LinkLost, *(p for p in _ALL if p not in (Phase.POSTCOPY, Phase.RECOVERING))),
         *_pairs(LinkRestored, *(p for p in _ALL if p is not Phase.POSTCOPY_PAUSED)),
@@ -418,9 +490,15 @@ STALE: frozenset[Pair] = frozenset(
             for pair in _pairs(event, *_ALL)
             if pair[0] not in AWAITING
         ),
-        *_pairs(Stuck, Phase.NEEDS_ATTENTION, *_OVER),
+        *_pairs(Stuck, Phase.NEEDS_ATTENTION, Phase.GIVEN_BACK, *_OVER),
         *_pairs(Released, Phase.SUCCEEDED),
-        *_pairs(LossDeclared, *(p for p in _ALL if p is not Phase.NEEDS_ATTENTION)),
+        *_pairs(NeverRan, Phase.GIVING_BACK, *PAST_RETURN, Phase.LOST),
+        *_pairs(ReturnRead, *PAST_RETURN, Phase.LOST),
+        *_pairs(Restored, Phase.RETURNED, Phase.LOST),
+        *_pairs(
+            LossDeclared,
+            *(p for p in _ALL if p not in (Phase.NEEDS_ATTENTION, Phase.GIVEN_BACK)),
+        ),
     }
 )
 """Pairs that a repeated or late message makes; they change nothing."""
@@ -443,6 +521,9 @@ EVENTS: tuple[type[Event], ...] = (
     GuestEnded,
     Stuck,
     Released,
+    NeverRan,
+    ReturnRead,
+    Restored,
     LossDeclared,
 )
 

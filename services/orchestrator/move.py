@@ -19,9 +19,9 @@ from services.orchestrator.agents import AgentClient, AgentPool
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
-from services.orchestrator.evidence import Judgement, Verdict, judge
+from services.orchestrator.evidence import Judgement, Verdict, judge, wire_decision
 from services.orchestrator.metrics import Metrics
-from services.orchestrator.migration import Decision, Event, StepFailed
+from services.orchestrator.migration import Event, StepFailed
 from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
 
@@ -143,7 +143,7 @@ class Move:
             vm_id=self.row.vm_id,
             epoch=self.row.epoch if epoch is None else epoch,
             migration_id=self.row.migration_id,
-            decision=WIRE_DECISION[self.row.decision],
+            decision=wire_decision(self.row),
         )
 
     async def ask(self) -> Judgement:
@@ -162,7 +162,7 @@ class Move:
         if judgement.verdict is Verdict.FREEZE:
             # Another orchestrator may have decided meanwhile: then only this process is behind.
             await self.reload()
-            if self.row.decision is not row.decision:
+            if wire_decision(self.row) != wire_decision(row):
                 raise PhaseLostError(
                     "PHASE_LOST", f"migration {row.migration_id} is {self.row.phase} already"
                 )
@@ -250,10 +250,3 @@ class Move:
         row = await self.context.store.migrations.get(self.row.migration_id)
         assert row is not None  # migrations are never deleted
         self.take(row)
-
-
-WIRE_DECISION = {
-    None: common_pb2.DECISION_UNSPECIFIED,
-    Decision.COMMITTED: common_pb2.DECISION_COMMITTED,
-    Decision.ABORTED: common_pb2.DECISION_ABORTED,
-}

@@ -18,7 +18,7 @@ from typing import Any
 from services.common import telemetry
 from services.common.errors import GodwitError, InternalError
 from services.common.hooks import HookFailure, reach
-from services.orchestrator import forward, handover, undo
+from services.orchestrator import forward, giveback, handover, undo
 from services.orchestrator.follow import Follower
 from services.orchestrator.migration import (
     AWAITING,
@@ -38,6 +38,7 @@ from services.orchestrator.migration import (
     Decision,
     Event,
     FollowProgress,
+    GiveBack,
     GuestEnded,
     Kind,
     Noted,
@@ -47,6 +48,8 @@ from services.orchestrator.migration import (
     RaiseAlarm,
     ReleaseBothSides,
     ReserveEpoch,
+    RestoreSource,
+    ReturnRead,
     StartSwitchover,
     StepFailed,
     SwitchoverDue,
@@ -57,13 +60,21 @@ from services.orchestrator.migration import (
     progress,
 )
 from services.orchestrator.move import Context, HappenedError, Move
-from services.orchestrator.store import StoreError, identity
+from services.orchestrator.store import PhaseLostError, StoreError, identity
 from services.orchestrator.store.rows import MigrationRow
 
 log = logging.getLogger(__name__)
 
 GUEST_STANDS_STILL = frozenset(
-    {Phase.SWITCHOVER, Phase.ROLLING_BACK, Phase.CANCELLING, Phase.ABORTED, Phase.COMMITTED}
+    {
+        Phase.SWITCHOVER,
+        Phase.ROLLING_BACK,
+        Phase.CANCELLING,
+        Phase.ABORTED,
+        Phase.COMMITTED,
+        Phase.GIVING_BACK,
+        Phase.GIVEN_BACK,
+    }
 )
 """Phases in which the guest may be paused: a draining process gives them a moment."""
 
@@ -155,6 +166,13 @@ class Mover:
     async def _apply(self, event: Event) -> tuple[Action, ...]:
         """Let the table say what `event` does, write it, return what is to be done."""
         phase = self.phase
+        read = isinstance(event, CommitRead | AbortRead | ReturnRead)
+        if self.row.phase is not phase and not read:
+            # A note of ours has brought the row of another orchestrator, and evidence was judged by
+            # it: what that says is no event of the phase in hand.
+            raise PhaseLostError(
+                "PHASE_LOST", f"migration {self.row.migration_id} is {self.row.phase} already"
+            )
         step = handle(phase, event)
         name = type(event).__name__
         if step.kind is Kind.VIOLATION:
@@ -171,7 +189,7 @@ class Mover:
     async def _enter(self, phase: Phase, event: Event) -> None:
         before = self._entered
         await reach(f"orchestrator.{before.phase}.done")
-        if isinstance(event, CommitRead | AbortRead):
+        if isinstance(event, CommitRead | AbortRead | ReturnRead):
             pass  # written by the decision itself, and read back: self.row has it
         else:
             entered = await self._context.store.migrations.enter(
@@ -200,7 +218,9 @@ class Mover:
         """What else is true with the phase."""
         row = self.row
         fields: dict[str, Any] = {}
-        if phase not in (*UNDECIDED, Phase.FAILED, Phase.CANCELLED, Phase.LOST):
+        if phase is Phase.LOST:
+            fields["source_owed"] = True
+        elif phase not in (*UNDECIDED, Phase.FAILED, Phase.CANCELLED, Phase.RETURNED):
             bitmap = self._context.bitmaps.get(row.vm_id, row.epoch)
             share = bitmap.resident_share if bitmap else 0.0
             fields["progress"] = progress(phase, share, row.progress)
@@ -252,7 +272,8 @@ class Mover:
         if not isinstance(action, RaiseAlarm):
             self._rejoined = False
         limits = self._context.limits
-        may_go_on = self.phase not in UNDECIDED or isinstance(action, RaiseAlarm)
+        decides = self.phase in UNDECIDED or isinstance(action, GiveBack)
+        may_go_on = not decides or isinstance(action, RaiseAlarm)
         if self._context.doubt.why and not may_go_on:
             await self._thawed()
         with telemetry.span(
@@ -297,6 +318,11 @@ class Mover:
                     self.move.activation_tried.set()
                     self._start_sealing()
                     return await handover.release(self.move, self._alarm, self._sealed)
+                case GiveBack():
+                    await self._stop_sealing()
+                    return await giveback.give_back(self.move, self._alarm)
+                case RestoreSource():
+                    return await giveback.restore(self.move, self._alarm)
                 case UndoBothSides():
                     return await undo.undo(self.move, self._alarm)
                 case RaiseAlarm():
@@ -401,6 +427,13 @@ class Mover:
         """Seal, beside whatever the phase does; once a process: it is idempotent."""
         if self._sealing is None and self._group:
             self._sealing = self._group.create_task(handover.seal(self.move, self._alarm))
+
+    async def _stop_sealing(self) -> None:
+        """One that is on its way is refused by the source, from the recall on."""
+        sealing, self._sealing = self._sealing, None
+        if sealing:
+            sealing.cancel()
+            await asyncio.wait({sealing})
 
     async def _sealed(self) -> None:
         if self._sealing:

@@ -207,7 +207,9 @@ class Migration(BaseModel):
     source_node: str
     destination_node: str
     phase: str
-    decision: str | None = Field(description="committed or aborted, once it was taken")
+    decision: str | None = Field(
+        description="committed or aborted, once it was taken; after committed: returned or lost"
+    )
     epoch: int = Field(description="the destination's; 0 until it was issued")
     reason: str = Field(description="of the last failure or wait; empty if there is none")
     message: str
@@ -222,6 +224,7 @@ class Migration(BaseModel):
     cancel_requested: bool
     traceparent: str
     version: int = Field(description="changes with every write")
+    return_epoch: int = Field(description="under which its source gets it back; 0 = it does not")
 
     @classmethod
     def of(cls, migration: types_pb2.Migration) -> Migration:
@@ -252,6 +255,7 @@ class Migration(BaseModel):
             cancel_requested=migration.cancel_requested,
             traceparent=migration.traceparent,
             version=migration.version,
+            return_epoch=migration.return_epoch,
         )
 
 

@@ -8,8 +8,12 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+
 from services.common.errors import GodwitError, UnavailableError
-from services.orchestrator.migration import TERMINAL
+from services.orchestrator.agents import AgentPool
+from services.orchestrator.giveback import fence_destination, free_lost
+from services.orchestrator.migration import TERMINAL, Decision
 from services.orchestrator.move import Context
 from services.orchestrator.mover import GUEST_STANDS_STILL, Mover
 from services.orchestrator.store import StoreError
@@ -113,7 +117,7 @@ class Runner:
         return any(mover.phase in GUEST_STANDS_STILL for mover in self._movers.values())
 
     async def _reap(self) -> None:
-        """Collect the proofs that destinations still owe after a rollback."""
+        """Collect the proofs that nodes still owe."""
         while True:
             with contextlib.suppress(GodwitError):
                 owing = await self._context.store.migrations.owing()
@@ -122,10 +126,29 @@ class Runner:
             await asyncio.sleep(self._context.limits.settle_s)
 
     async def _collect(self, row: MigrationRow) -> None:
+        agents = self._context.agents
         with contextlib.suppress(GodwitError):
-            if await abort_destination(self._context.agents, row):
+            if row.destination_owed and await _clear_destination(agents, row):
                 await self._context.store.migrations.record(
                     row.migration_id, destination_owed=False
                 )
                 self._context.changes.publish(row.migration_id)
                 log.info("migration %s: destination cleared at last", row.migration_id)
+        with contextlib.suppress(GodwitError):
+            if row.source_owed and await free_lost(agents, row, agent_pb2.SIDE_SOURCE):
+                await self._context.store.migrations.record(row.migration_id, source_owed=False)
+                self._context.changes.publish(row.migration_id)
+                log.info("migration %s: source cleared", row.migration_id)
+
+
+async def _clear_destination(agents: AgentPool, row: MigrationRow) -> bool:
+    """True once nothing of the guest is left there.
+
+    Raises:
+        GodwitError: it does not answer, or refuses.
+    """
+    if row.decision is Decision.ABORTED:
+        return await abort_destination(agents, row)
+    if row.given_back:
+        return await fence_destination(agents, row)
+    return await free_lost(agents, row, agent_pb2.SIDE_DESTINATION)

@@ -11,9 +11,9 @@ from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from services.common.errors import FailedPreconditionError, GodwitError
 from services.common.hooks import reach
 from services.orchestrator.agents import AgentPool
-from services.orchestrator.evidence import Evidence, holds_nothing
+from services.orchestrator.evidence import Evidence, holds_nothing, wire_decision
 from services.orchestrator.migration import CancelUndone, Event, Undone
-from services.orchestrator.move import WIRE_DECISION, Move
+from services.orchestrator.move import Move
 from services.orchestrator.store.rows import MigrationRow
 
 Alarm = Callable[[], Awaitable[None]]
@@ -36,7 +36,7 @@ async def abort_destination(agents: AgentPool, row: MigrationRow) -> bool:
     """
     fence = agent_pb2.AbortRequest().fence
     fence.vm_id, fence.epoch, fence.migration_id = row.vm_id, row.epoch, row.migration_id
-    fence.decision = WIRE_DECISION[row.decision]
+    fence.decision = wire_decision(row)
     agent = agents.get(row.destination_node)
     try:
         evidence = await agent.abort(
@@ -100,7 +100,8 @@ async def _restore_source(move: Move, alarm: Alarm) -> None:
 
 async def _push(move: Move, evidence: Evidence) -> Evidence:
     fence = move.fence(epoch=move.row.resume_epoch)
-    if evidence.vmm_state not in (
+    # Dead and kept whole: its agent makes the VMM again.
+    if evidence.returnable or evidence.vmm_state not in (
         agent_pb2.VMM_STATE_RUNNING,
         agent_pb2.VMM_STATE_DEAD,
         agent_pb2.VMM_STATE_GUEST_ENDED,

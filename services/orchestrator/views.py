@@ -11,8 +11,8 @@ from godwit.fleet.v1 import types_pb2, vm_service_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
+from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
-from services.orchestrator.move import WIRE_DECISION
 from services.orchestrator.store.rows import MigrationRow, NodeRow, TransitionRow, VmRow
 
 WIRE_PHASE: dict[Phase, types_pb2.MigrationPhase.ValueType] = {
@@ -35,7 +35,7 @@ def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types
         source_node=row.source_node,
         destination_node=row.destination_node,
         phase=WIRE_PHASE[row.phase],
-        decision=WIRE_DECISION[row.decision],
+        decision=wire_decision(row),
         epoch=row.epoch,
         reason=row.wait_reason if waits else row.reason,
         message=row.wait_message if waits else row.message,
@@ -52,6 +52,7 @@ def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types
         cancel_requested=row.cancel_requested,
         traceparent=row.traceparent,
         version=row.version,
+        return_epoch=row.return_epoch,
     )
     if row.ended_at_ns:
         view.ended_at.CopyFrom(_timestamp(row.ended_at_ns))

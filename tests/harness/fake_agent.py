@@ -42,6 +42,11 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 PAGE_BYTES = 4096
 TICK_S = 0.005
 STATE = b"device state" * 100
+_FOLLOWS = {
+    (common_pb2.DECISION_COMMITTED, common_pb2.DECISION_RETURNED),
+    (common_pb2.DECISION_COMMITTED, common_pb2.DECISION_LOST),
+    (common_pb2.DECISION_RETURNED, common_pb2.DECISION_LOST),
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +75,8 @@ class Record:
     page_count: int = 0
     source_node: str = ""
     link_lost: bool = False
+    kept: bool = False
+    """The device state of its last departure is there."""
     counters: Counter[str] = field(default_factory=Counter)
 
 
@@ -137,6 +144,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.fetching.set()
         self.pages_per_tick = 16
         self.page_count = 64
+        self.keeps_states = True
+        """False: what is sealed cannot be made again."""
         self.carries_on = True
         """Pause goes on with the transfer. False: an agent that does not know `transfer_to`."""
         self.failed_checks: list[common_pb2.Check] = []
@@ -273,7 +282,10 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         if fence.decision not in decisions:
             raise FailedPreconditionError("DECISION_MISSING", f"{fence.decision}")
         told = record.decisions.get(fence.migration_id, 0)
-        if told and fence.decision != told:
+        follows = (told, fence.decision) in _FOLLOWS and fence.epoch > max(
+            record.epoch_departure, record.epoch_prepared
+        )
+        if told and fence.decision != told and not follows:
             raise FailedPreconditionError("DECISION_CONFLICT", f"{fence.decision}, was {told}")
         record.epoch_seen = fence.epoch
         if fence.decision:
@@ -437,8 +449,14 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         return await self._do("Resume", context, lambda: self._resume(request))
 
     def _resume(self, request: pb.ResumeRequest) -> pb.ResumeResponse:
-        record = self._admit(request.fence, common_pb2.DECISION_ABORTED)
-        self._state(record, request.fence, pb.VM_ROLE_DEPARTING, pb.VM_ROLE_RESIDENT)
+        decisions = common_pb2.DECISION_ABORTED, common_pb2.DECISION_RETURNED
+        record = self._admit(request.fence, *decisions)
+        roles = [pb.VM_ROLE_DEPARTING, pb.VM_ROLE_RESIDENT]
+        if request.fence.decision == common_pb2.DECISION_RETURNED:
+            roles.append(pb.VM_ROLE_SEALED)
+        self._state(record, request.fence, *roles)
+        if record.vmm == pb.VMM_STATE_DEAD and self._is_returnable(record):
+            record.vmm = pb.VMM_STATE_PAUSED  # made again
         if request.fence.epoch <= record.epoch_departure:
             self.world.broken.append(f"I1: resume under {request.fence.epoch}, not a fresh epoch")
         if record.vmm == pb.VMM_STATE_PAUSED:
@@ -448,6 +466,35 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         record.role = pb.VM_ROLE_RESIDENT
         record.exported = record.frozen = False
         return pb.ResumeResponse(evidence=self.evidence(record.vm_id))
+
+    async def Recall(self, request: pb.RecallRequest, context: _Context) -> pb.RecallResponse:
+        """See the proto."""
+        if request.side == pb.SIDE_SOURCE:
+            return await self._do("RecallSource", context, lambda: self._recall_source(request))
+        return await self._do("RecallDestination", context, lambda: self._recall_arrival(request))
+
+    def _recall_source(self, request: pb.RecallRequest) -> pb.RecallResponse:
+        record = self._admit(request.fence, common_pb2.DECISION_COMMITTED)
+        self._state(record, request.fence, pb.VM_ROLE_DEPARTING, pb.VM_ROLE_SEALED)
+        return pb.RecallResponse(evidence=self.evidence(record.vm_id))
+
+    def _recall_arrival(self, request: pb.RecallRequest) -> pb.RecallResponse:
+        decisions = common_pb2.DECISION_COMMITTED, common_pb2.DECISION_RETURNED
+        record = self._admit(request.fence, *decisions)
+        if record.role not in (pb.VM_ROLE_UNKNOWN, pb.VM_ROLE_GONE):
+            self._state(record, request.fence, pb.VM_ROLE_ARRIVING, pb.VM_ROLE_ARRIVED)
+            if record.epoch_activating and request.fence.decision != decisions[1]:
+                raise FailedPreconditionError("WRONG_STATE", "the guest may have run here")
+            record.role = pb.VM_ROLE_GONE
+            self.kill_vmm(record.vm_id)
+        return pb.RecallResponse(evidence=self.evidence(record.vm_id))
+
+    def _is_returnable(self, record: Record) -> bool:
+        left = record.role in (pb.VM_ROLE_DEPARTING, pb.VM_ROLE_SEALED)
+        whole = record.frozen and bool(record.memory)
+        paused = record.role == pb.VM_ROLE_DEPARTING and record.vmm == pb.VMM_STATE_PAUSED
+        kept = record.vmm == pb.VMM_STATE_DEAD and record.kept
+        return left and whole and (paused or kept)
 
     async def TransferDeviceState(
         self, request: pb.TransferDeviceStateRequest, context: _Context
@@ -481,6 +528,7 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
                 )
             except GodwitError as error:
                 raise UnavailableError("DESTINATION_UNREACHABLE", str(error)) from error
+        record.kept = self.keeps_states
         return pb.TransferDeviceStateResponse(len_bytes=len(STATE))
 
     async def LoadDeviceState(
@@ -567,7 +615,10 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         return await self._do("ReleaseDestination", context, lambda: self._release_arrival(request))
 
     def _release_source(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
-        record = self._admit(request.fence, common_pb2.DECISION_COMMITTED)
+        lost = common_pb2.DECISION_LOST
+        record = self._admit(request.fence, common_pb2.DECISION_COMMITTED, lost)
+        if request.fence.decision == lost:
+            return self._give_up(record)
         self._state(record, request.fence, pb.VM_ROLE_SEALED, pb.VM_ROLE_GONE)
         if not request.memory_complete:
             raise FailedPreconditionError("MEMORY_NEEDED", "memory_complete is not set")
@@ -586,9 +637,18 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         return pb.ReleaseResponse(evidence=self.evidence(record.vm_id))
 
     def _release_arrival(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
-        record = self._admit(request.fence, common_pb2.DECISION_COMMITTED)
+        lost = common_pb2.DECISION_LOST
+        record = self._admit(request.fence, common_pb2.DECISION_COMMITTED, lost)
+        if request.fence.decision == lost:
+            return self._give_up(record)
         self._state(record, request.fence, pb.VM_ROLE_ARRIVED, pb.VM_ROLE_RESIDENT)
         record.role = pb.VM_ROLE_RESIDENT
+        return pb.ReleaseResponse(evidence=self.evidence(record.vm_id))
+
+    def _give_up(self, record: Record) -> pb.ReleaseResponse:
+        record.role = pb.VM_ROLE_GONE
+        record.memory.clear()
+        self.kill_vmm(record.vm_id)
         return pb.ReleaseResponse(evidence=self.evidence(record.vm_id))
 
     async def WatchProgress(
@@ -670,6 +730,7 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
             epoch_activating=record.epoch_activating,
             epoch_memory_complete=record.epoch_memory_complete,
             epoch_sealed=record.epoch_sealed,
+            returnable=self._is_returnable(record),
             spec_json=record.spec_json,
             memory_bytes=record.page_count * PAGE_BYTES,
             decision=common_pb2.Decision.ValueType(record.decisions.get(record.migration_id, 0)),

@@ -206,9 +206,7 @@ class FakeFleet:
 
     async def ended(self, migration_id: str) -> Any:
         """A migration once it is terminal."""
-        return await self.until(
-            migration_id, lambda each: each["phase"] in ("succeeded", "failed", "cancelled", "lost")
-        )
+        return await self.until(migration_id, lambda each: each["phase"] in _TERMINAL)
 
     async def in_phase(self, migration_id: str, phase: str) -> Any:
         """A migration once it is in a phase."""
@@ -230,6 +228,9 @@ class FakeFleet:
         """Every row of the store, except what idempotent reads may touch: proof of no change."""
         with contextlib.closing(sqlite3.connect(self.store)) as connection:
             return list(connection.iterdump())
+
+
+_TERMINAL = ("succeeded", "failed", "cancelled", "lost", "returned")
 
 
 def _json(model: pydantic.BaseModel) -> Any:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from services.orchestrator.migration import PAST_ABORT, PAST_COMMIT, Decision, Phase
+from services.orchestrator.migration import PAST_ABORT, PAST_COMMIT, PAST_RETURN, Decision, Phase
 from services.orchestrator.store.rows import MigrationRow, VmRow, VmState
 
 SOURCE_EPOCH = 3
 EPOCH = 4
 RESUME_EPOCH = 5
+RETURN_EPOCH = 6
 SOURCE_BOOT = "boot-a"
 
 
@@ -40,7 +41,7 @@ def migration_row(phase: Phase = Phase.PENDING, **fields: Any) -> MigrationRow:
         now_ns=1,
     )
     decision = None
-    if phase in (*PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST):
+    if phase in (*PAST_COMMIT, *PAST_RETURN, Phase.SUCCEEDED, Phase.LOST):
         decision = Decision.COMMITTED
     if phase in PAST_ABORT:
         decision = Decision.ABORTED
@@ -50,5 +51,7 @@ def migration_row(phase: Phase = Phase.PENDING, **fields: Any) -> MigrationRow:
         "epoch": EPOCH,
         "resume_epoch": RESUME_EPOCH if decision is Decision.ABORTED else 0,
         "source_boot_id": SOURCE_BOOT,
+        "given_back": phase in PAST_RETURN,
+        "return_epoch": RETURN_EPOCH if phase in (Phase.GIVING_BACK, *PAST_RETURN) else 0,
     }
     return replace(row, **(values | fields))

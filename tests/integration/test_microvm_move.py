@@ -20,8 +20,10 @@ from services.demo.cluster import Cluster, running_cluster
 from services.demo.microvm_guest import MicrovmGuest, make_spec
 from services.demo.microvm_verdict import MicrovmSetup, judge_microvm
 from services.demo.moves import report_of
+from services.fault_agent import processes
 from services.fault_agent.drivers.microvm import VMM_LOG
 from services.fault_agent.handoff_socket import SOCKET
+from services.fault_agent.journal import Role
 from tests.harness.microvm import BACKENDS, need_backend, why_not
 
 pytestmark = [
@@ -153,6 +155,44 @@ async def test_the_destinations_agent_dies_in_mid_post_copy(
     # The counters of an arrival are its engine's: those of the dead one went with it.
     reasons = judged(guest, [move], backend)["reasons"]
     assert [reason for reason in reasons if "no page was counted" not in reason] == []
+
+
+@pytest.mark.parametrize(("accel", "backend"), BACKENDS)
+async def test_the_destinations_vmm_dies_before_it_was_let_run(
+    start: Start, accel: str, backend: str
+) -> None:
+    """After the decision, and the source is sealed: it makes its VMM again, by itself."""
+    need_backend(accel, backend)
+    guest = await start(accel, backend)
+    nodes, point = guest.cluster.nodes, "agent.activate.before_activating"
+    hooks = nodes["b"].agent.hooks
+    hooks.hold(point)
+
+    async def strike() -> None:
+        async with asyncio.timeout(WAIT_S):
+            await hooks.reached(point)
+            while nodes["a"].record(guest.vm_id).role is not Role.SEALED:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        shell = nodes["b"].record(guest.vm_id).process
+        assert shell is not None
+        await processes.kill(shell)
+        hooks.release(point)
+
+    async with asyncio.TaskGroup() as tasks:
+        striking = tasks.create_task(strike())
+        move = await guest.move("b", on_step=go_on)
+        await striking
+    assert move.phase == MigrationPhase.RETURNED, describe(guest, move)
+    assert move.reason == "DESTINATION_GONE_BEFORE_ACTIVATION"
+    await guest.look()
+    first, again = guest.stays
+    assert again.hello["pid"] != first.hello["pid"]
+    assert again.sweep["errors"] == 0
+    # Nothing is left behind: it moves as ever.
+    move = await guest.move("b", on_step=go_on)
+    assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
+    await guest.look()
+    assert guest.stays[-1].sweep["errors"] == 0
 
 
 async def test_a_backend_that_the_kernel_lacks_moves_nobody(start: Start) -> None:

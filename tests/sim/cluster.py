@@ -31,6 +31,7 @@ from services.fault_agent import (
     device_state,
     evidence,
     host,
+    kept_state,
     node,
     processes,
     progress,
@@ -153,18 +154,28 @@ class Witness:
         self.decisions: dict[str, str] = {}
         self.progress: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
+        self.returned: dict[str, int] = {}
+        self.at_commit: list[Callable[[], None]] = []
+        """Done once, when a COMMITTED is written."""
 
     def forget(self) -> None:
         """The store was put back: only what was acted on counts from now on."""
         self.__init__(self._truth)  # type: ignore[misc]
 
+    def committed(self) -> None:
+        """The most interesting moment there is."""
+        waiting, self.at_commit = self.at_commit, []
+        for act in waiting:
+            act()
+
     def look(self) -> None:
         """Assert."""
         broke = self._truth.broke
         active: list[str] = []
-        columns = "migration_id, vm_id, terminal, decision, progress, cancel_requested"
-        for row in _DISK.execute(f"SELECT {columns} FROM migrations"):
-            migration_id, vm_id, terminal, decision, progress, cancelled = row
+        columns = "migration_id, vm_id, terminal, decision, progress, cancel_requested, given_back"
+        for row in _DISK.execute(f"SELECT {columns}, return_epoch, epoch FROM migrations"):
+            migration_id, vm_id, terminal, decision, progress, cancelled, *returned = row
+            self._look_at_return(migration_id, decision, *returned)
             if cancelled and decision == "committed" and migration_id not in self.decisions:
                 broke("I2", f"{migration_id} was committed over a cancel that was accepted")
             if not terminal:
@@ -172,6 +183,8 @@ class Witness:
             known = self.decisions.get(migration_id)
             if known is not None and decision != known:
                 broke("I2", f"migration {migration_id} was {known} and is {decision}")
+            if decision == "committed" and known is None:
+                self.committed()
             if decision is not None:
                 self.decisions[migration_id] = decision
             if progress < self.progress.get(migration_id, 0.0):
@@ -183,6 +196,19 @@ class Witness:
             if epoch < self.epochs.get(vm_id, 0):
                 broke("I1", f"the store forgets epoch {self.epochs[vm_id]} of {vm_id}")
             self.epochs[vm_id] = epoch
+
+    def _look_at_return(
+        self, migration_id: str, decision: str | None, given_back: int, fresh: int, epoch: int
+    ) -> None:
+        known = self.returned.get(migration_id)
+        if known and not given_back:
+            self._truth.broke("I5", f"{migration_id} was given back and is not")
+        if not given_back or known:
+            return
+        self.returned[migration_id] = fresh
+        if decision != "committed" or fresh <= epoch:
+            self._truth.broke("I5", f"{migration_id} was given back under {fresh}, {decision}")
+        self._truth.check_unrun(epoch)
 
 
 class _Tasks:
@@ -202,17 +228,24 @@ class Cluster:
         self.network.names["orchestrator"] = "o"
         self.hosts = {name: Host(name, self.truth, loop, self.network) for name in "ab"}
         self.witness = Witness(self.truth)
+        self.truth.gave_back = self._gave_back
         self.processes: dict[str, SimProcess] = {}
         self.core: Core | None = None
         self.twins: list[SimProcess] = []
         self.copy: bytes = _TEMPLATE
         self.restored = False
+        self.healing = False
         self.crash_count = 0
         self._ids = itertools.count(1)
         _DISK.deserialize(_TEMPLATE)
         _DISK.execute("PRAGMA foreign_keys=ON")
         hosts.HOSTS.clear()
         hosts.first_record(self.hosts["a"])
+
+    def _gave_back(self, migration_id: str, epoch: int) -> bool:
+        query = "SELECT given_back, return_epoch FROM migrations WHERE migration_id = ?"
+        row = _DISK.execute(query, (migration_id,)).fetchone()
+        return self.restored or (row is not None and bool(row[0]) and row[1] == epoch)
 
     # --- processes ---
 
@@ -378,6 +411,7 @@ class Cluster:
     async def heal(self) -> None:
         """No more faults: everybody is started, everything must end well, by itself."""
         net = self.network
+        self.healing = True
         net.cuts.clear()
         net.loss = net.duplication = net.lateness = 0.0
         for each in self.hosts.values():
@@ -417,7 +451,7 @@ class Cluster:
                 if sample.value and sample.name.endswith("_total") and not self.restored:
                     broke("COUNTED", f"{sample.labels}: {self.state()}")
         running = self.truth.running(VM)
-        if self.truth.lost_by_us:
+        if self.truth.lost_by_us or self.truth.held_for_a_person():
             if len(running) > 1:
                 broke("END", f"{self.state()}")
             return
@@ -458,7 +492,14 @@ def _machines(cluster: Cluster) -> Iterator[None]:
             node, Journal=hosts.SimJournal, ObeyedStore=hosts.SimObeyedStore, Images=hosts.SimImages
         )
         put(servicer, Preflight=hosts.SimPreflight)
-        put(processes, is_alive=hosts.is_alive, kill=hosts.kill, boot_id=lambda: "boot")
+        put(processes, is_alive=hosts.is_alive, kill=hosts.kill, boot_id=_boot_id)
+        put(
+            kept_state,
+            keep=hosts.keep_state,
+            is_kept=hosts.is_kept,
+            read=hosts.read_state,
+            remove=hosts.remove_state,
+        )
         put(arrival_engine, _open_ram=hosts.open_ram)
         put(
             arrivals,
@@ -478,6 +519,10 @@ def _machines(cluster: Cluster) -> Iterator[None]:
 
 def _nothing() -> contextlib.nullcontext[None]:
     return contextlib.nullcontext()
+
+
+def _boot_id() -> str:
+    return hosts.here().boot_id
 
 
 def _retained_bytes(record: Any, boot_id: str) -> int:

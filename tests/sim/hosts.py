@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import InvalidArgumentError
+from services.common.errors import DataLossError, InvalidArgumentError
 from services.common.vm_spec import PAGE_BYTES, VmSpec
 from services.fault_agent import journal
 from services.fault_agent.drivers.api import (
@@ -83,6 +83,14 @@ class Truth:
         self.told: dict[str, set[str]] = {}
         """By migration: decisions on which a node has acted."""
         self.broken: list[str] = []
+        self.has_struck = False
+        """The test has killed a VMM or a host."""
+        self.forced = False
+        """An operator has broken the glass."""
+        self.returns: list[tuple[str, str, int]] = []
+        """(node, migration, epoch) of every RETURNED that a node acted on."""
+        self.gave_back: Callable[[str, int], bool] = lambda _migration, _epoch: True
+        """Whether the store says that it has; put there by the cluster."""
         self.lost_by_us = False
         """A VMM that had run the guest was killed by the test: there may be none at the end."""
 
@@ -114,9 +122,13 @@ class Truth:
         last = self.runs[-1] if self.runs else ("", 0)
         if epoch < last[1] or (epoch == last[1] and host.name != last[0]):
             self.broke("I1", f"{vmm.vm_id} runs on {host.name} under {epoch} after {last}")
-        if vmm.arrived and record.epoch_activating != record.epoch_prepared:
+        rebuilt = vmm.launch.memory_present
+        if vmm.arrived and not rebuilt and record.epoch_activating != record.epoch_prepared:
             self.broke("I5", "cont before ACTIVATING was durable")
-        if not vmm.arrived and vmm.was_paused and epoch <= record.epoch_departing:
+        left = rebuilt or (not vmm.arrived and vmm.was_paused)
+        if left and record.role is not Role.RESIDENT:
+            self.broke("I5", f"it runs on {host.name} again as {record.role}")
+        if left and epoch <= record.epoch_departing:
             self.broke("I1", f"resumed under {epoch}, {record.epoch_departing} was another's")
         self.runs.append((host.name, epoch))
         vmm.now = VmmState.RUNNING
@@ -128,11 +140,64 @@ class Truth:
         if after.decision is not journal.Decision.NONE:
             told = self.told.setdefault(after.migration_id, set())
             told.add(after.decision.value)
-            if len(told) > 1:
+            if len(told - {"returned", "lost"}) > 1 or told > {"aborted"}:
                 self.broke("I2", f"migration {after.migration_id} was {sorted(told)}")
         sealed = before.role is Role.SEALED
-        if sealed and after.role not in (Role.SEALED, Role.GONE):
+        returned = after.decision is journal.Decision.RETURNED
+        if returned and before.decision is not after.decision:
+            self.returns.append((host.name, after.migration_id, after.epoch_seen))
+            if not self.gave_back(after.migration_id, after.epoch_seen):
+                self.broke("I5", f"{host.name} was told RETURNED before the store was")
+        if sealed and after.role not in (Role.SEALED, Role.GONE) and not returned:
             self.broke("I5", f"sealed, and then {after.role.value}")
+
+    def check_unrun(self, epoch: int) -> None:
+        """The store has given the guest back that was to run under `epoch` elsewhere."""
+        if any(epoch == ran for _node, ran in self.runs):
+            self.broke("I5", f"given back, and it had run under {epoch}")
+        for host in self.hosts.values():
+            for record in host.records.values():
+                arrives = record.epoch_prepared == epoch and record.role in (
+                    Role.ARRIVING,
+                    Role.ARRIVED,
+                )
+                if arrives and record.epoch_seen <= epoch and not self.forced:
+                    self.broke("I5", f"given back, and {host.name} would still obey Activate")
+
+    def struck(self) -> None:
+        """The test has killed a VMM or a host: is there enough left for the guest to go on?"""
+        self.has_struck = True
+        self.lost_by_us |= not any(self._keeps_guest(host) for host in self.hosts.values())
+
+    def held_for_a_person(self) -> bool:
+        """A VMM that the test killed has ACTIVATING: nobody can prove that it did not run."""
+        return self.has_struck and any(
+            record.role in (Role.ARRIVING, Role.ARRIVED)
+            and record.epoch_activating == record.epoch_prepared > 0
+            and host.state_of(record) is VmmState.DEAD
+            for host in self.hosts.values()
+            for record in host.records.values()
+        )
+
+    def _keeps_guest(self, host: Host) -> bool:
+        record = host.records.get("vm-1")
+        if record is None or record.boot_id != host.boot_id:
+            return False
+        ram = host.rams.get(record.ram_path)
+        if ram is None or ram.deeds != self.deeds.get("vm-1", 0):
+            return False
+        state, arriving = host.state_of(record), record.arriving
+        if arriving is not None and record.role in (Role.ARRIVING, Role.ARRIVED):
+            elsewhere = any(arriving.image_id in other.images for other in self.hosts.values())
+            committed = record.epoch_activating or record.decision is journal.Decision.COMMITTED
+            decided = state is VmmState.RUNNING or (committed and state is VmmState.PAUSED)
+            return bool(decided and (elsewhere or len(ram.groups) == GROUPS))
+        # An arrival that may have run it has taken it away.
+        if any(other.may_have_run(record) for other in self.hosts.values() if other is not host):
+            return False
+        if state is VmmState.RUNNING or state is VmmState.PAUSED:
+            return record.role is not Role.SEALED or host.keeps_state(record)
+        return record.role in (Role.DEPARTING, Role.SEALED) and host.keeps_state(record)
 
     def freed(self, host: Host, path: str) -> None:
         """Memory was removed."""
@@ -161,7 +226,7 @@ class Vmm:
         self.launch = launch
         self.ram = ram
         self.now = state
-        self.arrived = state is VmmState.INCOMING
+        self.arrived = state is VmmState.INCOMING and not launch.memory_present
         self.was_paused = False
         self.saved = False
         self.let_go = False
@@ -211,9 +276,12 @@ class Vmm:
     async def load(self, chunks: AsyncIterator[bytes]) -> None:
         got = [chunk async for chunk in chunks]
         await self._obey()
-        if self.now is not VmmState.INCOMING or got[0] != b"deeds":
+        if self.now is not VmmState.INCOMING or got[0][:5] != b"deeds":
             raise LoadFailedError(f"{self.vm_id} is {self.now.value}")
-        self.ram.deeds = int(b"".join(got)[5:])
+        deeds = int(b"".join(got)[5:])
+        if self.launch.memory_present and self.ram.deeds != deeds:
+            self.host.truth.broke("I5", "a state was loaded beside memory of another moment")
+        self.ram.deeds = deeds
         self.now = VmmState.PAUSED
         effect()
 
@@ -232,11 +300,17 @@ class Host:
         self.address = f"10.0.0.{ord(name)}:1"
         self.page_address = f"10.0.0.{ord(name)}:2"
         self.records: dict[str, Record] = {}
+        self.synced: dict[str, Record] = {}
+        """What a power cut leaves."""
         self.obeys = ""
         self.rams: dict[str, Ram] = {}
         self.maps: dict[str, PageMap] = {}
         self.vmms: dict[int, Vmm] = {}
         self.images: dict[str, tuple[Export, str]] = {}
+        self.states: dict[str, tuple[int, int, bytes]] = {}
+        """Kept device states by RAM path: destination's epoch, generation, state."""
+        self.boot_id = f"boot-{name}"
+        self.boots = itertools.count(2)
         self.page_server_up = True
         self.pids = itertools.count(ord(name) * 1000)
         truth.hosts[name] = self
@@ -247,6 +321,39 @@ class Host:
         effect()
         await asyncio.sleep(self.loop.chance.uniform(0, 0.004))
         effect()
+
+    def reboot(self) -> None:
+        """The power is cut: processes and memory are gone, what was synced stays."""
+        for pid in tuple(self.vmms):
+            self.kill_vmm(pid)
+        self.rams.clear()
+        self.maps.clear()
+        self.images.clear()
+        self.states.clear()
+        self.records = dict(self.synced)
+        self.boot_id = f"boot-{self.name}-{next(self.boots)}"
+        self.truth.struck()
+
+    def strike(self, vmm: Vmm) -> None:
+        """The test kills a VMM."""
+        self.kill_vmm(vmm.process.pid)
+        self.truth.struck()
+
+    def may_have_run(self, departing: Record) -> bool:
+        """ACTIVATING is durable for what departs there."""
+        record = self.records.get(departing.vm_id)
+        return record is not None and record.epoch_activating >= departing.epoch_departing > 0
+
+    def keeps_state(self, record: Record) -> bool:
+        """The device state of its departure is kept."""
+        export = record.export
+        if export is None or export.state is not ExportState.FROZEN:
+            return False
+        kept = self.states.get(record.ram_path, (0, 0, b""))
+        return record.ram_path in self.rams and kept[:2] == (
+            record.epoch_departing,
+            export.generation,
+        )
 
     def state_of(self, record: Record) -> VmmState:
         """What the VMM of a record does."""
@@ -304,6 +411,8 @@ class SimJournal:
         before = self._host.records.get(record.vm_id, record)
         self._host.truth.wrote(self._host, before, record)
         self._host.records[record.vm_id] = record
+        if durable:
+            self._host.synced[record.vm_id] = record
         effect()
 
 
@@ -611,6 +720,31 @@ def remove_file(path: str) -> None:
     here().maps.pop(path, None)
 
 
+def keep_state(record: Record, state: bytes) -> None:
+    """kept_state.keep."""
+    export = record.export
+    assert export is not None
+    here().states[record.ram_path] = (record.epoch_departing, export.generation, state)
+
+
+def is_kept(record: Record) -> bool:
+    """kept_state.is_kept."""
+    return here().keeps_state(record)
+
+
+def read_state(record: Record) -> bytes:
+    """kept_state.read."""
+    if not is_kept(record):
+        raise DataLossError("STATE_CORRUPT", record.vm_id)
+    return here().states[record.ram_path][2]
+
+
+def remove_state(ram_path: str) -> None:
+    """kept_state.remove."""
+    effect()
+    here().states.pop(ram_path, None)
+
+
 def is_alive(process: Process) -> bool:
     """processes.is_alive."""
     vmm = here().vmms.get(process.pid)
@@ -652,7 +786,7 @@ def first_record(host: Host) -> None:
     vmm = Vmm(host, launch, ram, VmmState.PAUSED)
     host.vmms[vmm.process.pid] = vmm
     host.records["vm-1"] = replace(
-        Record(vm_id="vm-1", boot_id="boot"),
+        Record(vm_id="vm-1", boot_id=host.boot_id),
         role=Role.RESIDENT,
         epoch_seen=1,
         epoch_owned=1,
@@ -661,4 +795,5 @@ def first_record(host: Host) -> None:
         ram_path=path,
         ram_inode=7,
     )
+    host.synced = dict(host.records)
     host.truth.run(host, vmm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
@@ -50,10 +51,16 @@ class Scenario:
         network.lateness = {"late": 0.15, "wild": 0.1}.get(self.weather, 0.0)
         keeper = asyncio.get_running_loop().create_task(cluster.keep_running(self.down_ms / 1000))
         try:
+            ops = list(self.ops)
+            # What waits for a decision is there before the first one.
+            while ops and ops[0].kind.endswith("_at_commit"):
+                await _do(cluster, ops.pop(0))
             await _move(cluster)
-            for op in self.ops:
+            for op in ops:
                 await _do(cluster, op)
                 await asyncio.sleep(op.then_ms / 1000)
+            if any(op.kind.endswith("_at_commit") for op in self.ops):
+                await asyncio.sleep(DECIDES_S)
         finally:
             keeper.cancel()
 
@@ -112,19 +119,55 @@ async def _do(cluster: Cluster, op: Op) -> None:
             await cluster.restore()
             if op.number and cluster.restored:  # at once, or once somebody has noticed
                 await cluster.rebuild()
-        case "end_shell":
+        case "end_shell" | "end_paused" | "end_vmm":
             for vmm in cluster.hosts[op.who].vmms.values():
-                if vmm.now in (VmmState.INCOMING, VmmState.PAUSED) and vmm.arrived:
-                    record = cluster.hosts[op.who].records[VM]
-                    cluster.truth.lost_by_us |= record.epoch_activating == record.epoch_prepared
-                    # Paused and decided: nobody lets it run, and nobody else may.
-                    cluster.truth.lost_by_us |= vmm.now is VmmState.PAUSED
-                    cluster.hosts[op.who].kill_vmm(vmm.process.pid)
+                if vmm.now in _ENDED_BY[op.kind] and (vmm.arrived or op.kind != "end_shell"):
+                    cluster.hosts[op.who].strike(vmm)
+        case "reboot":
+            _reboot(cluster, op.who)
+        case "end_at_commit":
+            _at_commit(cluster, op.number, lambda: _end_paused(cluster, op.who))
+        case "reboot_at_commit":
+            _at_commit(cluster, op.number, lambda: _reboot(cluster, op.who))
         case _:
             raise AssertionError(op.kind)
 
 
+DECIDES_S = 3.0
+"""In this time most moves are decided."""
+
+
+def _reboot(cluster: Cluster, name: str) -> None:
+    cluster.kill(name)
+    cluster.hosts[name].reboot()
+
+
+def _end_paused(cluster: Cluster, name: str) -> None:
+    for vmm in cluster.hosts[name].vmms.values():
+        if vmm.now in _ENDED_BY["end_paused"]:
+            cluster.hosts[name].strike(vmm)
+
+
+def _at_commit(cluster: Cluster, after_ms: int, act: Callable[[], None]) -> None:
+    def strike() -> None:
+        if not cluster.healing:
+            act()
+
+    def begin() -> None:
+        asyncio.get_running_loop().call_later(after_ms / 1000, strike)
+
+    cluster.witness.at_commit.append(begin)
+
+
+_ENDED_BY = {
+    "end_shell": (VmmState.INCOMING, VmmState.PAUSED),
+    "end_paused": (VmmState.INCOMING, VmmState.PAUSED),
+    "end_vmm": (VmmState.INCOMING, VmmState.PAUSED, VmmState.RUNNING),
+}
+"""In which states a VMM is killed. Most guests that die in mid-run tell nothing."""
+
 _THEN_MS = st.one_of(st.integers(0, 60), st.integers(0, 3000))
+_SOON_MS = st.one_of(st.integers(0, 12), st.integers(0, 300))
 _WAYS = st.sampled_from(["oa", "ao", "ob", "bo", "ab", "ba"])
 
 _PARTS: dict[str, st.SearchStrategy[Op]] = {
@@ -145,6 +188,15 @@ _PARTS: dict[str, st.SearchStrategy[Op]] = {
     "move": st.builds(Op, st.just("move"), st.just(""), st.just(0), _THEN_MS),
     "backup": st.builds(Op, st.just("backup"), st.just(""), st.just(0), _THEN_MS),
     "restore": st.builds(Op, st.just("restore"), st.just(""), st.integers(0, 1), _THEN_MS),
+    "end_paused": st.builds(Op, st.just("end_paused"), st.sampled_from("ab"), st.just(0), _THEN_MS),
+    "end_vmm": st.builds(Op, st.just("end_vmm"), st.sampled_from("ab"), st.just(0), _THEN_MS),
+    "reboot": st.builds(Op, st.just("reboot"), st.sampled_from("ab"), st.just(0), _THEN_MS),
+    "end_at_commit": st.builds(
+        Op, st.just("end_at_commit"), st.sampled_from("ab"), _SOON_MS, _THEN_MS
+    ),
+    "reboot_at_commit": st.builds(
+        Op, st.just("reboot_at_commit"), st.sampled_from("ab"), _SOON_MS, _THEN_MS
+    ),
     "end_shell": st.builds(Op, st.just("end_shell"), st.sampled_from("ab"), st.just(0), _THEN_MS),
 }
 WEATHER = ("calm", "lossy", "late", "wild")

@@ -37,6 +37,9 @@ class MigrationPhase(StrEnum):
     FAILED = "failed"
     NEEDS_ATTENTION = "needs_attention"
     LOST = "lost"
+    GIVING_BACK = "giving_back"
+    GIVEN_BACK = "given_back"
+    RETURNED = "returned"
 
 
 TERMINAL_PHASES = frozenset(
@@ -45,6 +48,7 @@ TERMINAL_PHASES = frozenset(
         MigrationPhase.CANCELLED,
         MigrationPhase.FAILED,
         MigrationPhase.LOST,
+        MigrationPhase.RETURNED,
     }
 )
 """Phases that are never left."""

@@ -77,6 +77,8 @@ class Launch:
     """The guest's memory: exists, has its full length."""
     on_spawned: Callable[[Process], Awaitable[None]]
     """Called as soon as there is a process and before anything else: the journal must know it."""
+    memory_present: bool = False
+    """Of an incoming one: every page is there already, nobody will answer faults."""
 
 
 class Vmm(Protocol):

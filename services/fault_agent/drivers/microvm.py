@@ -88,7 +88,9 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(places))
 
 
-def command_line(spec: VmSpec, binary: str, ram_path: Path, *, incoming: bool) -> list[str]:
+def command_line(
+    spec: VmSpec, binary: str, ram_path: Path, *, incoming: bool, memory_present: bool = False
+) -> list[str]:
     """The whole command line; sockets are named relative to the VM's directory."""
     guest = spec.microvm
     assert guest is not None, "a microvm's spec has it"
@@ -108,6 +110,8 @@ def command_line(spec: VmSpec, binary: str, ram_path: Path, *, incoming: bool) -
     ]
     if not incoming:
         return [*line, "--paused"]
+    if memory_present:
+        return [*line, "--incoming"]
     return [
         *line,
         "--incoming",
@@ -152,6 +156,8 @@ class MicrovmDriver:
             VmmStartError: it ended.
             VmmUnreachableError: it did not get there in time.
         """
+        if launch.memory_present:
+            return await self._launch(launch, VmmState.INCOMING)
         self._listen(launch.directory)
         try:
             return await self._launch(launch, VmmState.INCOMING)
@@ -232,7 +238,13 @@ class MicrovmDriver:
         incoming = wanted is VmmState.INCOMING
         try:
             process = processes.spawn(
-                command_line(launch.spec, binary, launch.ram_path, incoming=incoming),
+                command_line(
+                    launch.spec,
+                    binary,
+                    launch.ram_path,
+                    incoming=incoming,
+                    memory_present=launch.memory_present,
+                ),
                 directory=launch.directory,
                 log=launch.directory / VMM_LOG,
                 pass_fds=(),

@@ -86,8 +86,8 @@ class MigrationTable:
         return await self._where(~_m.terminal)
 
     async def owing(self) -> list[MigrationRow]:
-        """Terminal ones whose destination has not yet said that its shell is gone."""
-        return await self._where(_m.terminal & _m.destination_owed)
+        """Terminal ones of which a node has not yet said that what it had is gone."""
+        return await self._where(_m.terminal & (_m.destination_owed | _m.source_owed))
 
     async def _where(self, condition: sa.ColumnElement[bool]) -> list[MigrationRow]:
         query = sa.select(schema.migrations).where(condition).order_by(_m.migration_id)
@@ -179,7 +179,7 @@ class MigrationTable:
         note: Noted | None = None,
         **fields: Any,
     ) -> MigrationRow:
-        """Move `row` to `phase`, with what else is then true. Not for COMMITTED and ABORTED.
+        """Move `row` to `phase`, with what else is then true. Not for the decisions' own phases.
 
         Raises:
             PhaseLostError: it is not in `row.phase` any more.
@@ -227,6 +227,89 @@ class MigrationTable:
                 return present
             epoch = next_epoch(connection, row.vm_id)
             return _update(connection, row.migration_id, {"epoch": epoch})
+
+        return await self._database.write(work)
+
+    async def reserve_return_epoch(self, row: MigrationRow) -> MigrationRow:
+        """Issue the epoch under which the source gets its guest back, once: then it is the same."""
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            present = _select(connection, row.migration_id)
+            if present is None:
+                raise migration_unknown(row.migration_id)
+            if present.return_epoch:
+                return present
+            epoch = next_epoch(connection, row.vm_id)
+            return _update(connection, row.migration_id, {"return_epoch": epoch})
+
+        return await self._database.write(work)
+
+    async def give_back(self, row: MigrationRow, *, now_ns: int) -> MigrationRow:
+        """The second compare-and-swap (I5). Returns what the store says then.
+
+        Only over GIVING_BACK with COMMITTED; the same transaction makes the source the owner again,
+        under the fresh epoch that both nodes have seen by then.
+
+        Raises:
+            StoreError: written or not: read again.
+            StoreInDoubtError: nothing is decided.
+        """
+        return await self._database.write_then_read(
+            lambda connection: _write_return(connection, row.migration_id, now_ns),
+            lambda connection: _select(connection, row.migration_id) or row,
+        )
+
+    async def give_up(self, row: MigrationRow, note: Noted, *, now_ns: int) -> MigrationRow:
+        """LOST, by an operator's word: the guest is gone, both nodes are to free what they have.
+
+        The VM is STOPPING at its owner under the epoch that fences everybody.
+
+        Raises:
+            PhaseLostError: it is not in `row.phase` any more.
+        """
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            refuse_in_doubt(connection)
+            epoch = next_epoch(connection, row.vm_id)
+            values = {
+                "phase": Phase.LOST,
+                "terminal": True,
+                "phase_at_ns": now_ns,
+                "ended_at_ns": now_ns,
+                "reason": note.reason,
+                "message": note.message,
+                "hint": note.hint,
+                "return_epoch": epoch,
+                "source_owed": True,
+                "destination_owed": True,
+                "version": _m.version + 1,
+                **_NO_WAIT,
+            }
+            changed = connection.execute(
+                sa.update(schema.migrations)
+                .where(
+                    _m.migration_id == row.migration_id,
+                    _m.phase == row.phase,
+                    _m.decision == Decision.COMMITTED,
+                    ~_m.given_back,
+                )
+                .values(values)
+                .returning(schema.migrations)
+            )
+            written = changed.one_or_none()
+            if written is None:
+                raise PhaseLostError(
+                    "PHASE_LOST", f"migration {row.migration_id} is not {row.phase} any more"
+                )
+            add_transition(connection, row.migration_id, Phase.LOST, now_ns, note.message)
+            owner = (row.destination_node, row.epoch)
+            _move_vm(connection, row.vm_id, owner, (row.destination_node, epoch))
+            connection.execute(
+                sa.update(schema.vms)
+                .where(schema.vms.c.vm_id == row.vm_id)
+                .values(state=VmState.STOPPING)
+            )
+            return MigrationRow.of(written)
 
         return await self._database.write(work)
 
@@ -392,30 +475,62 @@ def _write_decision(
         return
     row = MigrationRow.of(written)
     add_transition(connection, migration_id, row.phase, now_ns, "")
+    was = (row.source_node, row.source_epoch)
     if decision is Decision.COMMITTED:
-        _move_vm(connection, row, row.destination_node, row.epoch)
+        _move_vm(connection, row.vm_id, was, (row.destination_node, row.epoch))
     elif row.epoch:
         epoch = next_epoch(connection, row.vm_id)
         _update(connection, migration_id, {"resume_epoch": epoch, "destination_owed": True})
-        _move_vm(connection, row, row.source_node, epoch)
+        _move_vm(connection, row.vm_id, was, (row.source_node, epoch))
 
 
-def _move_vm(connection: sa.Connection, row: MigrationRow, node: str, epoch: int) -> None:
-    """Change the owner; the transaction fails if it is not who it was at admission (I1)."""
+def _write_return(connection: sa.Connection, migration_id: str, now_ns: int) -> None:
+    refuse_in_doubt(connection)
+    written = connection.execute(
+        sa.update(schema.migrations)
+        .where(
+            _m.migration_id == migration_id,
+            _m.phase == Phase.GIVING_BACK,
+            _m.decision == Decision.COMMITTED,
+            ~_m.given_back,
+            _m.return_epoch > _m.epoch,
+        )
+        .values(
+            given_back=True,
+            # By force the destination was not asked: that it is fenced is owed.
+            destination_owed=_m.by_force,
+            phase=Phase.GIVEN_BACK,
+            phase_at_ns=now_ns,
+            version=_m.version + 1,
+            **_NO_WAIT,
+        )
+        .returning(schema.migrations)
+    ).one_or_none()
+    if written is None:
+        return
+    row = MigrationRow.of(written)
+    add_transition(connection, migration_id, row.phase, now_ns, "")
+    was = (row.destination_node, row.epoch)
+    _move_vm(connection, row.vm_id, was, (row.source_node, row.return_epoch))
+
+
+def _move_vm(
+    connection: sa.Connection, vm_id: str, was: tuple[str, int], to: tuple[str, int]
+) -> None:
+    """Change the owner and epoch; the transaction fails if they are not what they were (I1)."""
     moved = connection.execute(
         _MOVE_VM,
         {
-            "of": row.vm_id,
-            "from_node": row.source_node,
-            "from_epoch": row.source_epoch,
-            "to_node": node,
-            "to_epoch": epoch,
+            "of": vm_id,
+            "from_node": was[0],
+            "from_epoch": was[1],
+            "to_node": to[0],
+            "to_epoch": to[1],
         },
     )
     if moved.rowcount != 1:
         raise InternalError(
-            "OWNER_CHANGED",
-            f"I1: VM {row.vm_id} is no longer {row.source_node}'s under epoch {row.source_epoch}",
+            "OWNER_CHANGED", f"I1: VM {vm_id} is no longer {was[0]}'s under epoch {was[1]}"
         )
 
 

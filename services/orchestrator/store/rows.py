@@ -109,6 +109,14 @@ class MigrationRow:
     counters: bytes
     """godwit.common.v1.ArrivalCounters, serialised; empty: none yet."""
     version: int
+    return_epoch: int
+    """Under which the source gets its guest back after COMMITTED; 0 unless that was begun."""
+    given_back: bool
+    """The second compare-and-swap (I5): the source owns the guest again, under `return_epoch`."""
+    by_force: bool
+    """Given back on an operator's word that the destination is fenced, without its own."""
+    source_owed: bool
+    """The source has not yet said that it has freed a guest that was given up."""
 
     @classmethod
     def of(cls, row: Any) -> Self:
@@ -169,6 +177,10 @@ class MigrationRow:
             progress=0.0,
             counters=b"",
             version=1,
+            return_epoch=0,
+            given_back=False,
+            by_force=False,
+            source_owed=False,
         )
 
 

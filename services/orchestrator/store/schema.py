@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = sa.MetaData()
 
@@ -86,6 +86,10 @@ migrations = sa.Table(
     sa.Column("progress", sa.Float, nullable=False),
     sa.Column("counters", sa.LargeBinary, nullable=False),
     sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("return_epoch", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("given_back", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("by_force", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("source_owed", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.CheckConstraint("decision IN ('committed', 'aborted')", name="migrations_decision"),
     sa.CheckConstraint(
         "(phase NOT IN ('failed', 'cancelled', 'aborted') OR decision = 'aborted') AND "
@@ -133,7 +137,21 @@ idempotency = sa.Table(
     sa.Column("created_at_ns", sa.BigInteger, nullable=False),
 )
 
+_GIVEN_BACK_IS_FINAL = """CREATE TRIGGER IF NOT EXISTS given_back_is_final
+       BEFORE UPDATE ON migrations
+       WHEN (OLD.given_back AND NOT NEW.given_back) OR (NEW.given_back
+       AND (NEW.return_epoch <= NEW.epoch OR NEW.decision IS NOT 'committed'))
+       BEGIN SELECT RAISE(ABORT, 'I5: what was given back stays so, under a fresh epoch'); END"""
+_PHASES_OF_A_RETURN = """CREATE TRIGGER IF NOT EXISTS phases_of_a_return
+       BEFORE UPDATE OF phase ON migrations
+       WHEN (NEW.phase IN ('given_back', 'returned') AND NOT NEW.given_back)
+       OR (NEW.phase = 'giving_back' AND NEW.decision IS NOT 'committed')
+       OR (NEW.given_back AND NEW.phase NOT IN ('given_back', 'returned', 'lost'))
+       BEGIN SELECT RAISE(ABORT, 'I5: the source owns what was given back, and only that'); END"""
+
 _TRIGGERS = (
+    _GIVEN_BACK_IS_FINAL,
+    _PHASES_OF_A_RETURN,
     """CREATE TRIGGER IF NOT EXISTS decision_is_final BEFORE UPDATE OF decision ON migrations
        WHEN OLD.decision IS NOT NULL AND NEW.decision IS NOT OLD.decision
        BEGIN SELECT RAISE(ABORT, 'I2: a decision is never changed'); END""",
@@ -150,5 +168,14 @@ for _trigger in _TRIGGERS:
     _ddl = sa.DDL(_trigger)  # type: ignore[no-untyped-call]
     sa.event.listen(metadata, "after_create", _ddl.execute_if(dialect="sqlite"))
 
-UPGRADES: dict[int, tuple[str, ...]] = {}
+UPGRADES: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE migrations ADD COLUMN return_epoch BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE migrations ADD COLUMN given_back BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE migrations ADD COLUMN by_force BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE migrations ADD COLUMN source_owed BOOLEAN NOT NULL DEFAULT 0",
+        _GIVEN_BACK_IS_FINAL,
+        _PHASES_OF_A_RETURN,
+    )
+}
 """Statements that turn the schema of version N into N + 1, by N. One transaction each."""

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import GodwitError, InvalidArgumentError
-from services.fault_agent.fence import _ALLOWED, Command, Fence, admit
+from services.fault_agent.fence import _ALLOWED, _FOLLOWS, Command, Fence, admit
 from services.fault_agent.journal import MIGRATING, Decision, Record, Role
 
+RETURNED = Decision.RETURNED
 NONE, COMMITTED, ABORTED = Decision.NONE, Decision.COMMITTED, Decision.ABORTED
 
 
@@ -44,6 +45,31 @@ def fence(epoch: int = 7, migration_id: str = "m7", decision: Decision = NONE) -
             fence(epoch=8, decision=ABORTED),
             Command.RESUME,
             "DECISION_CONFLICT",
+        ),
+        # Given back: under an epoch of its own, once, and never undone.
+        (
+            record(Role.SEALED, decision=COMMITTED, epoch_departing=7),
+            fence(decision=RETURNED),
+            Command.RESUME,
+            "DECISION_CONFLICT",
+        ),
+        (
+            record(Role.SEALED, decision=RETURNED, epoch_departing=7),
+            fence(epoch=8, decision=COMMITTED),
+            Command.RECALL_SOURCE,
+            "DECISION_CONFLICT",
+        ),
+        (
+            record(decision=ABORTED, epoch_departing=7),
+            fence(epoch=8, decision=RETURNED),
+            Command.RESUME,
+            "DECISION_CONFLICT",
+        ),
+        (
+            record(Role.ARRIVING, epoch_prepared=6, epoch_seen=8, decision=COMMITTED),
+            fence(decision=COMMITTED),
+            Command.ACTIVATE,
+            "STALE_EPOCH",
         ),
         # What was sent before the decision and comes after it.
         (record(decision=ABORTED), fence(), Command.TRANSFER, "DECISION_CONFLICT"),
@@ -164,7 +190,10 @@ def test_over_the_whole_product(before: Record, given_fence: Fence, command: Com
     if before.role in MIGRATING:
         assert after.migration_id == before.migration_id
     if after.migration_id == before.migration_id and before.decision is not NONE:
-        assert after.decision is before.decision
+        turned = (before.decision, after.decision)
+        assert after.decision is before.decision or turned in _FOLLOWS
+        if turned[0] is not turned[1]:
+            assert given_fence.epoch > max(before.epoch_departing, before.epoch_prepared)
     # The fence touches its own fields and no others.
     fields = {"epoch_seen": 0, "migration_id": "", "decision": NONE}
     assert replace(after, **fields) == replace(before, **fields)  # type: ignore[arg-type]

@@ -24,11 +24,13 @@ from services.orchestrator.migration import (
     PAST_COMMIT,
     TERMINAL,
     UNDECIDED,
+    UNRUN,
     Activated,
     Event,
     GuestEnded,
     Kind,
     MemoryComplete,
+    NeverRan,
     Noted,
     Phase,
     StateLoaded,
@@ -36,7 +38,7 @@ from services.orchestrator.migration import (
     Stuck,
     handle,
 )
-from tests.harness.rows import EPOCH, SOURCE_BOOT, SOURCE_EPOCH, migration_row
+from tests.harness.rows import EPOCH, RETURN_EPOCH, SOURCE_BOOT, SOURCE_EPOCH, migration_row
 
 RUNNING, PAUSED, DEAD = pb.VMM_STATE_RUNNING, pb.VMM_STATE_PAUSED, pb.VMM_STATE_DEAD
 INCOMING, ENDED = pb.VMM_STATE_INCOMING, pb.VMM_STATE_GUEST_ENDED
@@ -75,7 +77,7 @@ def destination(
 
 def loaded(vmm: pb.VmmState.ValueType = PAUSED, **fields: Any) -> Evidence:
     """The destination with the device state in it."""
-    return destination(vmm, epoch_loaded=EPOCH, **fields)
+    return destination(vmm, **({"epoch_loaded": EPOCH} | fields))
 
 
 def arrived(vmm: pb.VmmState.ValueType = RUNNING, **fields: Any) -> Evidence:
@@ -91,10 +93,21 @@ def sealed(**fields: Any) -> Evidence:
     )
 
 
+def whole() -> Evidence:
+    """The source, paused, with all of its guest."""
+    return source(PAUSED, returnable=True)
+
+
+def gone() -> Evidence:
+    """The destination once it was recalled."""
+    return loaded(DEAD, role=pb.VM_ROLE_GONE, epoch_seen=RETURN_EPOCH)
+
+
 def look(
     phase: Phase, at_source: Evidence | None, at_destination: Evidence | None, **fields: Any
 ) -> Judgement:
-    return judge(migration_row(phase, **fields), at_source, at_destination, last_epoch=EPOCH)
+    row = migration_row(phase, **fields)
+    return judge(row, at_source, at_destination, last_epoch=RETURN_EPOCH)
 
 
 Case = tuple[str, Phase, Evidence | None, Evidence | None, Verdict | type[Event], str]
@@ -151,7 +164,40 @@ CASES: list[Case] = [
     ("committed, ran and ended", COMMITTED, sealed(), arrived(ENDED), Activated, ""),
     ("committed, destination unreachable", COMMITTED, sealed(), None, Verdict.WAIT, ""),
     ("committed, source runs", COMMITTED, source(RUNNING), loaded(), Verdict.PERFORM, "I5"),
-    ("committed, shell dead unactivated", COMMITTED, source(PAUSED), loaded(DEAD), Stuck, ""),
+    ("committed, unrun, source whole", COMMITTED, whole(), loaded(DEAD), NeverRan, ""),
+    (
+        "committed, unrun, kept whole",
+        COMMITTED,
+        sealed(returnable=True),
+        loaded(DEAD),
+        NeverRan,
+        "",
+    ),
+    ("committed, unrun, seal was last", COMMITTED, sealed(), loaded(DEAD), Stuck, ""),
+    ("committed, unrun, source silent", COMMITTED, None, loaded(DEAD), Verdict.WAIT, ""),
+    (
+        "committed, destination rebooted unrun",
+        COMMITTED,
+        whole(),
+        loaded(DEAD, boot_id="boot-b2"),
+        NeverRan,
+        "",
+    ),
+    (
+        "committed, the journal of the destination lost",
+        COMMITTED,
+        whole(),
+        destination(DEAD, pb.VM_ROLE_UNKNOWN, epoch_prepared=0),
+        Stuck,
+        "",
+    ),
+    ("attention, unrun after all", Phase.NEEDS_ATTENTION, whole(), loaded(DEAD), NeverRan, ""),
+    ("attention, it ran", Phase.NEEDS_ATTENTION, whole(), arrived(DEAD), Stuck, ""),
+    ("giving back", Phase.GIVING_BACK, whole(), gone(), Verdict.PERFORM, ""),
+    ("giving back, silence", Phase.GIVING_BACK, None, None, Verdict.PERFORM, ""),
+    ("giving back, it ran after all", Phase.GIVING_BACK, whole(), arrived(DEAD), Stuck, ""),
+    ("given back", Phase.GIVEN_BACK, whole(), gone(), Verdict.PERFORM, ""),
+    ("given back, it had run", Phase.GIVEN_BACK, whole(), arrived(DEAD), Verdict.PERFORM, "I5"),
     ("committed, VMM dead activated", COMMITTED, sealed(), arrived(DEAD), Stuck, ""),
     ("arriving", POSTCOPY, sealed(), arrived(), Verdict.PERFORM, ""),
     ("arriving, source silent", POSTCOPY, None, arrived(), Verdict.PERFORM, ""),
@@ -238,17 +284,18 @@ def test_row_of_the_table(case: Case) -> None:
 @pytest.mark.parametrize("phase", sorted(set(Phase) - TERMINAL))
 def test_agent_that_knows_more_freezes_every_phase(phase: Phase) -> None:
     """I2: a store that is behind its agents decides nothing."""
-    found = look(phase, source(epoch_seen=EPOCH + 1), None)
+    found = look(phase, source(epoch_seen=RETURN_EPOCH + 1), None)
     assert found.verdict is Verdict.FREEZE
 
 
 @pytest.mark.parametrize("phase", sorted(set(Phase) - TERMINAL))
-@pytest.mark.parametrize("told", ["COMMITTED", "ABORTED"])
+@pytest.mark.parametrize("told", ["COMMITTED", "ABORTED", "RETURNED", "LOST"])
 def test_agent_that_was_told_another_decision_freezes(phase: Phase, told: str) -> None:
     """I2: the epochs agree, and yet the store is older than what it has said."""
     number = common_pb2.Decision.Value(f"DECISION_{told}")
     found = look(phase, source(migration_id=migration_row().migration_id, decision=number), None)
-    same = migration_row(phase).decision == told.lower()
+    row = migration_row(phase)
+    same = row.decision == told.lower() or (row.given_back and told == "RETURNED")
     assert (found.verdict is Verdict.FREEZE) is not same
     other = look(phase, source(migration_id="m0", decision=number), None)
     assert other.verdict is not Verdict.FREEZE
@@ -294,6 +341,7 @@ def any_evidence(draw: st.DrawFn, node: str) -> Evidence | None:
         vmm_state=pb.VmmState.ValueType(draw(VMM)),
         epoch_seen=draw(MARK),
         retained_bytes=draw(st.sampled_from([0, 4096])),
+        returnable=draw(st.booleans()),
         **marks,
     )
 
@@ -330,6 +378,24 @@ def test_commit_needs_both_proofs(
         assert at_source.vmm_state == PAUSED
         assert at_destination.epoch_loaded == EPOCH
         assert at_destination.vmm_state in (PAUSED, INCOMING)
+
+
+@given(st.sampled_from(sorted(Phase)), any_evidence("a"), any_evidence("b"))
+def test_a_return_needs_both_proofs(
+    phase: Phase, at_source: Evidence | None, at_destination: Evidence | None
+) -> None:
+    """I5: NeverRan takes LOADED, no ACTIVATING and no VMM there, and a whole guest here."""
+    if phase in TERMINAL:
+        return
+    found = look(phase, at_source, at_destination)
+    if isinstance(found.event, NeverRan):
+        assert phase in UNRUN
+        assert at_source is not None
+        assert at_source.returnable
+        assert at_destination is not None
+        assert at_destination.epoch_loaded == EPOCH
+        assert at_destination.epoch_activating != EPOCH
+        assert at_destination.vmm_state == DEAD
 
 
 @given(st.sampled_from(AWAITING), any_evidence("b"))

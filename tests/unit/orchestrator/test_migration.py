@@ -16,6 +16,7 @@ from services.orchestrator.migration import (
     FORWARD,
     PAST_ABORT,
     PAST_COMMIT,
+    PAST_RETURN,
     STALE,
     TABLE,
     TERMINAL,
@@ -40,7 +41,7 @@ from services.orchestrator.migration import (
     progress,
 )
 
-COMMITTED_PHASES = {*PAST_COMMIT, Phase.SUCCEEDED, Phase.LOST}
+COMMITTED_PHASES = {*PAST_COMMIT, *PAST_RETURN, Phase.SUCCEEDED, Phase.LOST}
 ABORTED_PHASES = set(PAST_ABORT)
 
 
@@ -110,6 +111,22 @@ def test_invariants_hold_for_each_pair(phase: Phase) -> None:
             assert phase is Phase.ABORTED, f"ended without undoing: {pair}"
         if after is Phase.SUCCEEDED and after is not phase:
             assert phase is Phase.FINALIZING, f"I3: succeeded without releasing: {pair}"
+
+
+def test_a_guest_is_given_back_on_proof_alone() -> None:
+    """I5: into GIVING_BACK by NeverRan, out of it to the source only by what the store says."""
+    into = {pair for pair, to in TABLE.items() if to.phase is Phase.GIVING_BACK != pair[0]}
+    assert into == {(phase, migration.NeverRan) for phase in migration.UNRUN}
+    given = {pair for pair, to in TABLE.items() if to.phase is Phase.GIVEN_BACK != pair[0]}
+    assert given == {(Phase.GIVING_BACK, migration.ReturnRead)}
+    home = {pair for pair, to in TABLE.items() if to.phase is Phase.RETURNED}
+    assert home == {(Phase.GIVEN_BACK, migration.Restored)}
+    restores = [phase for phase in Phase if migration.RestoreSource() in entry(phase)]
+    assert restores == [Phase.GIVEN_BACK]
+    for phase in PAST_RETURN:
+        for event in EVENTS:
+            after = handle(phase, make(event)).phase
+            assert after in (*PAST_RETURN, Phase.LOST), (phase, event)
 
 
 def test_committed_is_only_tried_in_switchover() -> None:

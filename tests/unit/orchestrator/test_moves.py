@@ -495,20 +495,6 @@ async def test_needs_attention_ends_by_itself_when_pages_come(fleet: FakeFleet) 
     await assert_moved(fleet)
 
 
-async def test_shell_dead_before_activation_needs_a_person(fleet: FakeFleet) -> None:
-    """COMMITTED, and the shell dies before `cont`: neither side runs, nothing is thrown away."""
-
-    async def die() -> None:
-        fleet.b.kill_vmm(VM)
-
-    fleet.b.before("Activate", die)
-    migration_id = await fleet.migrate()
-    stuck = await fleet.in_phase(migration_id, "needs_attention")
-    assert stuck["reason"] == "DESTINATION_GONE_BEFORE_ACTIVATION"
-    assert fleet.world.owners(VM) == []
-    assert fleet.a.records[VM].memory
-
-
 # --- the store ---
 
 

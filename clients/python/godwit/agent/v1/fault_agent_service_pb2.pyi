@@ -436,6 +436,7 @@ class Evidence(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     RETAINED_BYTES_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
+    RETURNABLE_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """The guest."""
     node: _builtins.str
@@ -474,6 +475,10 @@ class Evidence(_message.Message):
     """Source memory that is kept for a destination. Bytes. May be 0."""
     spec_json: _builtins.str
     """The VM's spec (docs/vm-spec.md) as JSON. Empty if the VM is unknown."""
+    returnable: _builtins.bool
+    """True: the whole guest is here as it was at its pause, and has not run since: its VMM is paused, or its
+    memory and device state are kept. Resume can let it run. False also where it runs.
+    """
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """The image exported for the departure. Unset if there is none."""
@@ -506,10 +511,11 @@ class Evidence(_message.Message):
         memory_bytes: _builtins.int = ...,
         retained_bytes: _builtins.int = ...,
         spec_json: _builtins.str = ...,
+        returnable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "counters", b"counters", "decision", b"decision", "epoch_activating", b"epoch_activating", "epoch_loaded", b"epoch_loaded", "epoch_memory_complete", b"epoch_memory_complete", "epoch_owned", b"epoch_owned", "epoch_prepared", b"epoch_prepared", "epoch_sealed", b"epoch_sealed", "epoch_seen", b"epoch_seen", "image", b"image", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "retained_bytes", b"retained_bytes", "role", b"role", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "counters", b"counters", "decision", b"decision", "epoch_activating", b"epoch_activating", "epoch_loaded", b"epoch_loaded", "epoch_memory_complete", b"epoch_memory_complete", "epoch_owned", b"epoch_owned", "epoch_prepared", b"epoch_prepared", "epoch_sealed", b"epoch_sealed", "epoch_seen", b"epoch_seen", "image", b"image", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "retained_bytes", b"retained_bytes", "returnable", b"returnable", "role", b"role", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1317,6 +1323,58 @@ class AbortResponse(_message.Message):
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
 
 @_typing.final
+class RecallRequest(_message.Message):
+    """Asks to take a COMMITTED back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FENCE_FIELD_NUMBER: _builtins.int
+    SIDE_FIELD_NUMBER: _builtins.int
+    side: Global___Side.ValueType
+    """Which side this node is of."""
+    @_builtins.property
+    def fence(self) -> _common_pb2.Fence:
+        """By which right. `decision` is COMMITTED or RETURNED."""
+
+    def __init__(
+        self,
+        *,
+        fence: _common_pb2.Fence | None = ...,
+        side: Global___Side.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "side", b"side"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallRequest: _TypeAlias = RecallRequest  # noqa: Y015
+
+@_typing.final
+class RecallResponse(_message.Message):
+    """Recalled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def evidence(self) -> Global___Evidence:
+        """The VM now. Destination: `vmm_state` is DEAD."""
+
+    def __init__(
+        self,
+        *,
+        evidence: Global___Evidence | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallResponse: _TypeAlias = RecallResponse  # noqa: Y015
+
+@_typing.final
 class ReleaseRequest(_message.Message):
     """Asks to release."""
 
@@ -1331,7 +1389,7 @@ class ReleaseRequest(_message.Message):
     """True: the destination's MEMORY_COMPLETE(epoch) is durable. Source only; false is refused there."""
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
-        """By which right. `decision` is COMMITTED."""
+        """By which right. `decision` is COMMITTED or LOST."""
 
     def __init__(
         self,

@@ -113,6 +113,11 @@ class FaultAgentServiceStub:
                 request_serializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortRequest.SerializeToString,
                 response_deserializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Recall = channel.unary_unary(
+                '/godwit.agent.v1.FaultAgentService/Recall',
+                request_serializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallRequest.SerializeToString,
+                response_deserializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/godwit.agent.v1.FaultAgentService/Release',
                 request_serializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.ReleaseRequest.SerializeToString,
@@ -201,8 +206,9 @@ class FaultAgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED, or an epoch that the
-        store issued for it. Refused for ever once the VM is sealed.
+        """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED or DECISION_RETURNED, or an
+        epoch that the store issued for it. A VMM that is dead is made anew from the memory and the kept device
+        state, where the guest has not run since (`returnable`). Sealed, it takes DECISION_RETURNED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -251,9 +257,21 @@ class FaultAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recall(self, request, context):
+        """Takes COMMITTED back, under an epoch above the destination's. Destination: under DECISION_COMMITTED proves
+        that the guest never ran here and never will: its VMM is dead and forgotten, every Activate is stale from now
+        on; FAILED_PRECONDITION WRONG_STATE if ACTIVATING is durable. Under DECISION_RETURNED the guest is not this
+        node's any more, whatever it did: its VMM is killed. Source: from now on no Seal is admitted that was sent
+        before; evidence says whether the guest can be let run (`returnable`). Starts nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """Source: frees the sealed guest's memory. Needs DECISION_COMMITTED and `memory_complete`, the
-        destination's durable word. Destination: ends the arrival's bookkeeping.
+        destination's durable word. Destination: ends the arrival's bookkeeping. Either, under DECISION_LOST: the
+        VMM is killed and all that is here of the guest is freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -340,6 +358,11 @@ def add_FaultAgentServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortRequest.FromString,
                     response_serializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortResponse.SerializeToString,
+            ),
+            'Recall': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recall,
+                    request_deserializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallRequest.FromString,
+                    response_serializer=godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallResponse.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -739,6 +762,33 @@ class FaultAgentService:
             '/godwit.agent.v1.FaultAgentService/Abort',
             godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortRequest.SerializeToString,
             godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.agent.v1.FaultAgentService/Recall',
+            godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallRequest.SerializeToString,
+            godwit_dot_agent_dot_v1_dot_fault__agent__service__pb2.RecallResponse.FromString,
             options,
             channel_credentials,
             insecure,

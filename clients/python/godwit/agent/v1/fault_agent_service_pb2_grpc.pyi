@@ -54,8 +54,9 @@ class FaultAgentServiceStub:
     before there is a connection to the destination's agent.
     """
     Resume: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.ResumeRequest, _fault_agent_service_pb2.ResumeResponse]
-    """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED, or an epoch that the
-    store issued for it. Refused for ever once the VM is sealed.
+    """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED or DECISION_RETURNED, or an
+    epoch that the store issued for it. A VMM that is dead is made anew from the memory and the kept device
+    state, where the guest has not run since (`returnable`). Sealed, it takes DECISION_RETURNED.
     """
     TransferDeviceState: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.TransferDeviceStateRequest, _fault_agent_service_pb2.TransferDeviceStateResponse]
     """Source: saves the device state of the paused guest and streams it to the destination's
@@ -79,9 +80,17 @@ class FaultAgentServiceStub:
     """Destination: proves the VMM shell dead and forgets the arrival. Needs DECISION_ABORTED. Source: takes
     back what Prepare did. Never resumes a guest: that is Resume.
     """
+    Recall: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.RecallRequest, _fault_agent_service_pb2.RecallResponse]
+    """Takes COMMITTED back, under an epoch above the destination's. Destination: under DECISION_COMMITTED proves
+    that the guest never ran here and never will: its VMM is dead and forgotten, every Activate is stale from now
+    on; FAILED_PRECONDITION WRONG_STATE if ACTIVATING is durable. Under DECISION_RETURNED the guest is not this
+    node's any more, whatever it did: its VMM is killed. Source: from now on no Seal is admitted that was sent
+    before; evidence says whether the guest can be let run (`returnable`). Starts nothing.
+    """
     Release: _aio.UnaryUnaryMultiCallable[_fault_agent_service_pb2.ReleaseRequest, _fault_agent_service_pb2.ReleaseResponse]
     """Source: frees the sealed guest's memory. Needs DECISION_COMMITTED and `memory_complete`, the
-    destination's durable word. Destination: ends the arrival's bookkeeping.
+    destination's durable word. Destination: ends the arrival's bookkeeping. Either, under DECISION_LOST: the
+    VMM is killed and all that is here of the guest is freed.
     """
     WatchProgress: _aio.UnaryStreamMultiCallable[_fault_agent_service_pb2.WatchProgressRequest, _fault_agent_service_pb2.WatchProgressResponse]
     """Streams how a guest's memory arrives: first the whole userfault bitmap, then deltas, at most every
@@ -183,8 +192,9 @@ class FaultAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fault_agent_service_pb2.ResumeRequest,
         context: _aio.ServicerContext[_fault_agent_service_pb2.ResumeRequest, _abc.Awaitable[_fault_agent_service_pb2.ResumeResponse]],
     ) -> _abc.Awaitable[_fault_agent_service_pb2.ResumeResponse]:
-        """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED, or an epoch that the
-        store issued for it. Refused for ever once the VM is sealed.
+        """Source: lets the guest run on here under a *fresh* epoch. Needs DECISION_ABORTED or DECISION_RETURNED, or an
+        epoch that the store issued for it. A VMM that is dead is made anew from the memory and the kept device
+        state, where the guest has not run since (`returnable`). Sealed, it takes DECISION_RETURNED.
         """
 
     @_abc_1.abstractmethod
@@ -240,13 +250,27 @@ class FaultAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Recall(
+        self,
+        request: _fault_agent_service_pb2.RecallRequest,
+        context: _aio.ServicerContext[_fault_agent_service_pb2.RecallRequest, _abc.Awaitable[_fault_agent_service_pb2.RecallResponse]],
+    ) -> _abc.Awaitable[_fault_agent_service_pb2.RecallResponse]:
+        """Takes COMMITTED back, under an epoch above the destination's. Destination: under DECISION_COMMITTED proves
+        that the guest never ran here and never will: its VMM is dead and forgotten, every Activate is stale from now
+        on; FAILED_PRECONDITION WRONG_STATE if ACTIVATING is durable. Under DECISION_RETURNED the guest is not this
+        node's any more, whatever it did: its VMM is killed. Source: from now on no Seal is admitted that was sent
+        before; evidence says whether the guest can be let run (`returnable`). Starts nothing.
+        """
+
+    @_abc_1.abstractmethod
     def Release(
         self,
         request: _fault_agent_service_pb2.ReleaseRequest,
         context: _aio.ServicerContext[_fault_agent_service_pb2.ReleaseRequest, _abc.Awaitable[_fault_agent_service_pb2.ReleaseResponse]],
     ) -> _abc.Awaitable[_fault_agent_service_pb2.ReleaseResponse]:
         """Source: frees the sealed guest's memory. Needs DECISION_COMMITTED and `memory_complete`, the
-        destination's durable word. Destination: ends the arrival's bookkeeping.
+        destination's durable word. Destination: ends the arrival's bookkeeping. Either, under DECISION_LOST: the
+        VMM is killed and all that is here of the guest is freed.
         """
 
     @_abc_1.abstractmethod

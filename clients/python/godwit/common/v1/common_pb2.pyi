@@ -62,6 +62,14 @@ class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.Val
     """The destination owns the guest."""
     DECISION_ABORTED: _Decision.ValueType  # 2
     """The source keeps the guest."""
+    DECISION_RETURNED: _Decision.ValueType  # 3
+    """Was COMMITTED, and the guest was given back to its source under a fresh epoch: it had never been let run
+    at the destination. Follows COMMITTED only, and only under a higher epoch.
+    """
+    DECISION_LOST: _Decision.ValueType  # 4
+    """Was COMMITTED, and the guest was given up: what is left of it is freed. Follows COMMITTED and RETURNED only,
+    and only under a higher epoch.
+    """
 
 class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
     """The one durable write of a switchover."""
@@ -72,6 +80,14 @@ DECISION_COMMITTED: Decision.ValueType  # 1
 """The destination owns the guest."""
 DECISION_ABORTED: Decision.ValueType  # 2
 """The source keeps the guest."""
+DECISION_RETURNED: Decision.ValueType  # 3
+"""Was COMMITTED, and the guest was given back to its source under a fresh epoch: it had never been let run
+at the destination. Follows COMMITTED only, and only under a higher epoch.
+"""
+DECISION_LOST: Decision.ValueType  # 4
+"""Was COMMITTED, and the guest was given up: what is left of it is freed. Follows COMMITTED and RETURNED only,
+and only under a higher epoch.
+"""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final

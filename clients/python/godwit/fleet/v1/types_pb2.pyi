@@ -70,6 +70,14 @@ class _MigrationPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Migrat
     """Past the decision and stuck: a person must look. `reason` says what is known. Not terminal."""
     MIGRATION_PHASE_LOST: _MigrationPhase.ValueType  # 20
     """The guest's memory is gone, by proof or by an operator's word. Terminal."""
+    MIGRATION_PHASE_GIVING_BACK: _MigrationPhase.ValueType  # 21
+    """Decided, and the destination's VMM died before the guest was let run: the destination is being fenced, so that
+    the store can give the guest back to its source.
+    """
+    MIGRATION_PHASE_GIVEN_BACK: _MigrationPhase.ValueType  # 22
+    """The store has given the guest back to its source. It is being resumed there under a fresh epoch."""
+    MIGRATION_PHASE_RETURNED: _MigrationPhase.ValueType  # 23
+    """Given back; the guest runs at its source. Terminal."""
 
 class MigrationPhase(_MigrationPhase, metaclass=_MigrationPhaseEnumTypeWrapper):
     """Phase of a migration. docs/design/handover.md has the diagram."""
@@ -116,6 +124,14 @@ MIGRATION_PHASE_NEEDS_ATTENTION: MigrationPhase.ValueType  # 19
 """Past the decision and stuck: a person must look. `reason` says what is known. Not terminal."""
 MIGRATION_PHASE_LOST: MigrationPhase.ValueType  # 20
 """The guest's memory is gone, by proof or by an operator's word. Terminal."""
+MIGRATION_PHASE_GIVING_BACK: MigrationPhase.ValueType  # 21
+"""Decided, and the destination's VMM died before the guest was let run: the destination is being fenced, so that
+the store can give the guest back to its source.
+"""
+MIGRATION_PHASE_GIVEN_BACK: MigrationPhase.ValueType  # 22
+"""The store has given the guest back to its source. It is being resumed there under a fresh epoch."""
+MIGRATION_PHASE_RETURNED: MigrationPhase.ValueType  # 23
+"""Given back; the guest runs at its source. Terminal."""
 Global___MigrationPhase: _TypeAlias = MigrationPhase  # noqa: Y015
 
 @_typing.final
@@ -144,6 +160,7 @@ class Migration(_message.Message):
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    RETURN_EPOCH_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """Drawn by the orchestrator, 26 characters, sorts by time."""
     vm_id: _builtins.str
@@ -176,6 +193,8 @@ class Migration(_message.Message):
     """W3C trace context of the migration."""
     version: _builtins.int
     """Changes with every write; the version to watch from."""
+    return_epoch: _builtins.int
+    """The epoch under which the guest is given back to its source; 0 unless that was begun."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for. The orchestrator's clock."""
@@ -215,10 +234,11 @@ class Migration(_message.Message):
         cancel_requested: _builtins.bool = ...,
         traceparent: _builtins.str = ...,
         version: _builtins.int = ...,
+        return_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "pause_ns", b"pause_ns", "phase", b"phase", "progress", b"progress", "reason", b"reason", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "pause_ns", b"pause_ns", "phase", b"phase", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
