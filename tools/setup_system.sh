@@ -43,6 +43,7 @@ check_group() {
 		need_header stdlib.h libc6-dev
 		need_header linux/userfaultfd.h linux-libc-dev
 		need_header nghttp2/nghttp2.h libnghttp2-dev
+		need_header lz4.h liblz4-dev
 		need_header openssl/ssl.h libssl-dev
 		;;
 	guest)

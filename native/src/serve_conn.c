@@ -181,6 +181,7 @@ static void on_end(void *user, struct gw_grpc_call *call, int status, const char
 		conn->streams = stream->next;
 	if (stream->next)
 		stream->next->prev = stream->prev;
+	serve_lz4_free(&stream->lz4);
 	free(stream->wants);
 	free(stream);
 	/* A connection is idle from its last call on. */

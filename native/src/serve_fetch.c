@@ -11,6 +11,7 @@
  */
 #include "serve_internal.h"
 
+#include <godwit/page_lz4.h>
 #include <godwit/sys.h>
 
 #include <errno.h>
@@ -106,6 +107,9 @@ static void say_hello(struct serve_stream *stream, const struct gw_page_hello *h
 	stream->epoch = hello->epoch;
 	stream->lane = hello->lane;
 	stream->zero_run_max = hello->zero_run_max;
+	/* Without memory for it the stream goes on unpacked. */
+	if (hello->accepts_lz4 && hello->lane == GW_PAGE_LANE_BULK)
+		(void)serve_lz4_create(&stream->lz4);
 	stream->state = SERVE_READY_DUE;
 	touch_buffers(conn, hello->lane);
 }
@@ -264,7 +268,9 @@ static enum outcome send_pages(struct serve_stream *stream, struct gw_pages *pag
 	size_t head_len;
 	int err;
 
-	pages->crc32c = gw_pages_crc32c(pages);
+	/* Of what is packed it was taken before. */
+	if (pages->encoding != GW_PAGE_ENCODING_LZ4)
+		pages->crc32c = gw_pages_crc32c(pages);
 	head_len = gw_pages_encode_head(pages, head);
 	err = gw_grpc_call_send(stream->call, head, head_len, pages->data.data, pages->data.len,
 				buffer ? &buffer->cookie : NULL);
@@ -277,7 +283,7 @@ static enum outcome send_pages(struct serve_stream *stream, struct gw_pages *pag
 	/* A run of zeros may go on beyond its want, which is answered then. */
 	if (stream->want_done_len > stream->wants[stream->want_first].len)
 		stream->want_done_len = stream->wants[stream->want_first].len;
-	stream->queued_len += pages->data.len;
+	stream->queued_len += buffer ? pages->len : 0;
 	serve_count(&counters->sent_bytes_total, pages->data.len);
 	if (!buffer)
 		serve_count(&counters->zero_page_total, page_count);
@@ -340,18 +346,47 @@ static struct serve_buffer *reserve(struct serve_conn *conn, size_t len)
 	return NULL;
 }
 
+/* RAW or, where it pays, LZ4: then the packed bytes take the place of the plain ones in the buffer. */
+static void encode(struct serve_stream *stream, bool packing, uint8_t *data, struct gw_pages *pages)
+{
+	size_t packed_len = 0;
+
+	pages->encoding = GW_PAGE_ENCODING_RAW;
+	pages->data = (struct gw_wire_bytes){.data = data, .len = pages->len};
+	if (packing)
+		packed_len =
+			gw_page_lz4_pack(stream->lz4.state, data, pages->len, stream->lz4.packed);
+	if (packed_len == 0)
+		return;
+	pages->encoding = GW_PAGE_ENCODING_LZ4;
+	pages->crc32c = gw_pages_crc32c(pages);
+	memcpy(data, stream->lz4.packed, packed_len);
+	pages->data.len = packed_len;
+}
+
+/* True if the rest of this want or another one is still to be answered. */
+static bool is_waited_for(const struct serve_stream *stream)
+{
+	return stream->want_count > 1 ||
+	       stream->want_done_len < stream->wants[stream->want_first].len;
+}
+
 /* Read [offset, offset + len) and queue it, zeros apart. */
 static enum outcome send_data(struct serve_stream *stream, const struct gw_image *image,
 			      uint64_t offset, size_t len)
 {
 	struct serve_buffer *buffer = reserve(stream->conn, len);
 	enum outcome outcome = QUEUED;
+	bool packing = false;
+	size_t plain_len = 0;
 	uint8_t *data;
 	size_t at = 0;
 	bool zero;
 
 	if (!buffer)
 		return BLOCKED;
+	if (stream->lz4.state)
+		packing = serve_lz4_begin(&stream->lz4, gw_sys_now_ns());
 	data = buffer->data + buffer->used_len;
 	if (gw_image_read(image, offset, data, len)) {
 		serve_stream_end(stream, GW_GRPC_DATA_LOSS,
@@ -365,12 +400,14 @@ static enum outcome send_data(struct serve_stream *stream, const struct gw_image
 		struct gw_pages pages = pages_of(image, offset + at, piece);
 
 		if (!zero) {
-			pages.encoding = GW_PAGE_ENCODING_RAW;
-			pages.data = (struct gw_wire_bytes){.data = data + at, .len = piece};
+			encode(stream, packing, data + at, &pages);
+			plain_len += piece;
 		}
 		outcome = send_pages(stream, &pages, zero ? NULL : buffer);
 		at += piece;
 	}
+	if (stream->lz4.state)
+		serve_lz4_end(&stream->lz4, plain_len, is_waited_for(stream));
 	if (buffer->unsent_count > 0)
 		buffer->used_len += len;
 	return outcome;

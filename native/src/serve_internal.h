@@ -22,6 +22,8 @@
 #include <godwit/image.h>
 #include <godwit/serve.h>
 
+#include "serve_lz4.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -149,6 +151,7 @@ struct serve_stream {
 	size_t want_first;
 	size_t want_count;
 	uint64_t want_done_len;
+	struct serve_lz4 lz4;
 	size_t queued_len; /* page bytes in this turn */
 	/* DescribeImage: what was asked for. */
 	bool asked;

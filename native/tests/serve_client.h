@@ -14,6 +14,7 @@
 #include "check.h"
 
 #include <godwit/grpc.h>
+#include <godwit/page_lz4.h>
 #include <godwit/page_wire.h>
 #include <godwit/sys.h>
 
@@ -29,6 +30,8 @@ struct client {
 	int status; /* of the last call that ended; -1 = none has */
 	char text[GW_GRPC_STATUS_TEXT_LEN_MAX];
 	size_t end_count, ready_count, pages_count, heartbeat_count, raw_count, zero_count;
+	size_t lz4_count;
+	uint64_t received_len; /* bytes of data, as on the wire */
 	uint64_t answered_len;
 	uint64_t next_offset; /* where the next pages must begin */
 	struct gw_pages last;
@@ -40,6 +43,7 @@ struct client {
 	void *user;
 	bool in_order;	/* check next_offset */
 	bool read_only; /* send no heartbeats: the default */
+	uint8_t plain[128 * 1024];
 };
 
 static inline void client_message(void *user, struct gw_grpc_call *call, const uint8_t *data,
@@ -66,13 +70,22 @@ static inline void client_message(void *user, struct gw_grpc_call *call, const u
 		break;
 	case GW_FETCH_RESPONSE_PAGES:
 		CHECK_EQ(client->ready_count, 1);
+		client->received_len += response.pages.data.len;
+		if (response.pages.encoding == GW_PAGE_ENCODING_LZ4) {
+			CHECK_EQ(gw_page_lz4_unpack(&response.pages, client->plain,
+						    sizeof(client->plain), &response.pages),
+				 0);
+			client->lz4_count++;
+		}
 		CHECK_EQ(gw_pages_crc32c(&response.pages), response.pages.crc32c);
 		if (client->in_order)
 			CHECK_EQ(response.pages.offset, client->next_offset);
 		client->next_offset = response.pages.offset + response.pages.len;
 		client->answered_len += response.pages.len;
 		client->pages_count++;
-		if (response.pages.encoding == GW_PAGE_ENCODING_RAW) {
+		if (response.pages.encoding == GW_PAGE_ENCODING_LZ4) {
+			CHECK_EQ(response.pages.data.len, response.pages.len);
+		} else if (response.pages.encoding == GW_PAGE_ENCODING_RAW) {
 			CHECK_EQ(response.pages.data.len, response.pages.len);
 			client->raw_count++;
 		} else {

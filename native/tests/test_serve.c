@@ -5,6 +5,8 @@
  */
 #include "serve_client.h"
 
+#include "serve_lz4.h"
+
 #include <godwit/serve.h>
 
 #include <pthread.h>
@@ -305,6 +307,50 @@ static void a_run_of_zeros_is_one_message(void)
 	client_close(&client);
 	CHECK_EQ(blocks_of(fd), PAGE / 512);
 	close(fd);
+	tear_down(&fixture);
+}
+
+/* The whole image `repeat` times; what the stream has packed of it must be the same memory. */
+static void read_with_lz4(struct client *client, uint32_t port, enum gw_page_lane lane,
+			  size_t repeat)
+{
+	const struct gw_fetch_request hello = {.kind = GW_FETCH_REQUEST_HELLO,
+					       .hello = {.session_id = client_string("s"),
+							 .image_id = client_string("img"),
+							 .epoch = 6,
+							 .lane = lane,
+							 .accepts_lz4 = true}};
+
+	client_open(client, port, 4u << 20);
+	client->on_pages = check_content;
+	client_call(client, GW_PAGE_PATH_FETCH);
+	client_send(client, &hello);
+	for (size_t i = 0; i < repeat; i++) {
+		for (uint64_t at = 0; at < IMAGE_LEN; at += MIB)
+			client_want(client, at, MIB, 2);
+	}
+	CHECK_EQ(gw_grpc_call_half_close(client->call), 0);
+	client_expect_end(client, GW_GRPC_OK, "");
+	CHECK_EQ(client->answered_len, repeat * IMAGE_LEN);
+}
+
+/* Only who says so, only on bulk, and only in the second half of a trial, unless it has won that. */
+static void what_is_packed_is_the_same_memory(void)
+{
+	const size_t trials = 4 * SERVE_LZ4_TRIAL_LEN / IMAGE_LEN + 1;
+	struct fixture fixture;
+	struct client client;
+
+	set_up(&fixture, 0);
+	read_with_lz4(&client, fixture.port, GW_PAGE_LANE_BULK, trials);
+	CHECK(client.lz4_count > 0);
+	CHECK(client.raw_count > 0);
+	CHECK(client.received_len < client.answered_len);
+	CHECK_EQ(stats_of(&fixture).sent_bytes_total, client.received_len);
+	client_close(&client);
+	read_with_lz4(&client, fixture.port, GW_PAGE_LANE_DEMAND, trials);
+	CHECK_EQ(client.lz4_count, 0);
+	client_close(&client);
 	tear_down(&fixture);
 }
 
@@ -915,6 +961,7 @@ int main(void)
 	RUN(every_page_is_served_as_it_is);
 	RUN(zeros_are_told_apart);
 	RUN(a_run_of_zeros_is_one_message);
+	RUN(what_is_packed_is_the_same_memory);
 	RUN(each_wrong_request_ends_with_its_status);
 	RUN(what_was_asked_before_an_error_is_answered);
 	RUN(describe_tells_the_record_and_where_data_is);
