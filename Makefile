@@ -22,7 +22,7 @@ cmake_build = mkdir -p build && exec 9>build/$(1).lock && flock 9 && \
 help: ## list the targets
 	@echo 'godwit: post-copy live migration of virtual machines'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  ARGS="..." is passed on by demo and test: make demo ARGS="--memory 1G --json"'
 
@@ -106,6 +106,18 @@ soak-moves: setup ## move a microvm 200 times in a row on each fault backend, ch
 .PHONY: chaos
 chaos: setup ## N=300 moves with a random fault in each; SEED=... runs one again
 	@$(PY) -m tests.chaos -n $(or $(N),300) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+.PHONY: test-network
+test-network: setup ## moves under every fault of the network, the long ones: half an hour
+	@$(PY) -m pytest -m long tests/fault $(ARGS)
+
+.PHONY: soak-cuts
+soak-cuts: setup ## cut the network 40 times in post-copy, and time what comes after
+	@$(PY) -m tests.soak.cuts $(ARGS)
+
+.PHONY: soak-never-two
+soak-never-two: system-guest setup ## cut the network 50 times around the decision: never two guests
+	@$(PY) -m tests.soak.never_two $(ARGS)
 
 .PHONY: lint
 lint: system-lint setup ## every static check, and that generated code is what its sources give

@@ -18,6 +18,7 @@ some node, all parts running and no hook ordered (`settle`). Points to hold, fai
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -26,10 +27,11 @@ from pathlib import Path
 
 import pytest
 from godwit.client import AsyncClient
+from godwit.errors import GodwitClientError
 from godwit.models import Migration, MigrationPhase
 
 from services.demo import guest_image
-from services.demo.cluster import running_cluster
+from services.demo.cluster import Cluster, running_cluster
 from services.demo.console import ConsoleFollower
 from services.demo.errors import KernelUnavailableError, ToolMissingError
 from services.demo.live_guest import LiveGuest, make_spec
@@ -68,18 +70,42 @@ async def small_guest(
 
     With a disk; with a network card where this machine lets us make one (`guest.setup.net`).
     """
+    await asyncio.to_thread(small_image)  # a skip, before anything is started
+    async with (
+        running_cluster(directory / "cluster", environment=environment, hooked=True) as cluster,
+        AsyncClient(cluster.rest_url) as client,
+        small_guest_on(
+            cluster,
+            client,
+            disk=directory / "disk.raw",
+            memory_mib=memory_mib,
+            workload_mib=workload_mib,
+            dirty_rate=dirty_rate,
+            vcpus=vcpus,
+        ) as guest,
+    ):
+        yield guest
+
+
+@asynccontextmanager
+async def small_guest_on(
+    cluster: Cluster,
+    client: AsyncClient,
+    *,
+    disk: Path,
+    memory_mib: int = MEMORY_MIB,
+    workload_mib: int = WORKLOAD_MIB,
+    dirty_rate: int = 1000,
+    vcpus: int = 1,
+) -> AsyncIterator[LiveGuest]:
+    """The same on node a of a cluster that is there; `disk` is made. At the end it is stopped."""
     image = await asyncio.to_thread(small_image)
     async with AsyncExitStack() as stack:
         network: Network | None = None
         if missing("tap") is None and missing("netns") is None:
             network = stack.enter_context(demo_network())
-        disk = directory / "disk.raw"
         guest_image.make_disk(disk)
         stack.callback(disk.unlink)
-        cluster = await stack.enter_async_context(
-            running_cluster(directory / "cluster", environment=environment, hooked=True)
-        )
-        client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
         follower = await stack.enter_async_context(ConsoleFollower())
         workload = guest_image.Workload(
             mib=workload_mib,
@@ -111,8 +137,12 @@ async def small_guest(
             client=client,
             follower=follower,
         )
-        await guest.wait_filled()
-        yield guest
+        try:
+            await guest.wait_filled()
+            yield guest
+        finally:
+            with contextlib.suppress(GodwitClientError):
+                await client.stop_vm(VM_ID)
 
 
 async def node_of(guest: LiveGuest) -> str:

@@ -381,6 +381,108 @@ async def test_taken_port_says_so() -> None:
     assert str(running.address) in caught.value.message
 
 
+class Beaten:
+    """A bare server: one call that waits for `enough` heartbeats; Check as a stock server's."""
+
+    def __init__(self, *, has_health: bool = True) -> None:
+        self.beats = 0
+        self.enough = asyncio.Event()
+        self.has_health = has_health
+
+    async def check(self, _request: object, context: grpc_server.Context) -> object:
+        self.beats += 1
+        if self.beats >= 3:
+            self.enough.set()
+        if not self.has_health:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such service")
+        return health_pb2.HealthCheckResponse()
+
+    async def unary(self, request: agent.DescribeRequest, _context: object) -> object:
+        await self.enough.wait()
+        return request
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[Stub]:
+        server = grpc.aio.server()
+        check = grpc.unary_unary_rpc_method_handler(
+            self.check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        unary = grpc.unary_unary_rpc_method_handler(
+            self.unary,
+            request_deserializer=agent.DescribeRequest.FromString,
+            response_serializer=agent.DescribeRequest.SerializeToString,
+        )
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check}),
+                grpc.method_handlers_generic_handler(SHAPES, {"Unary": unary}),
+            )
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc_client.open_channel(f"127.0.0.1:{port}") as channel:
+                yield Stub(channel)
+        finally:
+            await server.stop(None)
+
+
+@pytest.mark.parametrize("has_health", [True, False])
+async def test_a_call_that_lasts_carries_heartbeats(
+    monkeypatch: pytest.MonkeyPatch, has_health: bool
+) -> None:
+    """Bytes on their way, so that a peer behind a cut is noticed; refused, they serve as well."""
+    monkeypatch.setattr(grpc_client, "HEARTBEAT_S", 0.02)
+    beaten = Beaten(has_health=has_health)
+    async with beaten.serving() as stub:
+        request = agent.DescribeRequest(vm_id="a")
+        answer = await grpc_client.call(stub.channel, stub.unary, request, timeout_s=30)
+        await grpc_client.beat(stub.channel, timeout_s=30)
+    assert answer == request
+    assert beaten.beats >= 3
+
+
+async def test_a_cancelled_call_is_cancelled_at_the_peer_too() -> None:
+    async with shapes_pair() as (shapes, stub, _):
+        request = agent.DescribeRequest(vm_id="hang")
+        calling = asyncio.ensure_future(
+            grpc_client.call(stub.channel, stub.unary, request, timeout_s=30)
+        )
+        await shapes.entered.wait()
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+
+async def test_a_beat_needs_somebody() -> None:
+    async with grpc_client.open_channel("127.0.0.1:1") as channel:
+        with pytest.raises(grpc_client.NotExecutedError):
+            await grpc_client.beat(channel, timeout_s=0.3)
+
+
+async def test_a_stream_that_falls_silent_is_given_up() -> None:
+    """As unanswered: whoever reads it asks for evidence and begins again."""
+    async with shapes_pair() as (shapes, stub, _):
+        shapes.answer_count = 2
+        request, got = agent.DescribeRequest(vm_id="hang"), []
+        answers = grpc_client.stream(
+            stub.channel, stub.out, request, silence_s_max=1.0, peer="node b"
+        )
+
+        async def read() -> None:
+            async for answer in answers:
+                got.append(answer.vm_id)  # noqa: PERF401 - what came before the silence counts
+
+        with pytest.raises(errors.UnavailableError) as caught:
+            await read()
+        assert got == ["0", "1"]
+        assert caught.value.reason == "PEER_SILENT"
+        assert grpc_client.outcome_unknown(caught.value)
+        await asyncio.wait_for(shapes.closed.wait(), 30)
+
+
 def test_our_pings_are_tolerated_by_our_servers() -> None:
     """Else the server hangs up with too_many_pings in the middle of a progress stream."""
     client, server = dict(grpc_client.OPTIONS), dict(grpc_server.OPTIONS)
