@@ -30,8 +30,6 @@ pytestmark = [
 WAIT_S = 120.0
 BULK = 4 << 20
 """Bytes a second of the bulk lane: so that memory is still on its way when the fault comes."""
-SILENCE_S = 3.0
-"""How long a peer may be silent before the move says so."""
 
 Fault = Callable[[LinkedCluster], Awaitable[object]]
 

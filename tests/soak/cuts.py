@@ -2,11 +2,15 @@
 """Cut the network between the nodes again and again in post-copy, and time what comes after.
 
     python -m tests.soak.cuts --cuts 40 [--cut-s 0.7 5] [--delay-ms 0.2] [--ways both|a|b|all]
+    python -m tests.soak.cuts --cuts 20 --decision
 
 A microvm of one vCPU moves from a to b; its memory is kept away by a limit on the bulk lane. Each
 cut lasts for a random time of --cut-s, and until the guest is known to wait for a page. Timed: from
 the link's return until the vCPU goes on, which is the first outstanding fault served, and from the
 cut until the migration says that the link is lost. A move that is over is followed by another one.
+
+With --decision the orchestrator is cut off instead, once in each move, between its decision and the
+first word of it to the nodes: the guest stands still. Timed: from the return until it runs.
 
 Progress goes to stderr; the last line of stdout is a JSON object. Exit status 1 unless every page
 was verified and no heartbeat was lost or doubled.
@@ -147,6 +151,45 @@ async def _move(
     await guest.look()
 
 
+async def _decide(
+    linked: LinkedCluster,
+    guest: MicrovmGuest,
+    args: argparse.Namespace,
+    course: Course,
+    choose: random.Random,
+) -> None:
+    """A move whose orchestrator is cut off at the decision."""
+
+    async def on_step(_: Migration) -> bool:
+        return False
+
+    other, hooks = "b" if guest.node == "a" else "a", linked.cluster.orchestrator.hooks
+    hooks.hold("orchestrator.decision.after")
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(guest.move(other, on_step=on_step))
+        await hooks.reached("orchestrator.decision.after")
+        await linked.net.cut_off("o")
+        hooks.release("orchestrator.decision.after")
+        length_s = choose.uniform(*args.cut_s)
+        async with guest.control(other) as control:
+            await asyncio.sleep(length_s)  # the fault itself, not a synchronisation
+            assert (await control.ask("hello"))["state"] == "paused"
+            healed = await linked.net.rejoin("o") / 1e9
+            while (await control.ask("hello"))["state"] != "running":  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+            course.served.append((time.monotonic() - healed) * 1000)
+        last = await moving
+    course.long += length_s > 4
+    print(
+        f"cut {len(course.served)}: {length_s:.1f} s, runs after {course.served[-1]:.0f} ms",
+        file=sys.stderr,
+        flush=True,
+    )
+    course.moves.append(last)
+    course.trouble = why_not_succeeded(last)
+    await guest.look()
+
+
 def _quantiles(values: list[float]) -> dict[str, Any]:
     if not values:
         return {"n": 0}
@@ -174,7 +217,8 @@ async def _main(args: argparse.Namespace) -> int:
         )
         await guest.look()
         while len(course.served) < args.cuts and not course.trouble:
-            await _move(linked, guest, args, course, choose)
+            one = _decide if args.decision else _move
+            await one(linked, guest, args, course, choose)
         setup = MicrovmSetup(
             vmm="",
             guest="",
@@ -190,7 +234,7 @@ async def _main(args: argparse.Namespace) -> int:
             {
                 "cuts": len(course.served),
                 "cut_s": args.cut_s,
-                "ways": args.ways,
+                "of": "orchestrator" if args.decision else args.ways,
                 "round_trip_ms": 2 * args.delay_ms,
                 "longer_than_4_s": course.long,
                 "moves": len(course.moves),
@@ -213,6 +257,7 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=40)
     parser.add_argument("--cut-s", type=float, nargs=2, default=[0.3, 6.0], metavar=("MIN", "MAX"))
     parser.add_argument("--ways", choices=["both", "a", "b", "all"], default="all")
+    parser.add_argument("--decision", action="store_true")
     parser.add_argument("--delay-ms", type=float, default=0.25, help="of the link, one way")
     parser.add_argument("--memory-mib", type=int, default=256)
     parser.add_argument("--bulk-kib", type=int, default=512, help="a second, of the bulk lane")
