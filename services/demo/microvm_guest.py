@@ -131,7 +131,12 @@ class MicrovmGuest:
         return stay
 
     async def move(
-        self, destination: str, *, on_step: OnStep, bulk_bytes_per_s_max: int = 0
+        self,
+        destination: str,
+        *,
+        on_step: OnStep,
+        bulk_bytes_per_s_max: int = 0,
+        timeout_s: float = moves.MOVE_S_MAX,
     ) -> Migration:
         """Ask for a move and follow it to its end.
 
@@ -146,6 +151,7 @@ class MicrovmGuest:
             destination,
             on_step=on_step,
             bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+            timeout_s=timeout_s,
         )
         if last.phase == MigrationPhase.SUCCEEDED:
             self.node = destination

@@ -26,6 +26,7 @@ async def move(
     *,
     on_step: OnStep,
     bulk_bytes_per_s_max: int = 0,
+    timeout_s: float = MOVE_S_MAX,
 ) -> Migration:
     """The last that was seen of it, whether it succeeded or not.
 
@@ -36,7 +37,7 @@ async def move(
     last = await client.migrate(vm_id, destination, bulk_bytes_per_s_max=bulk_bytes_per_s_max)
     try:
         async with (
-            asyncio.timeout(MOVE_S_MAX),
+            asyncio.timeout(timeout_s),
             aclosing(client.watch(last.migration_id)) as steps,
         ):
             async for last in steps:
@@ -44,7 +45,7 @@ async def move(
                     break
     except TimeoutError:
         raise DeadlineExceededError(
-            "MOVE_STALLED", f"{last.migration_id} is {last.phase} after {MOVE_S_MAX:g} s"
+            "MOVE_STALLED", f"{last.migration_id} is {last.phase} after {timeout_s:g} s"
         ) from None
     return last
 

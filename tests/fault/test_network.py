@@ -98,7 +98,14 @@ async def _post_copy_under(traveller: Traveller, trouble: Trouble) -> None:
 
     before = await _lost_count(linked, trouble.links)
     async with asyncio.TaskGroup() as group:
-        moving = group.create_task(guest.move("b", on_step=on_step, bulk_bytes_per_s_max=BULK))
+        moving = group.create_task(
+            guest.move(
+                "b",
+                on_step=on_step,
+                bulk_bytes_per_s_max=BULK,
+                timeout_s=trouble.length_s + 3 * WAIT_S,
+            )
+        )
         async with asyncio.timeout(WAIT_S):
             await running.wait()
         await trouble.begin(linked)
