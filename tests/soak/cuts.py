@@ -42,6 +42,7 @@ from tests.harness.linked_cluster import LinkedCluster, linked_cluster
 MIB = 1 << 20
 BLOCKED_S = 0.1
 """A guest that touches a page each millisecond and has not for so long waits for one."""
+MOVE_S_MAX = 3600.0
 PAUSE_S = 0.4
 """Between cuts."""
 LOST = (MigrationPhase.POSTCOPY_PAUSED, MigrationPhase.RECOVERING)
@@ -136,7 +137,12 @@ async def _move(
     other = "b" if guest.node == "a" else "a"
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(
-            guest.move(other, on_step=on_step, bulk_bytes_per_s_max=args.bulk_kib << 10)
+            guest.move(
+                other,
+                on_step=on_step,
+                bulk_bytes_per_s_max=args.bulk_kib << 10,
+                timeout_s=MOVE_S_MAX,
+            )
         )
         await started.wait()
         async with guest.control(other) as control:
