@@ -6,6 +6,13 @@
  *            install, which it is itself the one to read.
  * Errors, Ownership, Units: see arrival_internal.h.
  * Source     DESIGN 3.1 and 3.3.
+ *
+ * While faults are hot it looks instead of sleeping, and gives the core to whoever wants it at
+ * each turn: to be woken on an idle core costs more than all the rest of a fault in a
+ * virtual machine (50 us against 35). For how long is learnt from how long the last waits took: twice as
+ * long after one that looking would have caught, half as long after any other, 100 us at most.
+ * So a guest that faults every now and then costs nothing, and one that faults all the time at
+ * most the core that it would have used.
  */
 #include "arrival_internal.h"
 
@@ -17,7 +24,8 @@
 
 enum { TAG_UFFD, TAG_WAKE, TAG_LINK, TAG_DOORBELL };
 
-#define EVENT_COUNT_MAX (GW_ARRIVAL_UFFD_COUNT_MAX + 3)
+#define EVENT_COUNT_MAX	    (GW_ARRIVAL_UFFD_COUNT_MAX + 3)
+#define SPIN_UFFD_COUNT_MAX 2U /* each is a call a look; with more epoll asks them all at once */
 
 static int on_again(void *user)
 {
@@ -175,7 +183,8 @@ static int timeout_ms(uint64_t due_ns, uint64_t now_ns)
 }
 
 /* Sleep, or look only, if something is due or a vCPU has posted. */
-static int wait_events(struct arrival_demand *demand, struct epoll_event *ret_events, int timeout)
+static int sleep_for_events(struct arrival_demand *demand, struct epoll_event *ret_events,
+			    int timeout)
 {
 	struct gw_exits *const exits = demand->arrival->exits;
 
@@ -188,6 +197,69 @@ static int wait_events(struct arrival_demand *demand, struct epoll_event *ret_ev
 	return count;
 }
 
+/*
+ * One look, without epoll: one call less, and what there is has been taken already. A fault, an
+ * exit, or bytes on the link? Whatever else epoll watches can wait as long as the looking does.
+ */
+static bool look(struct arrival_demand *demand, uint64_t now_ns)
+{
+	struct arrival_link *const link = &demand->link;
+
+	if (atomic_load_explicit(&demand->faults.count, memory_order_relaxed) > 0) {
+		link_on_event(link, EPOLLIN, now_ns);
+		if (!link->conn || gw_grpc_received_ns(link->conn) == now_ns)
+			return true;
+	}
+	demand_read_events(demand);
+	return demand->event_count > 0 || demand_handle_exits(demand);
+}
+
+/* May looking pay? Not if epoll has to say when the socket takes more. */
+static bool may_spin(const struct arrival_demand *demand, uint64_t due_ns, uint64_t now_ns)
+{
+	return demand->spin_ns > 0 && due_ns > now_ns && demand->link.up &&
+	       demand->arrival->uffd_count <= SPIN_UFFD_COUNT_MAX &&
+	       arrival_is_fetching(demand->arrival) && !gw_grpc_wants_write(demand->link.conn);
+}
+
+static bool spin(struct arrival_demand *demand, uint64_t due_ns, uint64_t begin_ns)
+{
+	const uint64_t spin_end_ns = begin_ns + demand->spin_ns;
+	const uint64_t end_ns = spin_end_ns < due_ns ? spin_end_ns : due_ns;
+
+	uint64_t now_ns;
+
+	do {
+		/* First: whoever we have just given work may need this core for it. */
+		(void)sched_yield();
+		now_ns = gw_sys_now_ns();
+		if (look(demand, now_ns))
+			return true;
+	} while (now_ns < end_ns);
+	return false;
+}
+
+/* A wait took so long: how long to look at the next. */
+static void learn_spin(struct arrival_demand *demand, uint64_t waited_ns)
+{
+	if (waited_ns > ARRIVAL_SPIN_NS_MAX)
+		demand->spin_ns = demand->spin_ns / 2 >= ARRIVAL_SPIN_NS_MIN ? demand->spin_ns / 2
+									     : 0;
+	else if (demand->spin_ns == 0)
+		demand->spin_ns = ARRIVAL_SPIN_NS_MIN;
+	else if (demand->spin_ns < ARRIVAL_SPIN_NS_MAX)
+		demand->spin_ns *= 2;
+}
+
+/* Look, then sleep. Returns how many events epoll has; 0 also if looking has found something. */
+static int wait_events(struct arrival_demand *demand, struct epoll_event *ret_events,
+		       uint64_t due_ns, uint64_t now_ns)
+{
+	if (may_spin(demand, due_ns, now_ns) && spin(demand, due_ns, now_ns))
+		return 0;
+	return sleep_for_events(demand, ret_events, timeout_ms(due_ns, now_ns));
+}
+
 void *demand_main(void *argument)
 {
 	struct arrival_demand *const demand = argument;
@@ -198,10 +270,12 @@ void *demand_main(void *argument)
 	while (!atomic_load(&arrival->stopping)) {
 		struct epoll_event events[EVENT_COUNT_MAX];
 		uint32_t link_events = 0;
-		const int count = wait_events(demand, events, timeout_ms(due_ns, now_ns));
+		const uint64_t begin_ns = now_ns;
+		const int count = wait_events(demand, events, due_ns, now_ns);
 		bool faulted = false;
 
 		now_ns = gw_sys_now_ns();
+		learn_spin(demand, now_ns - begin_ns);
 		for (int i = 0; i < count; i++) {
 			if (events[i].data.u32 == TAG_UFFD)
 				faulted = true;
@@ -215,7 +289,7 @@ void *demand_main(void *argument)
 		demand_take_settled(demand);
 		/* Wants first: the network works on them while we install what has come. */
 		demand_handle_events(demand);
-		demand_handle_exits(demand);
+		(void)demand_handle_exits(demand);
 		demand_send_faults(demand, now_ns);
 		link_flush(&demand->link, now_ns);
 		if (link_events)

@@ -402,23 +402,26 @@ void demand_handle_events(struct arrival_demand *demand)
 	}
 }
 
-void demand_handle_exits(struct arrival_demand *demand)
+bool demand_handle_exits(struct arrival_demand *demand)
 {
 	struct gw_arrival *const arrival = demand->arrival;
 	struct gw_exit_request requests[ARRIVAL_READ_COUNT];
 	uint32_t count;
+	bool found = false;
 
 	if (!arrival->exits)
-		return;
+		return false;
 	do {
 		const uint64_t now_ns = gw_sys_now_ns();
 
 		count = gw_exits_take(arrival->exits, requests, ARRIVAL_READ_COUNT);
 		for (uint32_t i = 0; i < count; i++)
 			handle_fault(demand, requests[i].page, FAULT_EXIT, now_ns);
+		found = found || count > 0;
 		/* A VMM that posts for ever must not keep the pages from coming. */
 	} while (count == ARRIVAL_READ_COUNT &&
 		 table_count(&demand->faults) < ARRIVAL_FAULT_COUNT_MAX);
+	return found;
 }
 
 void demand_answered(struct arrival_demand *demand, uint64_t first, uint64_t count)

@@ -65,6 +65,8 @@
 #define ARRIVAL_TRACEPARENT_LEN_MAX 255
 #define ARRIVAL_HOST_LEN_MAX	    63
 #define ARRIVAL_WAIT_MS_MAX	    1000
+#define ARRIVAL_SPIN_NS_MIN	    UINT64_C(12500)
+#define ARRIVAL_SPIN_NS_MAX	    UINT64_C(100000)
 #define ARRIVAL_WANT_COUNT_MAX	    8192U /* of a demand link: a 2 MiB page is two wants */
 
 struct gw_arrival;
@@ -180,6 +182,7 @@ struct arrival_demand {
 	struct removal removals[ARRIVAL_REMOVAL_COUNT_MAX];
 	uint32_t removal_count;
 	bool phase_untold; /* the eventfd could not be written */
+	uint64_t spin_ns; /* how long it looks before it sleeps; 0 = not */
 };
 
 /* A page that somebody waited for, and bulk has brought. */
@@ -315,8 +318,8 @@ void link_set_up(struct arrival_link *link);
 void link_on_message(struct arrival_link *link, const uint8_t *data, size_t len);
 
 /* arrival_fault.c */
-/* Take what vCPUs have posted, and see to it that their pages come. */
-void demand_handle_exits(struct arrival_demand *demand);
+/* Take what vCPUs have posted, and see to it that their pages come. True if there was anything. */
+bool demand_handle_exits(struct arrival_demand *demand);
 /* Read what there is into the ring; removals are acted on at once. */
 void demand_read_events(struct arrival_demand *demand);
 void demand_handle_events(struct arrival_demand *demand);

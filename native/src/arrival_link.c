@@ -438,7 +438,8 @@ uint64_t link_on_time(struct arrival_link *link, uint64_t now_ns)
 		link_close(link, LINK_DAMAGED, now_ns);
 		return link->retry_ns;
 	}
-	if (link->up && now_ns - link->sent_ns >= ARRIVAL_HEARTBEAT_NS)
+	/* A fault is stamped when it is read, which may be after this turn's now. */
+	if (link->up && now_ns >= link->sent_ns + ARRIVAL_HEARTBEAT_NS)
 		send_heartbeat(link, now_ns);
 	if (!link->conn)
 		return link->retry_ns;
