@@ -6,9 +6,13 @@
  * Errors, Ownership, Units: see arrival_internal.h.
  * Source     DESIGN 3.3.
  *
- * It yields: while a fault waits, it asks for little and seldom (64 KiB a millisecond), so that the
- * page server, the network and both hosts' cores are the fault's; and not nothing, as a guest that faults
- * without a break would never be whole otherwise.
+ * The gate. While faults are hot, which is while one waits and ARRIVAL_GATE_NS after the last, so that a
+ * guest that faults again at once does not find the pipes full, each link has one step of
+ * ARRIVAL_BULK_STEP_LEN on its way and no more: that is all that a fault can queue behind in the
+ * network, the page server or on a core. Not nothing: a guest that faults without a break would
+ * never be whole. When they cool down the window opens by doubling, to ARRIVAL_BULK_WINDOW_BYTES, and a fault
+ * shuts it at once. Beside bulk without a limit on two cores a fault takes 1.35 times as long as without
+ * any (p50), at 128 MiB/s and link; 3.9 times if each step is asked for as soon as the last has come.
  */
 #include "arrival_internal.h"
 
@@ -102,6 +106,8 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 	const uint32_t waited_count = find_waited(bulk, first, count, waited);
 	int outcome;
 
+	if (bulk->window_len < ARRIVAL_BULK_WINDOW_BYTES)
+		bulk->window_len *= 2;
 	if (data) {
 		outcome = gw_install_run(&arrival->install, first, count, data, &bulk->again);
 	} else {
@@ -125,9 +131,23 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 		arrival_wake_demand(arrival);
 }
 
+static void on_zeros_beyond(void *owner, uint64_t first, uint64_t count)
+{
+	struct arrival_bulk *const bulk = owner;
+	struct gw_arrival *const arrival = bulk->arrival;
+	const int outcome = gw_install_zeros_beyond(&arrival->install, first, count, &bulk->again);
+
+	/* What was not settled is as it was, and is asked for in its turn. */
+	if (outcome != GW_INSTALL_DONE)
+		arrival_on_outcome(arrival, outcome);
+	if (gw_bitmap_absent_count(gw_page_map_bitmap(arrival->map)) == 0)
+		arrival_wake_demand(arrival);
+}
+
 static const struct link_handler handler = {
 	.on_up = on_up,
 	.on_pages = on_pages,
+	.on_zeros_beyond = on_zeros_beyond,
 	.on_down = on_down,
 };
 
@@ -135,6 +155,7 @@ int bulk_init(struct arrival_bulk *bulk, struct gw_arrival *arrival, uint32_t in
 {
 	bulk->arrival = arrival;
 	bulk->again = (struct gw_install_again){.on_again = on_again, .user = bulk};
+	bulk->window_len = ARRIVAL_BULK_STEP_LEN;
 	bulk->wake_fd = -1;
 	bulk->epoll_fd = gw_sys_epoll_create();
 	if (bulk->epoll_fd < 0)
@@ -160,25 +181,47 @@ void bulk_fini(struct arrival_bulk *bulk)
 		(void)gw_sys_close(bulk->epoll_fd);
 }
 
-/* How much to ask for now; 0: nothing before *ret_wait_ns. */
+bool arrival_gate_is_closed(struct gw_arrival *arrival, uint64_t now_ns, uint64_t *ret_until_ns)
+{
+	const uint64_t until_ns =
+		atomic_load_explicit(&arrival->fault_ns, memory_order_relaxed) + ARRIVAL_GATE_NS;
+
+	if (atomic_load_explicit(&arrival->demand.faults.count, memory_order_relaxed) > 0)
+		*ret_until_ns = now_ns + ARRIVAL_GATE_NS;
+	else if (until_ns > now_ns)
+		*ret_until_ns = until_ns;
+	else
+		return false;
+	return true;
+}
+
+/* How much to ask for now; 0: nothing before *ret_due_ns, or before an answer. */
 static uint64_t allowance(struct arrival_bulk *bulk, uint64_t now_ns, uint64_t *ret_due_ns)
 {
 	struct gw_arrival *const arrival = bulk->arrival;
-	uint64_t len = bulk->link.want_len_max > arrival->page_size ? bulk->link.want_len_max
-								    : arrival->page_size;
+	const uint64_t page_size = arrival->page_size;
+	uint64_t len = bulk->link.want_len_max > page_size ? bulk->link.want_len_max : page_size;
+	uint64_t gate_ns = 0;
 
 	if (bulk->pause_ns > now_ns) {
 		*ret_due_ns = bulk->pause_ns;
 		return 0;
 	}
-	if (atomic_load_explicit(&arrival->demand.faults.count, memory_order_relaxed) > 0) {
-		if (now_ns - bulk->asked_ns < ARRIVAL_BULK_YIELD_NS) {
-			*ret_due_ns = bulk->asked_ns + ARRIVAL_BULK_YIELD_NS;
+	if (arrival_gate_is_closed(arrival, now_ns, &gate_ns)) {
+		bulk->window_len = ARRIVAL_BULK_STEP_LEN;
+		if (bulk->link.in_flight_bytes > 0) {
+			*ret_due_ns = gate_ns;
 			return 0;
 		}
-		len = ARRIVAL_BULK_YIELD_LEN > arrival->page_size ? ARRIVAL_BULK_YIELD_LEN
-								  : arrival->page_size;
+		if (now_ns < bulk->asked_ns + ARRIVAL_BULK_STEP_NS) {
+			*ret_due_ns = bulk->asked_ns + ARRIVAL_BULK_STEP_NS;
+			return 0;
+		}
 	}
+	if (bulk->link.in_flight_bytes >= bulk->window_len)
+		return 0;
+	if (len > bulk->window_len)
+		len = bulk->window_len > page_size ? bulk->window_len : page_size;
 	return rate_want_len(arrival, len);
 }
 
@@ -186,19 +229,21 @@ static uint64_t allowance(struct arrival_bulk *bulk, uint64_t now_ns, uint64_t *
  * Fill the window. Returns when there may be more to ask for.
  *
  * Just after the switch the guest needs its working set, a page after the other, and every page of
- * bulk takes a core from it: for ARRIVAL_NEAR_NS only the neighbours of faults are asked for.
+ * bulk takes a core from it: for ARRIVAL_NEAR_NS, while faults are hot, only their neighbours are asked for.
  */
 static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 {
 	struct gw_arrival *const arrival = bulk->arrival;
 	struct arrival_link *const link = &bulk->link;
 	const uint64_t full_ns = atomic_load(&arrival->bulk_full_ns);
-	const bool near_only = now_ns < full_ns;
-	uint64_t due_ns = near_only ? full_ns : UINT64_MAX;
+	uint64_t gate_ns = 0;
+	const bool near_only = now_ns < full_ns &&
+			       arrival_gate_is_closed(arrival, now_ns, &gate_ns);
+	uint64_t due_ns = near_only ? (gate_ns < full_ns ? gate_ns : full_ns) : UINT64_MAX;
 	bool found = true;
 
 	while (link->up && link->cause == LINK_UP && atomic_load(&arrival->bulk_started) &&
-	       arrival_is_fetching(arrival) && link->in_flight_bytes < ARRIVAL_BULK_WINDOW_BYTES) {
+	       arrival_is_fetching(arrival)) {
 		uint64_t first = 0;
 		uint64_t len = allowance(bulk, now_ns, &due_ns);
 

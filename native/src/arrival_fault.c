@@ -308,6 +308,7 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 		return false;
 	fault = table_add(&demand->faults, page, read_ns);
 	pick_hint(arrival, page);
+	atomic_store_explicit(&arrival->fault_ns, read_ns, memory_order_relaxed);
 	/* Later bulk is awake anyway, and a wake costs as much as a fault. */
 	if (read_ns < atomic_load_explicit(&arrival->bulk_full_ns, memory_order_relaxed))
 		arrival_wake_bulk(arrival);
@@ -428,6 +429,7 @@ void demand_answered(struct arrival_demand *demand, uint64_t first, uint64_t cou
 {
 	struct gw_arrival *const arrival = demand->arrival;
 
+	atomic_store_explicit(&arrival->fault_ns, gw_sys_now_ns(), memory_order_relaxed);
 	for (uint64_t page = first; page < first + count; page++) {
 		struct fault *const fault = table_find(&demand->faults, page);
 

@@ -55,8 +55,9 @@
 #define ARRIVAL_HINT_COUNT	    16U
 #define ARRIVAL_SETTLED_COUNT_MAX   256U
 #define ARRIVAL_BULK_WINDOW_BYTES   (UINT64_C(4) << 20)
-#define ARRIVAL_BULK_YIELD_NS	    UINT64_C(1000000)
-#define ARRIVAL_BULK_YIELD_LEN	    (UINT64_C(64) << 10)
+#define ARRIVAL_BULK_STEP_LEN	    (UINT64_C(128) << 10) /* while faults are hot, one at a time */
+#define ARRIVAL_BULK_STEP_NS	    UINT64_C(1000000)	  /* and from one to the next */
+#define ARRIVAL_GATE_NS		    UINT64_C(2000000)	  /* how long they stay so after the last */
 #define ARRIVAL_HINT_LEN	    (UINT64_C(256) << 10)
 #define ARRIVAL_NEAR_NS		    UINT64_C(100000000) /* how long bulk keeps to the faults at first */
 #define ARRIVAL_NEAR_LEN	    (UINT64_C(64) << 10) /* and how much it asks for at once */
@@ -85,6 +86,8 @@ struct link_handler {
 	void (*on_up)(void *owner);
 	/* Checked pages; data is NULL where they are zero. */
 	void (*on_pages)(void *owner, uint64_t first, uint64_t count, const uint8_t *data);
+	/* Zeros that nobody asked for, behind a want that was all zeros. Bulk alone. */
+	void (*on_zeros_beyond)(void *owner, uint64_t first, uint64_t count);
 	/* The link is down; its wants are still in wants[], and are forgotten afterwards. */
 	void (*on_down)(void *owner);
 };
@@ -131,6 +134,7 @@ struct arrival_link {
 		progress_ns; /* the last want answered, or the first one asked since none was due */
 	uint64_t heartbeat_sequence;
 	uint64_t want_len_max;
+	uint64_t zero_run_max; /* longest run of zeros that we take beyond a want's end; 0 = none */
 	struct link_want *wants; /* ring */
 	uint32_t want_cap;
 	uint32_t want_first;
@@ -182,7 +186,7 @@ struct arrival_demand {
 	struct removal removals[ARRIVAL_REMOVAL_COUNT_MAX];
 	uint32_t removal_count;
 	bool phase_untold; /* the eventfd could not be written */
-	uint64_t spin_ns; /* how long it looks before it sleeps; 0 = not */
+	uint64_t spin_ns;  /* how long it looks before it sleeps; 0 = not */
 };
 
 /* A page that somebody waited for, and bulk has brought. */
@@ -207,6 +211,7 @@ struct arrival_bulk {
 	struct arrival_link link;
 	struct gw_install_again again;
 	uint64_t asked_ns;	     /* the last want */
+	uint64_t window_len;	     /* how much may be on its way */
 	uint64_t scanned_version;    /* of returned_version, when a whole scan found nothing */
 	uint64_t pause_ns;	     /* ask for nothing before: no room */
 	struct settled_ring settled; /* read by the demand thread */
@@ -246,8 +251,9 @@ struct gw_arrival {
 	_Atomic uint32_t phase;
 	_Atomic uint32_t server_version; /* counts set_page_server */
 	_Atomic bool bulk_started;
-	_Atomic uint64_t bulk_full_ns;	 /* until then bulk keeps to the neighbours of faults */
-	_Atomic bool gone;		 /* the guest's process */
+	_Atomic uint64_t bulk_full_ns; /* until then bulk keeps to the neighbours of faults */
+	_Atomic uint64_t fault_ns; /* the last fault came then, or was answered; relaxed: a hint */
+	_Atomic bool gone;	   /* the guest's process */
 	_Atomic uint64_t demand_down_ns; /* since when; 0 = up */
 	_Atomic bool demand_was_up;
 	_Atomic uint32_t up_mask;      /* bit = link index */
@@ -342,6 +348,9 @@ void *demand_main(void *demand);
 int bulk_init(struct arrival_bulk *bulk, struct gw_arrival *arrival, uint32_t index);
 void bulk_fini(struct arrival_bulk *bulk);
 void *bulk_main(void *bulk);
+
+/* Are faults hot? Then bulk goes in steps. */
+bool arrival_gate_is_closed(struct gw_arrival *arrival, uint64_t now_ns, uint64_t *ret_until_ns);
 
 /* arrival_pick.c */
 /* Claim a run (REQUESTED_BULK) of up to count_max pages. Its length; 0 = nothing to ask for now. */

@@ -39,6 +39,9 @@ int link_init(struct arrival_link *link, struct gw_arrival *arrival, uint32_t in
 	link->epoll_fd = epoll_fd;
 	link->epoll_tag = epoll_tag;
 	link->good = true;
+	/* On the demand lane somebody waits behind each answer: none is longer than its want. */
+	link->zero_run_max = lane == GW_PAGE_LANE_BULK ? arrival->page_count * arrival->page_size
+						       : 0;
 	link->want_cap = lane == GW_PAGE_LANE_DEMAND ? ARRIVAL_WANT_COUNT_MAX : BULK_WANT_COUNT_MAX;
 	link->wants = calloc(link->want_cap, sizeof(*link->wants));
 	if (!link->wants)
@@ -248,6 +251,7 @@ static int send_hello(struct arrival_link *link, uint64_t now_ns)
 			  .image_id = string_of(arrival->image_id),
 			  .traceparent = string_of(arrival->traceparent),
 			  .epoch = arrival->epoch,
+			  .zero_run_max = link->zero_run_max,
 			  .lane = link->lane},
 	};
 	const ssize_t len = gw_fetch_request_encode(&request, link->hello, sizeof(link->hello));

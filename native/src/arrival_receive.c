@@ -105,6 +105,17 @@ static bool is_intact(struct arrival_link *link, const struct gw_pages *pages)
 	return true;
 }
 
+/* May a run of zeros go on so far beyond its want? To a page of the guest, within the image. */
+static bool may_go_beyond(const struct arrival_link *link, const struct gw_pages *pages)
+{
+	const struct gw_arrival *const arrival = link->arrival;
+	const uint64_t size = arrival->page_count * arrival->page_size;
+
+	return pages->encoding == GW_PAGE_ENCODING_ZERO && pages->len <= link->zero_run_max &&
+	       pages->len <= size - pages->offset &&
+	       (pages->offset + pages->len) % arrival->page_size == 0;
+}
+
 /* Does it have the shape of an answer, and is it the one that is due? */
 static bool is_due(struct arrival_link *link, const struct gw_pages *pages)
 {
@@ -117,7 +128,7 @@ static bool is_due(struct arrival_link *link, const struct gw_pages *pages)
 		arrival_set_reason(link->arrival, "an answer of %" PRIu64 " bytes that carries %zu",
 				   pages->len, pages->data.len);
 	else if (link->want_count == 0 || pages->offset != want->offset + want->done ||
-		 pages->len > want->len - want->done)
+		 (pages->len > want->len - want->done && !may_go_beyond(link, pages)))
 		arrival_set_reason(link->arrival,
 				   "an answer nobody waits for: offset %" PRIu64 ", %" PRIu64
 				   " bytes",
@@ -157,6 +168,27 @@ static void put_together(struct arrival_link *link, const struct gw_pages *pages
 	}
 }
 
+/*
+ * Zeros beyond a want. What is left of a page of 2 MiB whose first half the want was is left to its second
+ * want, which is on its way already.
+ */
+static void take_beyond(struct arrival_link *link, uint64_t offset, uint64_t len)
+{
+	const uint64_t page_size = link->arrival->page_size;
+	const uint64_t into = offset % page_size;
+
+	if (into > 0) {
+		const uint64_t rest = page_size - into;
+
+		if (len <= rest)
+			return;
+		offset += rest;
+		len -= rest;
+	}
+	if (link->handler->on_zeros_beyond && len >= page_size)
+		link->handler->on_zeros_beyond(link->owner, offset / page_size, len / page_size);
+}
+
 static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
 {
 	struct gw_arrival *const arrival = link->arrival;
@@ -166,10 +198,15 @@ static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
 		return;
 	}
 	struct link_want *const want = &link->wants[link->want_first];
+	const uint64_t left = want->len - want->done;
+	struct gw_pages part = *pages;
 
+	/* Zeros beyond the want are told apart: nobody has asked for them. */
+	if (part.len > left)
+		part.len = left;
+	want->done += part.len;
+	link->in_flight_bytes -= part.len;
 	link->progress_ns = gw_grpc_received_ns(link->conn);
-	want->done += pages->len;
-	link->in_flight_bytes -= pages->len;
 	if (want->done == want->len) {
 		link->want_first = (link->want_first + 1) % link->want_cap;
 		link->want_count--;
@@ -177,13 +214,15 @@ static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
 	link->failure_count = 0;
 	link->good = true;
 	gw_page_map_count(arrival->map, GW_COUNT_RECEIVED_BYTES, pages->data.len);
-	if (link->page) {
-		put_together(link, pages);
-		return;
-	}
-	link->handler->on_pages(link->owner, pages->offset / arrival->page_size,
-				pages->len / arrival->page_size,
-				pages->encoding == GW_PAGE_ENCODING_ZERO ? NULL : pages->data.data);
+	if (link->page)
+		put_together(link, &part);
+	else
+		link->handler->on_pages(link->owner, part.offset / arrival->page_size,
+					part.len / arrival->page_size,
+					part.encoding == GW_PAGE_ENCODING_ZERO ? NULL
+									       : part.data.data);
+	if (pages->len > part.len)
+		take_beyond(link, part.offset + part.len, pages->len - part.len);
 }
 
 void link_on_message(struct arrival_link *link, const uint8_t *data, size_t len)

@@ -20,6 +20,8 @@
 #include <godwit/sys.h>
 #include <godwit/uffd.h>
 
+#define ZERO_BATCH_COUNT 512U
+
 /* Give a zero page to who waits on a page that has none. */
 static int zero_answer(const struct gw_install *install, int uffd, uint64_t address)
 {
@@ -82,41 +84,93 @@ int gw_install_fault(struct gw_install *install, uint64_t page, bool minor,
 	}
 }
 
-/* Move a REQUESTED page to ZERO; the state it was in, or 0 if it is not ours to settle. */
-static uint8_t claim_zero(struct gw_install *install, uint64_t page)
+/* Move a page that waits for content to ZERO; the state it was in, or 0 if it is not ours to settle. */
+static uint8_t claim_zero(struct gw_install *install, uint64_t page, bool absent_too)
 {
 	for (;;) {
 		const uint8_t state = gw_page_map_get(install->map, page);
 
-		if (state != GW_PAGE_REQUESTED_BULK && state != GW_PAGE_REQUESTED_DEMAND)
+		if (state != GW_PAGE_REQUESTED_BULK && state != GW_PAGE_REQUESTED_DEMAND &&
+		    !(absent_too && state == GW_PAGE_ABSENT))
 			return 0;
 		if (gw_page_map_move(install->map, page, state, GW_PAGE_ZERO))
 			return state;
 	}
 }
 
+/* ZERO pages [first, first + count): counted first, who sees that nothing is absent sees where it went. */
+static void publish_zeros(struct gw_install *install, uint64_t first, uint64_t count)
+{
+	if (count == 0)
+		return;
+	gw_page_map_count(install->map, GW_COUNT_ZERO_PAGE, count);
+	gw_install_publish(install, first, count);
+}
+
+/*
+ * Pages of a run to ZERO, published in batches: no call and no counter a page. Between a page's move and
+ * its batch a fault on it finds ZERO, and is answered and published by whoever handles it; a vCPU in an
+ * exit waits for the batch, which is short.
+ */
+static int zero_run(struct gw_install *install, uint64_t first, uint64_t count, bool absent_too,
+		    const struct gw_install_again *again)
+{
+	uint64_t batch_first = first;
+	uint64_t duplicate_count = 0;
+	int outcome = GW_INSTALL_DONE;
+	uint64_t page = first;
+
+	for (; page < first + count && outcome == GW_INSTALL_DONE; page++) {
+		if (page - batch_first == ZERO_BATCH_COUNT) {
+			publish_zeros(install, batch_first, page - batch_first);
+			batch_first = page;
+			GW_HOOK("install.zeros");
+		}
+		if (gw_page_map_is_violated(install->map)) {
+			outcome = GW_INSTALL_VIOLATED;
+			break;
+		}
+		const uint8_t state = claim_zero(install, page, absent_too);
+
+		if (state != 0 && state != GW_PAGE_REQUESTED_DEMAND)
+			continue;
+		publish_zeros(install, batch_first, page - batch_first + (state != 0));
+		batch_first = page + 1;
+		if (state == 0)
+			duplicate_count++;
+		else
+			outcome = gw_install_fault(install, page, false, again);
+	}
+	if (page > batch_first)
+		publish_zeros(install, batch_first, page - batch_first);
+	if (!absent_too && duplicate_count > 0)
+		gw_page_map_count(install->map, GW_COUNT_DUPLICATE_PAGE, duplicate_count);
+	return outcome;
+}
+
 int gw_install_zero_run(struct gw_install *install, uint64_t first, uint64_t count,
 			const struct gw_install_again *again)
 {
-	for (uint64_t page = first; page < first + count; page++) {
-		if (gw_page_map_is_violated(install->map))
-			return GW_INSTALL_VIOLATED;
-		const uint8_t state = claim_zero(install, page);
+	return zero_run(install, first, count, false, again);
+}
 
-		if (state == 0) {
-			gw_page_map_count(install->map, GW_COUNT_DUPLICATE_PAGE, 1);
-			continue;
-		}
-		gw_page_map_count(install->map, GW_COUNT_ZERO_PAGE, 1);
-		gw_install_publish(install, page, 1);
-		if (state == GW_PAGE_REQUESTED_DEMAND) {
-			const int outcome = gw_install_fault(install, page, false, again);
+int gw_install_zeros_beyond(struct gw_install *install, uint64_t first, uint64_t count,
+			    const struct gw_install_again *again)
+{
+	const struct gw_bitmap *const bitmap = gw_page_map_bitmap(install->map);
+	const uint64_t end = first + count;
+	int outcome = GW_INSTALL_DONE;
 
-			if (outcome != GW_INSTALL_DONE)
-				return outcome;
-		}
+	while (first < end && outcome == GW_INSTALL_DONE) {
+		uint64_t run_first = 0;
+		const uint64_t run = gw_bitmap_next_run(bitmap, first, end - first, &run_first);
+
+		if (run == 0 || run_first >= end)
+			break;
+		first = run_first + run < end ? run_first + run : end;
+		outcome = zero_run(install, run_first, first - run_first, true, again);
 	}
-	return GW_INSTALL_DONE;
+	return outcome;
 }
 
 /* The next stretch of the page cache without pages in [first, end): its length, 0 = none. */

@@ -155,7 +155,10 @@ static inline void peer_answer(struct peer_conn *conn, const struct gw_page_want
 		pages.generation--;
 	if (lie == PEER_WRONG_OFFSET)
 		pages.offset = pages.offset >= 4096 ? pages.offset - 4096 : pages.offset + 4096;
-	if (lie == PEER_LONGER_THAN_ASKED)
+	/* Zeros may go on beyond a want of the bulk lane, but not beyond the image. */
+	if (lie == PEER_LONGER_THAN_ASKED && pages.encoding == GW_PAGE_ENCODING_ZERO)
+		pages.len = peer->size - pages.offset + 4096;
+	else if (lie == PEER_LONGER_THAN_ASKED)
 		pages.len += 4096;
 	if (lie == PEER_SHORT_DATA && pages.data.len > 0)
 		pages.data.len -= 4096;

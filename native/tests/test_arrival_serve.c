@@ -13,13 +13,15 @@
 #include <godwit/page_map.h>
 #include <godwit/serve.h>
 
-#define PAGE_COUNT ((uint64_t)16384)
-#define GENERATION ((uint64_t)9)
+#define PAGE_COUNT	  ((uint64_t)16384)
+#define SPARSE_PAGE_COUNT ((uint64_t)2 << 20) /* 8 GiB */
+#define GENERATION	  ((uint64_t)9)
 
 static char map_path[64];
 static int source_fd;
 static uint8_t *source;
 static bool measuring;
+static uint64_t page_count = PAGE_COUNT;
 
 struct bench {
 	struct guest guest;
@@ -50,7 +52,7 @@ static void make_source(void)
 
 static int put_image(struct gw_serve *serve, uint64_t generation, uint32_t state)
 {
-	const struct gw_serve_region region = {.size = PAGE_COUNT * PAGE, .page_size = PAGE};
+	const struct gw_serve_region region = {.size = page_count * PAGE, .page_size = PAGE};
 	const struct gw_serve_image image = {
 		.struct_size = sizeof(image),
 		.ram_fd = source_fd,
@@ -87,14 +89,14 @@ static struct gw_serve *serve_start(uint32_t port, uint64_t generation, uint32_t
 static struct bench bench_create(uint32_t bulk_count, uint32_t state)
 {
 	struct bench bench = {
-		.guest = guest_create(PAGE_COUNT,
+		.guest = guest_create(page_count,
 				      GW_UFFD_FEATURE_MISSING_SHMEM | GW_UFFD_FEATURE_EVENT_REMOVE,
 				      UFFDIO_REGISTER_MODE_MISSING),
 		.serve = serve_start(0, GENERATION, state),
 	};
 	const struct gw_arrival_region region = {
 		.host_addr = guest_address(&bench.guest, 0),
-		.len = PAGE_COUNT * PAGE,
+		.len = page_count * PAGE,
 	};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
@@ -255,6 +257,48 @@ static void bulk_alone(void)
 	bench_destroy(&bench);
 }
 
+/* 8 GiB of which three pages are data: the zeros cost some messages, and memory on neither side. */
+static void a_guest_of_zeros_is_whole_at_once(void)
+{
+	static const uint64_t data_pages[] = {70000, 70001, SPARSE_PAGE_COUNT - 1};
+	struct gw_serve_stats stats;
+	struct stat stat;
+
+	page_count = SPARSE_PAGE_COUNT;
+	source_fd = gw_sys_memfd_create("sparse", MFD_CLOEXEC);
+	CHECK_EQ(gw_sys_ftruncate(source_fd, (off_t)(SPARSE_PAGE_COUNT * PAGE)), 0);
+	for (size_t i = 0; i < 3; i++)
+		CHECK_EQ(pwrite(source_fd, source, PAGE, (off_t)(data_pages[i] * PAGE)), PAGE);
+	struct bench bench = bench_create(2, GW_IMAGE_FROZEN);
+	struct toucher toucher;
+
+	wait_phase(bench.arrival, GW_ARRIVAL_ARMED);
+	toucher_start(&toucher, &bench.guest, 1000000);
+	const uint64_t begin_ns = gw_sys_now_ns();
+
+	CHECK_EQ(gw_arrival_open_gate(bench.arrival, GENERATION), 0);
+	CHECK_EQ(gw_arrival_start_bulk(bench.arrival), 0);
+	wait_phase(bench.arrival, GW_ARRIVAL_COMPLETE);
+	fprintf(stderr, "    8 GiB of zeros in %.0f ms\n",
+		(double)(gw_sys_now_ns() - begin_ns) / 1e6);
+	CHECK_EQ(toucher_join(&toucher), 0);
+	const struct gw_arrival_status status = status_of(bench.arrival);
+
+	CHECK_EQ(status.violation_count, 0);
+	CHECK_EQ(status.demand_page_count + status.bulk_page_count + status.zero_page_count,
+		 SPARSE_PAGE_COUNT);
+	CHECK(status.zero_page_count >= SPARSE_PAGE_COUNT - 3 - 1);
+	for (size_t i = 0; i < 3; i++)
+		CHECK_EQ(memcmp(bench.guest.memory + data_pages[i] * PAGE, source, PAGE), 0);
+	/* Data comes in whole wants at worst; the toucher has one page more. */
+	CHECK(status.received_bytes <= 8 * (UINT64_C(1) << 20));
+	CHECK_EQ(fstat(bench.guest.ram_fd, &stat), 0);
+	CHECK(stat.st_blocks <= 5 * 8);
+	CHECK_EQ(gw_serve_stats(bench.serve, &stats), 0);
+	CHECK(stats.want_total < 200);
+	bench_destroy(&bench);
+}
+
 /* While LIVE nothing is installed; frozen under a new generation it is. */
 static void a_live_image_is_not_installed(void)
 {
@@ -333,6 +377,7 @@ int main(int argc, char **argv)
 	RUN_FORKED(faults_alone);
 	RUN_FORKED(faults_beside_bulk);
 	RUN_FORKED(bulk_alone);
+	RUN_FORKED(a_guest_of_zeros_is_whole_at_once);
 	RUN_FORKED(a_live_image_is_not_installed);
 	RUN_FORKED(another_generation_is_refused);
 	RUN_FORKED(a_server_restarted_without_its_image_yet);

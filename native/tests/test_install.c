@@ -111,6 +111,48 @@ static uint64_t absent_count(const struct bench *bench)
 	return gw_bitmap_absent_count(gw_page_map_bitmap_const(bench->map));
 }
 
+/* Zeros that nobody asked for settle what has no content yet, and nothing else. */
+static void zeros_beyond_a_want_settle_what_is_absent(void)
+{
+	struct bench *const bench = bench_create();
+	struct toucher toucher;
+
+	request(bench, 5, 1, GW_PAGE_REQUESTED_DEMAND);
+	toucher_start(&toucher, &bench->guest, 5);
+	CHECK_EQ(guest_next_fault(&bench->guest), 5);
+	request(bench, 10, 10, GW_PAGE_REQUESTED_BULK);
+	CHECK_EQ(install(bench, 12, 2), GW_INSTALL_DONE);
+	CHECK(gw_page_map_move(bench->map, 30, GW_PAGE_ABSENT, GW_PAGE_REMOVED));
+	request(bench, 31, 1, GW_PAGE_REQUESTED_BULK);
+	CHECK(gw_page_map_move(bench->map, 31, GW_PAGE_REQUESTED_BULK, GW_PAGE_INSTALLING));
+	/* 60 to 63 are left out. */
+	CHECK_EQ(gw_install_zeros_beyond(&bench->install, 0, 60, &bench->again), GW_INSTALL_DONE);
+	CHECK_EQ(toucher_join(&toucher), 0);
+	for (uint64_t page = 0; page < PAGE_COUNT; page++) {
+		uint8_t want = page < 60 ? GW_PAGE_ZERO : GW_PAGE_ABSENT;
+
+		if (page == 5 || page == 12 || page == 13)
+			want = GW_PAGE_PRESENT;
+		else if (page == 30)
+			want = GW_PAGE_REMOVED;
+		else if (page == 31)
+			want = GW_PAGE_INSTALLING;
+		CHECK_EQ(gw_page_map_get(bench->map, page), want);
+		/* 30 was moved by hand: its bit is nobody's here. */
+		if (page != 30)
+			CHECK_EQ(gw_bitmap_is_absent(gw_page_map_bitmap(bench->map), page),
+				 want == GW_PAGE_ABSENT || want == GW_PAGE_INSTALLING);
+		CHECK_EQ(guest_cache_has(&bench->guest, page), want == GW_PAGE_PRESENT);
+	}
+	CHECK(guest_has_pattern(bench->guest.memory, 12));
+	CHECK_EQ(counter(bench, GW_COUNT_ZERO_PAGE), 60 - 4);
+	CHECK_EQ(counter(bench, GW_COUNT_DUPLICATE_PAGE), 0);
+	/* Again: nothing is left to settle. */
+	CHECK_EQ(gw_install_zeros_beyond(&bench->install, 0, 60, &bench->again), GW_INSTALL_DONE);
+	CHECK_EQ(counter(bench, GW_COUNT_ZERO_PAGE), 60 - 4);
+	bench_destroy(bench);
+}
+
 static void requested_pages_are_installed_and_all_others_left_alone(void)
 {
 	struct bench *const bench = bench_create();
@@ -549,6 +591,7 @@ int main(void)
 			continue;
 		}
 		fprintf(stderr, "%s\n", method == GW_INSTALL_COPY ? "copy" : "continue");
+		RUN_FORKED(zeros_beyond_a_want_settle_what_is_absent);
 		RUN_FORKED(requested_pages_are_installed_and_all_others_left_alone);
 		RUN_FORKED(two_waiters_one_install);
 		RUN_FORKED(a_page_touched_before_us_is_a_violation);

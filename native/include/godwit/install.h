@@ -106,6 +106,13 @@ int gw_install_zero_run(struct gw_install *install, uint64_t first, uint64_t cou
 			const struct gw_install_again *again);
 
 /*
+ * The same for zeros that nobody asked for: those ABSENT become ZERO as well. Any length: what is settled
+ * already costs a bit of the bitmap.
+ */
+int gw_install_zeros_beyond(struct gw_install *install, uint64_t first, uint64_t count,
+			    const struct gw_install_again *again);
+
+/*
  * A fault on a settled page: ZERO and REMOVED read zero; PRESENT is a late event (the page
  * is there) or was given back since (it reads zero). Never fetches. `minor`: the event said so.
  */
