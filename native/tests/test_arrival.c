@@ -306,7 +306,9 @@ static void a_stalled_bulk_never_delays_demand(void)
 
 	peer_hold(bench.peer, 1 << GW_PAGE_LANE_BULK);
 	CHECK_EQ(gw_arrival_start_bulk(bench.arrival), 0);
-	WAIT_UNTIL(bench.arrival, atomic_load(&bench.peer->want_counts[GW_PAGE_LANE_BULK]) > 4);
+	/* One a lane: the window opens with answers. */
+	WAIT_UNTIL(bench.arrival,
+		   atomic_load(&bench.peer->want_counts[GW_PAGE_LANE_BULK]) >= bulk_count);
 	CHECK_EQ(pthread_create(&vcpu.thread, NULL, vcpu_main, &vcpu), 0);
 	CHECK_EQ(pthread_join(vcpu.thread, NULL), 0);
 	wait_phase(bench.arrival, GW_ARRIVAL_COMPLETE);
@@ -319,7 +321,7 @@ static void a_stalled_bulk_never_delays_demand(void)
 static void a_late_bulk_answer_does_not_undo_the_guests_stores(void)
 {
 	struct bench bench = bench_open();
-	const uint64_t page = 100;
+	const uint64_t page = 20; /* in the first step of a lane */
 
 	peer_hold(bench.peer, 1 << GW_PAGE_LANE_BULK);
 	CHECK_EQ(gw_arrival_start_bulk(bench.arrival), 0);
