@@ -13,12 +13,13 @@
 #include <godwit/sys.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define READ_LEN_DEFAULT (16u * 1024)
 /* Read in one on_readable: then the owner looks at its other fds. */
-#define READ_ROUND_LEN (512u * 1024)
+#define READ_ROUND_LEN 524288ul
 /* What is received into place from so much on; less is as well copied. */
 #define PLACE_LEN_MIN 2048u
 /* Read beside it: a frame header, a prefix, the head of a message with pages. */
@@ -38,10 +39,22 @@ static bool config_is_valid(const struct gw_grpc_config *config, int fd)
 
 static void free_conn(struct gw_grpc *conn)
 {
+	gw_tls_destroy(conn->tls);
 	nghttp2_session_del(conn->session);
 	free(conn->messages);
 	free(conn->read_buffer);
 	free(conn);
+}
+
+static int create_tls(struct gw_grpc *conn, int fd)
+{
+	const struct gw_grpc_config *config = &conn->config;
+
+	/* A server waits for its client to begin. */
+	conn->tls_begun = conn->server;
+	if (conn->server)
+		return gw_tls_server_create(config->tls, fd, &conn->tls);
+	return gw_tls_client_create(config->tls, fd, config->tls_server_name, &conn->tls);
 }
 
 static int create(const struct gw_grpc_config *config, int fd, bool server,
@@ -74,6 +87,8 @@ static int create(const struct gw_grpc_config *config, int fd, bool server,
 	}
 	conn->free_count = config->send_queue_count;
 	err = h2_session_create(conn);
+	if (!err && config->tls)
+		err = create_tls(conn, fd);
 	if (err) {
 		free_conn(conn);
 		return err;
@@ -131,6 +146,9 @@ void gw_grpc_destroy(struct gw_grpc *conn)
 	if (!conn)
 		return;
 	die(conn, -ECANCELED, "CONNECTION_CLOSED: by this side");
+	/* It says goodbye on the fd. */
+	gw_tls_destroy(conn->tls);
+	conn->tls = NULL;
 	gw_sys_close(conn->fd);
 	free_conn(conn);
 }
@@ -140,10 +158,18 @@ int gw_grpc_fd(const struct gw_grpc *conn)
 	return conn->fd;
 }
 
+const struct gw_tls *gw_grpc_tls(const struct gw_grpc *conn)
+{
+	return conn->tls;
+}
+
 bool gw_grpc_wants_write(const struct gw_grpc *conn)
 {
 	if (conn->dead)
 		return false;
+	/* A handshake that waits for the peer would find the socket writable again and again. */
+	if (conn->tls && (gw_tls_wants_write(conn->tls) || !gw_tls_is_up(conn->tls)))
+		return !conn->tls_begun || gw_tls_wants_write(conn->tls);
 	return conn->piece_count > 0 || conn->tell_writable || conn->abandoned_count > 0 ||
 	       nghttp2_session_want_write(conn->session);
 }
@@ -223,14 +249,23 @@ static void take_sent(struct gw_grpc *conn, size_t len)
 	}
 }
 
-/* One sendmsg of the list. Returns 1 all of it went; 0 the socket is full; -errno. */
-static int send_pieces(struct gw_grpc *conn)
+static ssize_t send_some(struct gw_grpc *conn)
 {
 	const struct msghdr message = {
 		.msg_iov = conn->pieces + conn->piece_first,
 		.msg_iovlen = conn->piece_count - conn->piece_first,
 	};
-	const ssize_t sent = gw_sys_sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+	if (!conn->tls)
+		return gw_sys_sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+	conn->tls_begun = true;
+	return gw_tls_send(conn->tls, message.msg_iov, message.msg_iovlen);
+}
+
+/* Send from the list. Returns 1 all of it went; 0 the socket is full; -errno. */
+static int send_pieces(struct gw_grpc *conn)
+{
+	const ssize_t sent = send_some(conn);
 
 	if (sent == -EAGAIN || sent == -EINTR)
 		return 0;
@@ -238,6 +273,25 @@ static int send_pieces(struct gw_grpc *conn)
 		return (int)sent;
 	take_sent(conn, (size_t)sent);
 	return conn->piece_count == 0;
+}
+
+/* Why the connection is lost: TLS knows better, where it was TLS that failed. */
+static const char *lost(struct gw_grpc *conn, const char *text)
+{
+	if (!conn->tls || !gw_tls_reason(conn->tls)[0])
+		return text;
+	snprintf(conn->tls_text, sizeof(conn->tls_text), "TLS: %s", gw_tls_reason(conn->tls));
+	return conn->tls_text;
+}
+
+/* What TLS has of before. Returns 0 or -errno. */
+static int flush_tls(struct gw_grpc *conn)
+{
+	const int err = conn->tls ? gw_tls_flush(conn->tls) : 0;
+
+	if (!err || err == -EAGAIN)
+		return 0;
+	return die(conn, err, lost(conn, "CONNECTION_LOST: while sending"));
 }
 
 static int send_queued(struct gw_grpc *conn)
@@ -257,7 +311,7 @@ static int send_queued(struct gw_grpc *conn)
 			return 0;
 		got = send_pieces(conn);
 		if (got < 0)
-			return die(conn, got, "CONNECTION_LOST: while sending");
+			return die(conn, got, lost(conn, "CONNECTION_LOST: while sending"));
 		if (got == 0)
 			return 0;
 	}
@@ -271,7 +325,9 @@ static int flush(struct gw_grpc *conn)
 	if (conn->dead)
 		return conn->dead;
 	h2_finish_abandoned(conn);
-	err = send_queued(conn);
+	err = flush_tls(conn);
+	if (!err)
+		err = send_queued(conn);
 	if (err)
 		return err;
 	if (conn->piece_count == 0 && !nghttp2_session_want_read(conn->session) &&
@@ -335,30 +391,46 @@ static size_t find_place(struct gw_grpc *conn, uint8_t **ret_place)
 	return call ? receive_place(call, conn->frame_left, ret_place) : 0;
 }
 
+/* Fill two pieces, the first of which may be empty, from the socket or from what TLS makes of it. */
+static ssize_t receive(struct gw_grpc *conn, struct iovec pieces[2])
+{
+	const struct iovec *last = &pieces[1];
+	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 2};
+	ssize_t first = 0, second;
+
+	if (!conn->tls && pieces[0].iov_len == 0)
+		return gw_sys_recv(conn->fd, last->iov_base, last->iov_len, MSG_DONTWAIT);
+	if (!conn->tls)
+		return gw_sys_recvmsg(conn->fd, &message, MSG_DONTWAIT);
+	if (pieces[0].iov_len > 0)
+		first = gw_tls_recv(conn->tls, pieces[0].iov_base, pieces[0].iov_len);
+	if (first < 0 || (size_t)first < pieces[0].iov_len)
+		return first;
+	second = gw_tls_recv(conn->tls, last->iov_base, last->iov_len);
+	/* What is wrong with it is said again to whoever asks next. */
+	return second > 0 || first == 0 ? first + second : first;
+}
+
 /* Returns how many bytes were handled; 0 none are there; -errno. `ret_full`: there may be more. */
 static ssize_t read_once(struct gw_grpc *conn, bool *ret_full)
 {
 	struct iovec pieces[2] = {{.iov_base = NULL}, {.iov_base = conn->read_buffer}};
-	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = 2};
 	uint8_t *place = NULL;
 	const size_t place_len = find_place(conn, &place);
 	ssize_t got;
 	int err = 0;
 
-	if (place_len == 0) {
-		got = gw_sys_recv(conn->fd, conn->read_buffer, conn->read_len, MSG_DONTWAIT);
-		*ret_full = got == (ssize_t)conn->read_len;
-	} else {
-		pieces[0] = (struct iovec){.iov_base = place, .iov_len = place_len};
-		/* Only the next head besides: what follows it belongs into place as well. */
-		pieces[1].iov_len = conn->read_len < NEXT_HEAD_LEN ? conn->read_len : NEXT_HEAD_LEN;
-		got = gw_sys_recvmsg(conn->fd, &message, MSG_DONTWAIT);
-		*ret_full = got == (ssize_t)(place_len + pieces[1].iov_len);
-	}
+	pieces[0] = (struct iovec){.iov_base = place, .iov_len = place_len};
+	pieces[1].iov_len = conn->read_len;
+	/* Only the next head besides: what follows it belongs into place as well. */
+	if (place_len > 0 && conn->read_len > NEXT_HEAD_LEN)
+		pieces[1].iov_len = NEXT_HEAD_LEN;
+	got = receive(conn, pieces);
+	*ret_full = got == (ssize_t)(place_len + pieces[1].iov_len);
 	if (got == -EAGAIN || got == -EINTR)
 		return 0;
 	if (got < 0)
-		return die(conn, (int)got, "CONNECTION_LOST: while receiving");
+		return die(conn, (int)got, lost(conn, "CONNECTION_LOST: while receiving"));
 	if (got == 0)
 		return die(conn, -ECONNRESET, "CONNECTION_LOST: the peer closed it");
 	conn->received_ns = conn->now_ns;
@@ -379,10 +451,16 @@ int gw_grpc_on_readable(struct gw_grpc *conn, uint64_t now_ns)
 	if (conn->dead)
 		return conn->dead;
 	conn->now_ns = now_ns;
-	for (size_t len = 0; len < READ_ROUND_LEN;) {
+	for (size_t len = 0;;) {
 		bool full = false;
-		const ssize_t got = read_once(conn, &full);
+		ssize_t got;
 
+		/* Enough for once. What TLS has taken from the socket is no poll's to tell of. */
+		if (len >= READ_ROUND_LEN && !conn->tls)
+			break;
+		if (conn->tls)
+			gw_tls_hold_input(conn->tls, len >= READ_ROUND_LEN);
+		got = read_once(conn, &full);
 		if (got < 0)
 			return (int)got;
 		/* A short read emptied the socket: asking again would cost a call to hear EAGAIN. */

@@ -22,6 +22,7 @@
 #define GW_GRPC_INTERNAL_H
 
 #include <godwit/grpc.h>
+#include <godwit/tls.h>
 
 #include <nghttp2/nghttp2.h>
 #include <sys/uio.h>
@@ -113,7 +114,10 @@ struct gw_grpc {
 	void *user;
 	nghttp2_session *session;
 	int fd;
-	int dead; /* -errno once the connection is over */
+	struct gw_tls *tls; /* NULL: plain text */
+	bool tls_begun;	    /* the handshake has been begun: what it waits for, it says itself */
+	char tls_text[GW_GRPC_STATUS_TEXT_LEN_MAX]; /* why it failed */
+	int dead;				    /* -errno once the connection is over */
 	bool server;
 	bool draining;
 	bool starved;	    /* a send was refused: on_writable is owed */

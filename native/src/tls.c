@@ -37,6 +37,7 @@ struct gw_tls {
 	int dead;    /* -errno once it has failed */
 	int error;   /* -errno of the system call that OpenSSL was told of as an error */
 	bool closed; /* the peer sends no more */
+	bool held;   /* the socket is not asked */
 	struct tls_buffer in;
 	struct tls_buffer out;
 	char reason[GW_TLS_REASON_LEN_MAX];
@@ -57,6 +58,8 @@ static int fill(struct gw_tls *tls)
 
 	if (there(&tls->in) > 0)
 		return 1;
+	if (tls->held)
+		return -EAGAIN;
 	got = gw_sys_recv(tls->fd, tls->in.data, BUFFER_LEN, MSG_DONTWAIT);
 	if (got == -EINTR)
 		return -EAGAIN;
@@ -282,6 +285,11 @@ int gw_tls_flush(struct gw_tls *tls)
 	tls->out.first = 0;
 	tls->out.len = 0;
 	return 0;
+}
+
+void gw_tls_hold_input(struct gw_tls *tls, bool hold)
+{
+	tls->held = hold;
 }
 
 bool gw_tls_wants_write(const struct gw_tls *tls)

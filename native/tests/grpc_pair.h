@@ -18,6 +18,7 @@
 
 #include <godwit/grpc.h>
 #include <godwit/sys.h>
+#include <godwit/tls.h>
 
 #include <errno.h>
 #include <unistd.h>
@@ -133,9 +134,16 @@ static const struct gw_grpc_handler pair_handler = {
 	.on_end = pair_on_end,
 };
 
+#define PAIR_NAME "pair.node.godwit"
+
+/* Of both ends, while it is set: the connections are encrypted. */
+static struct gw_tls_identity *pair_tls;
+
 static inline struct gw_grpc_config pair_config(void *user)
 {
 	return (struct gw_grpc_config){
+		.tls = pair_tls,
+		.tls_server_name = PAIR_NAME,
 		.handler = &pair_handler,
 		.user = user,
 		.message_len_max = 4u << 20,

@@ -6,6 +6,7 @@
  * tests/native/test_page_server_interop.py.
  */
 #include "grpc_pair.h"
+#include "tls_certs.h"
 
 #include <sys/socket.h>
 
@@ -588,7 +589,7 @@ static void every_failing_system_call_is_survived(void)
 	}
 }
 
-int main(void)
+static void run_all(void)
 {
 	RUN(unary_call_carries_path_metadata_and_status);
 	RUN(statuses_and_texts_arrive_unharmed);
@@ -606,5 +607,84 @@ int main(void)
 	RUN(bad_configs_are_refused);
 	RUN(a_refused_connect_ends_its_calls);
 	RUN(every_failing_system_call_is_survived);
+}
+
+/* Who is not believed is told why, and so is the owner. */
+static void a_stranger_is_told_why(void)
+{
+	struct certs_authority other = certs_make_authority("another authority");
+	struct certs_party party = certs_make_party(&other, "DNS:" PAIR_NAME, -1, 30, NULL);
+	struct gw_tls_identity *stranger = certs_identity(&party);
+	struct gw_grpc_config client = pair_config(NULL);
+	struct pair pair;
+
+	client.tls = stranger;
+	pair_open(&pair, client, pair_config(NULL), 0);
+	(void)pair_call(&pair);
+	pair_run(&pair);
+	CHECK_EQ(pair.client.err, -EPROTO);
+	CHECK_EQ(pair.client.end_count, 1);
+	CHECK_EQ(pair.client.ends[0].status, GW_GRPC_UNAVAILABLE);
+	CHECK(strstr(pair.client.ends[0].text, "TLS: the peer's certificate"));
+	CHECK_EQ(pair.server.call_count, 0);
+	pair_close(&pair);
+	gw_tls_identity_unref(stranger);
+	certs_remove_party(&party);
+	certs_free_authority(&other);
+}
+
+/* A plain client at a server that wants TLS, and the other way round: no call comes through. */
+static void plain_and_encrypted_do_not_mix(void)
+{
+	for (int i = 0; i < 2; i++) {
+		struct gw_grpc_config client = pair_config(NULL), server = pair_config(NULL);
+		struct pair pair;
+
+		*(i ? &client.tls : &server.tls) = NULL;
+		pair_open(&pair, client, server, 0);
+		(void)pair_call(&pair);
+		pair_run(&pair);
+		CHECK(pair.client.err || pair.server.err);
+		CHECK_EQ(pair.server.call_count, 0);
+		pair_close(&pair);
+	}
+}
+
+/* Who the peer is, is known when its call comes in. */
+static void check_peer(struct pair_side *side, struct gw_grpc_call *call)
+{
+	CHECK(gw_grpc_call_conn(call) == side->conn);
+	CHECK(gw_tls_peer_is(gw_grpc_tls(side->conn), PAIR_NAME));
+	gw_grpc_call_end(call, GW_GRPC_OK, "");
+}
+
+static void the_peer_is_known_to_a_call(void)
+{
+	struct pair pair;
+
+	pair_open_default(&pair);
+	pair.server.on_call = check_peer;
+	(void)pair_call(&pair);
+	pair_run(&pair);
+	CHECK_EQ(pair.server.call_count, 1);
+	CHECK_EQ(pair.client.ends[0].status, GW_GRPC_OK);
+	pair_close(&pair);
+}
+
+int main(void)
+{
+	struct certs_authority authority = certs_make_authority("the authority");
+	struct certs_party party = certs_make_party(&authority, "DNS:" PAIR_NAME, -1, 30, NULL);
+
+	run_all();
+	fprintf(stderr, "encrypted:\n");
+	pair_tls = certs_identity(&party);
+	run_all();
+	RUN(a_stranger_is_told_why);
+	RUN(plain_and_encrypted_do_not_mix);
+	RUN(the_peer_is_known_to_a_call);
+	gw_tls_identity_unref(pair_tls);
+	certs_remove_party(&party);
+	certs_free_authority(&authority);
 	return EXIT_SUCCESS;
 }

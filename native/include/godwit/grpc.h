@@ -93,7 +93,11 @@ struct gw_grpc_config {
 				      65535, at most 2^31-1: how much a peer may have in flight */
 	uint32_t call_count_max;   /* server: calls open at once; the peer is told */
 	uint32_t send_queue_count; /* messages queued at once, all calls together; 1..65536 */
-	uint32_t read_len;	   /* most bytes one read(2) takes; 0 = 16 KiB */
+	/* Who we are and whom we believe; it is referred to as long as the connection lives. NULL:
+	 * plain text. A client names whom it calls (a DNS name of the certificate). */
+	struct gw_tls_identity *tls;
+	const char *tls_server_name;
+	uint32_t read_len; /* most bytes one read(2) takes; 0 = 16 KiB */
 };
 
 /*
@@ -116,6 +120,8 @@ int gw_grpc_server_create(const struct gw_grpc_config *config, int fd, struct gw
 void gw_grpc_destroy(struct gw_grpc *conn);
 
 int gw_grpc_fd(const struct gw_grpc *conn);
+/* The connection's TLS, to ask who the peer is; NULL: plain text. Borrowed. */
+const struct gw_tls *gw_grpc_tls(const struct gw_grpc *conn);
 /* True while EPOLLOUT is worth waiting for: connecting, or bytes that the socket did not take. */
 bool gw_grpc_wants_write(const struct gw_grpc *conn);
 

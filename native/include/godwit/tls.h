@@ -97,6 +97,12 @@ ssize_t gw_tls_send(struct gw_tls *tls, const struct iovec *pieces, size_t piece
  */
 ssize_t gw_tls_recv(struct gw_tls *tls, void *ret_buffer, size_t len);
 
+/*
+ * While held, recv gives out only what has been received already, and does not ask the socket: how an
+ * owner that has read enough for once gets at what no poll would tell it of.
+ */
+void gw_tls_hold_input(struct gw_tls *tls, bool hold);
+
 /* Hand over what the socket did not take. Returns 0; -EAGAIN something is left; -errno. */
 int gw_tls_flush(struct gw_tls *tls);
 /* True while there are bytes that the socket did not take. */
