@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -37,6 +38,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="some minutes, without the peers")
     parser.add_argument("--rounds", type=int, help="of each section")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of a section of moves")
     parser.add_argument("--more", action="store_true", help="add to build/bench/SECTION.json")
     parser.add_argument("--collect", action="store_true", help="measure nothing: judge build/bench")
     parser.add_argument("--docs", action="store_true", help="write docs/bench/page-path.md")
@@ -79,7 +81,7 @@ def _collect(path: Path) -> Result:
 def main(argv: Sequence[str] | None = None, out: Path = OUT, docs: Path = DOCS) -> int:
     """Do it; the exit status."""
     args = _arguments(argv)
-    scale = Scale(quick=args.quick, rounds=args.rounds)
+    scale = Scale(quick=args.quick, rounds=args.rounds, seconds=args.seconds)
     results: dict[str, Result] = {}
     all_bars: list[Bar] = []
     for name in args.sections:

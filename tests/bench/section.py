@@ -7,6 +7,7 @@ from a file, and tested without a machine.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Scale:
     quick: bool = False
     rounds: int | None = None
     """Instead of what a section would do."""
+    seconds: float = math.inf
+    """After which no section of whole moves begins another round."""
 
     def choose(self, whole: int, quick: int) -> int:
         """Rounds."""
