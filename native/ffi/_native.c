@@ -578,6 +578,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 
 /************************************************************/
 
+#include <godwit/pacer.h>
 #include <godwit/arrival.h>
 #include <godwit/serve.h>
 #include <godwit/inject.h>
@@ -590,116 +591,134 @@ static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 103), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *)
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival *
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *)
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // struct gw_arrival *
 /* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, char const *, uint32_t)
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 86), // char const *
+/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // char const *
 /* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival *, uint64_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
 /* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *)
-/* 29 */ _CFFI_OP(_CFFI_OP_POINTER, 95), // struct gw_arrival const *
-/* 30 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 31 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, struct gw_arrival_status *)
-/* 32 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 33 */ _CFFI_OP(_CFFI_OP_POINTER, 99), // struct gw_arrival_status *
-/* 34 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, uint64_t)
-/* 36 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 37 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival const *, uint8_t *, size_t)
-/* 40 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 41 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // uint8_t *
-/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 121), // struct gw_pacer *
+/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, uint64_t)
+/* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *)
+/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // struct gw_arrival const *
+/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 37 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // struct gw_arrival_status *
+/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, uint64_t)
+/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
+/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 45 */ _CFFI_OP(_CFFI_OP_POINTER, 96), // struct gw_arrival_config const *
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *)
-/* 49 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve *
-/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 51 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *, char const *)
-/* 52 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 53 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve *, struct gw_serve_image const *)
-/* 56 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
-/* 57 */ _CFFI_OP(_CFFI_OP_POINTER, 107), // struct gw_serve_image const *
-/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *)
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 105), // struct gw_serve const *
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *, char const *)
-/* 63 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve const *, struct gw_serve_stats *)
-/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 60),
-/* 68 */ _CFFI_OP(_CFFI_OP_POINTER, 110), // struct gw_serve_stats *
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 106), // struct gw_serve_config const *
-/* 72 */ _CFFI_OP(_CFFI_OP_POINTER, 49), // struct gw_serve * *
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // int()(uint64_t *)
-/* 75 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 77 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 29),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 112), // void()(struct gw_arrival *)
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 112), // void()(struct gw_serve *)
-/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 49),
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // uint8_t *
+/* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival_config const *
+/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
+/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *)
+/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_serve *
+/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *, char const *)
+/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
+/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 61 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct gw_serve_image const *
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *)
+/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_serve const *
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *, char const *)
+/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 72 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 128), // struct gw_serve_stats *
+/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 124), // struct gw_serve_config const *
+/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 54), // struct gw_serve * *
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(uint64_t *)
+/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
+/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(uint64_t, struct gw_pacer * *)
+/* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // struct gw_pacer * *
 /* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 87 */ _CFFI_OP(_CFFI_OP_ARRAY, 86), // char[192]
-/* 88 */ (_cffi_opcode_t)(192),
-/* 89 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 90 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
-/* 91 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
-/* 92 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_page_state
-/* 93 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
-/* 94 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 95 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 96 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 97 */ _CFFI_OP(_CFFI_OP_POINTER, 98), // struct gw_arrival_region const *
-/* 98 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 99 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 100 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
-/* 101 */ _CFFI_OP(_CFFI_OP_ARRAY, 100), // struct gw_inject_range[64]
-/* 102 */ (_cffi_opcode_t)(64),
-/* 103 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
-/* 104 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
-/* 105 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_serve
-/* 106 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_serve_config
-/* 107 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve_image
-/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 109), // struct gw_serve_region const *
-/* 109 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_region
-/* 110 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_stats
-/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 112 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
+/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_arrival *)
+/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_pacer *)
+/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_pacer *, uint64_t)
+/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
+/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_serve *)
+/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 103 */ _CFFI_OP(_CFFI_OP_ARRAY, 102), // char[192]
+/* 104 */ (_cffi_opcode_t)(192),
+/* 105 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
+/* 106 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
+/* 107 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
+/* 108 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_page_state
+/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 113 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // struct gw_arrival_region const *
+/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
+/* 117 */ _CFFI_OP(_CFFI_OP_ARRAY, 116), // struct gw_inject_range[64]
+/* 118 */ (_cffi_opcode_t)(64),
+/* 119 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
+/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
+/* 121 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_pacer
+/* 122 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_prefetch_summary
+/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve
+/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_config
+/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_image
+/* 126 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve_region const *
+/* 127 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_region
+/* 128 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_stats
+/* 129 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 130 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -879,19 +898,19 @@ _cffi_f_gw_arrival_bitmap(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg0, (char **)&x0);
+      _cffi_type(34), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(41), arg1, (char **)&x1);
+      _cffi_type(46), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(41), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -936,19 +955,19 @@ _cffi_f_gw_arrival_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(45), arg0, (char **)&x0);
+      _cffi_type(50), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(45), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(50), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg1, (char **)&x1);
+      _cffi_type(51), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1057,10 +1076,10 @@ _cffi_f_gw_arrival_generation(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg0, (char **)&x0);
+      _cffi_type(34), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1149,10 +1168,10 @@ _cffi_f_gw_arrival_page_state(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg0, (char **)&x0);
+      _cffi_type(34), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1283,6 +1302,65 @@ _cffi_f_gw_arrival_set_page_server(PyObject *self, PyObject *args)
 #  define _cffi_f_gw_arrival_set_page_server _cffi_d_gw_arrival_set_page_server
 #endif
 
+static int _cffi_d_gw_arrival_share(struct gw_arrival * x0, struct gw_pacer * x1, uint32_t x2)
+{
+  return gw_arrival_share(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_arrival_share(PyObject *self, PyObject *args)
+{
+  struct gw_arrival * x0;
+  struct gw_pacer * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "gw_arrival_share", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(17), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(26), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(26), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_arrival_share(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_arrival_share _cffi_d_gw_arrival_share
+#endif
+
 static int _cffi_d_gw_arrival_start(struct gw_arrival * x0)
 {
   return gw_arrival_start(x0);
@@ -1380,19 +1458,19 @@ _cffi_f_gw_arrival_status(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg0, (char **)&x0);
+      _cffi_type(34), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(33), arg1, (char **)&x1);
+      _cffi_type(38), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival_status *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(33), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1427,10 +1505,10 @@ _cffi_f_gw_arrival_wait_fd(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(29), arg0, (char **)&x0);
+      _cffi_type(34), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(29), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1576,6 +1654,136 @@ _cffi_f_gw_inject_uffd(PyObject *self, PyObject *args)
 #  define _cffi_f_gw_inject_uffd _cffi_d_gw_inject_uffd
 #endif
 
+static int _cffi_d_gw_pacer_create(uint64_t x0, struct gw_pacer * * x1)
+{
+  return gw_pacer_create(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_pacer_create(PyObject *self, PyObject *args)
+{
+  uint64_t x0;
+  struct gw_pacer * * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_pacer_create", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, uint64_t);
+  if (x0 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(84), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(84), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_pacer_create(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_pacer_create _cffi_d_gw_pacer_create
+#endif
+
+static void _cffi_d_gw_pacer_destroy(struct gw_pacer * x0)
+{
+  gw_pacer_destroy(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_pacer_destroy(PyObject *self, PyObject *arg0)
+{
+  struct gw_pacer * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(26), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { gw_pacer_destroy(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_gw_pacer_destroy _cffi_d_gw_pacer_destroy
+#endif
+
+static void _cffi_d_gw_pacer_set_rate(struct gw_pacer * x0, uint64_t x1)
+{
+  gw_pacer_set_rate(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_pacer_set_rate(PyObject *self, PyObject *args)
+{
+  struct gw_pacer * x0;
+  uint64_t x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_pacer_set_rate", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(26), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { gw_pacer_set_rate(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_gw_pacer_set_rate _cffi_d_gw_pacer_set_rate
+#endif
+
 static int _cffi_d_gw_serve_create(struct gw_serve_config const * x0, struct gw_serve * * x1)
 {
   return gw_serve_create(x0, x1);
@@ -1597,19 +1805,19 @@ _cffi_f_gw_serve_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(71), arg0, (char **)&x0);
+      _cffi_type(76), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(71), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(76), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(72), arg1, (char **)&x1);
+      _cffi_type(77), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(72), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1642,10 +1850,10 @@ _cffi_f_gw_serve_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(54), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1680,10 +1888,10 @@ _cffi_f_gw_serve_drain(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(54), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1724,10 +1932,10 @@ _cffi_f_gw_serve_image_stream_count(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1771,10 +1979,10 @@ _cffi_f_gw_serve_port(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1815,19 +2023,19 @@ _cffi_f_gw_serve_put_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(54), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(57), arg1, (char **)&x1);
+      _cffi_type(62), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_image const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(57), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1868,10 +2076,10 @@ _cffi_f_gw_serve_remove_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(54), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1915,10 +2123,10 @@ _cffi_f_gw_serve_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(49), arg0, (char **)&x0);
+      _cffi_type(54), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(49), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1959,19 +2167,19 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg0, (char **)&x0);
+      _cffi_type(65), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(68), arg1, (char **)&x1);
+      _cffi_type(73), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(68), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2036,10 +2244,10 @@ _cffi_f_gw_uffd_probe(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(75), arg0, (char **)&x0);
+      _cffi_type(80), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(75), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(80), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2100,6 +2308,15 @@ static int _cffi_const_GW_INJECT_RANGE_COUNT_MAX(unsigned long long *o)
   int n = (GW_INJECT_RANGE_COUNT_MAX) <= 0;
   *o = (unsigned long long)((GW_INJECT_RANGE_COUNT_MAX) | 0);  /* check that GW_INJECT_RANGE_COUNT_MAX is an integer */
   if (!_cffi_check_int(*o, n, 64U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_PACER_WEIGHT_MAX(unsigned long long *o)
+{
+  int n = (GW_PACER_WEIGHT_MAX) <= 0;
+  *o = (unsigned long long)((GW_PACER_WEIGHT_MAX) | 0);  /* check that GW_PACER_WEIGHT_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 1000U))
     n |= 2;
   return n;
 }
@@ -2286,6 +2503,7 @@ static void _cffi_checkfld_struct_gw_arrival_status(struct gw_arrival_status *p)
   (void)((p->violation_count) | 0);  /* check that 'struct gw_arrival_status.violation_count' is an integer */
   (void)((p->link_lost_ns) | 0);  /* check that 'struct gw_arrival_status.link_lost_ns' is an integer */
   { struct gw_latency_summary *tmp = &p->fault_latency; (void)tmp; }
+  { struct gw_prefetch_summary *tmp = &p->prefetch; (void)tmp; }
   { char(*tmp)[192] = &p->reason; (void)tmp; }
 }
 struct _cffi_align_struct_gw_arrival_status { char x; struct gw_arrival_status y; };
@@ -2328,6 +2546,20 @@ static void _cffi_checkfld_struct_gw_latency_summary(struct gw_latency_summary *
   (void)((p->max_ns) | 0);  /* check that 'struct gw_latency_summary.max_ns' is an integer */
 }
 struct _cffi_align_struct_gw_latency_summary { char x; struct gw_latency_summary y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_gw_prefetch_summary(struct gw_prefetch_summary *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->window_count) | 0);  /* check that 'struct gw_prefetch_summary.window_count' is an integer */
+  (void)((p->hit_count) | 0);  /* check that 'struct gw_prefetch_summary.hit_count' is an integer */
+  (void)((p->miss_count) | 0);  /* check that 'struct gw_prefetch_summary.miss_count' is an integer */
+  (void)((p->page_count) | 0);  /* check that 'struct gw_prefetch_summary.page_count' is an integer */
+  (void)((p->off) | 0);  /* check that 'struct gw_prefetch_summary.off' is an integer */
+  (void)((p->reserved) | 0);  /* check that 'struct gw_prefetch_summary.reserved' is an integer */
+}
+struct _cffi_align_struct_gw_prefetch_summary { char x; struct gw_prefetch_summary y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_struct_gw_serve_config(struct gw_serve_config *p)
@@ -2410,6 +2642,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_INSTALL_CONTINUE", (void *)_cffi_const_GW_INSTALL_CONTINUE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INSTALL_COPY", (void *)_cffi_const_GW_INSTALL_COPY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INSTALL_WRITE", (void *)_cffi_const_GW_INSTALL_WRITE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_PACER_WEIGHT_MAX", (void *)_cffi_const_GW_PACER_WEIGHT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_PAGE_ABSENT", (void *)_cffi_const_GW_PAGE_ABSENT, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_FILLED", (void *)_cffi_const_GW_PAGE_FILLED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_INSTALLING", (void *)_cffi_const_GW_PAGE_INSTALLING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -2432,32 +2665,36 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_UFFD_FEATURE_WP_ASYNC", (void *)_cffi_const_GW_UFFD_FEATURE_WP_ASYNC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_UNPOPULATED", (void *)_cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
-  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 39), (void *)_cffi_d_gw_arrival_bitmap },
-  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_gw_arrival_create },
-  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 80), (void *)_cffi_d_gw_arrival_destroy },
+  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_gw_arrival_bitmap },
+  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_gw_arrival_create },
+  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_gw_arrival_destroy },
   { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_finish },
-  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 77), (void *)_cffi_d_gw_arrival_generation },
-  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_open_gate },
-  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 35), (void *)_cffi_d_gw_arrival_page_state },
-  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_set_bulk_rate },
+  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_gw_arrival_generation },
+  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_open_gate },
+  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_gw_arrival_page_state },
+  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_set_bulk_rate },
   { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 19), (void *)_cffi_d_gw_arrival_set_page_server },
+  { "gw_arrival_share", (void *)_cffi_f_gw_arrival_share, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_share },
   { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start },
   { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start_bulk },
-  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 31), (void *)_cffi_d_gw_arrival_status },
-  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 28), (void *)_cffi_d_gw_arrival_wait_fd },
+  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 36), (void *)_cffi_d_gw_arrival_status },
+  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 33), (void *)_cffi_d_gw_arrival_wait_fd },
   { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 3), (void *)_cffi_d_gw_inject_take },
   { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_gw_inject_uffd },
-  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 70), (void *)_cffi_d_gw_serve_create },
-  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 83), (void *)_cffi_d_gw_serve_destroy },
-  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 48), (void *)_cffi_d_gw_serve_drain },
-  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 62), (void *)_cffi_d_gw_serve_image_stream_count },
-  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 59), (void *)_cffi_d_gw_serve_port },
-  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 55), (void *)_cffi_d_gw_serve_put_image },
-  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 51), (void *)_cffi_d_gw_serve_remove_image },
-  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 48), (void *)_cffi_d_gw_serve_start },
-  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 66), (void *)_cffi_d_gw_serve_stats },
+  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_gw_pacer_create },
+  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 92), (void *)_cffi_d_gw_pacer_destroy },
+  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_gw_pacer_set_rate },
+  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 75), (void *)_cffi_d_gw_serve_create },
+  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 99), (void *)_cffi_d_gw_serve_destroy },
+  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 53), (void *)_cffi_d_gw_serve_drain },
+  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_gw_serve_image_stream_count },
+  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 64), (void *)_cffi_d_gw_serve_port },
+  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 60), (void *)_cffi_d_gw_serve_put_image },
+  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 56), (void *)_cffi_d_gw_serve_remove_image },
+  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 53), (void *)_cffi_d_gw_serve_start },
+  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_gw_serve_stats },
   { "gw_uffd_feature_name", (void *)_cffi_f_gw_uffd_feature_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_gw_uffd_feature_name },
-  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 74), (void *)_cffi_d_gw_uffd_probe },
+  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 79), (void *)_cffi_d_gw_uffd_probe },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
@@ -2490,7 +2727,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "uffds", offsetof(struct gw_arrival_config, uffds),
              sizeof(((struct gw_arrival_config *)0)->uffds),
-             _CFFI_OP(_CFFI_OP_NOOP, 93) },
+             _CFFI_OP(_CFFI_OP_NOOP, 109) },
   { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
                   sizeof(((struct gw_arrival_config *)0)->uffd_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2517,7 +2754,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 97) },
+               _CFFI_OP(_CFFI_OP_NOOP, 113) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2592,10 +2829,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 104) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 120) },
+  { "prefetch", offsetof(struct gw_arrival_status, prefetch),
+                sizeof(((struct gw_arrival_status *)0)->prefetch),
+                _CFFI_OP(_CFFI_OP_NOOP, 122) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 87) },
+              _CFFI_OP(_CFFI_OP_NOOP, 103) },
   { "host_addr", offsetof(struct gw_inject_range, host_addr),
                  sizeof(((struct gw_inject_range *)0)->host_addr),
                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2625,7 +2865,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 101) },
+              _CFFI_OP(_CFFI_OP_NOOP, 117) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2641,6 +2881,24 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "max_ns", offsetof(struct gw_latency_summary, max_ns),
               sizeof(((struct gw_latency_summary *)0)->max_ns),
               _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "window_count", offsetof(struct gw_prefetch_summary, window_count),
+                    sizeof(((struct gw_prefetch_summary *)0)->window_count),
+                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "hit_count", offsetof(struct gw_prefetch_summary, hit_count),
+                 sizeof(((struct gw_prefetch_summary *)0)->hit_count),
+                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "miss_count", offsetof(struct gw_prefetch_summary, miss_count),
+                  sizeof(((struct gw_prefetch_summary *)0)->miss_count),
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "page_count", offsetof(struct gw_prefetch_summary, page_count),
+                  sizeof(((struct gw_prefetch_summary *)0)->page_count),
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "off", offsetof(struct gw_prefetch_summary, off),
+           sizeof(((struct gw_prefetch_summary *)0)->off),
+           _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "reserved", offsetof(struct gw_prefetch_summary, reserved),
+                sizeof(((struct gw_prefetch_summary *)0)->reserved),
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "struct_size", offsetof(struct gw_serve_config, struct_size),
                    sizeof(((struct gw_serve_config *)0)->struct_size),
                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2688,7 +2946,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 108) },
+               _CFFI_OP(_CFFI_OP_NOOP, 126) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2734,41 +2992,45 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 95, _CFFI_F_OPAQUE,
+  { "gw_arrival", 111, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 96, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_config", 112, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 21 },
-  { "gw_arrival_region", 98, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_region", 114, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 21, 5 },
-  { "gw_arrival_status", 99, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 19 },
-  { "gw_inject_range", 100, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 45, 3 },
-  { "gw_inject_result", 103, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 48, 7 },
-  { "gw_latency_summary", 104, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 55, 5 },
-  { "gw_serve", 105, _CFFI_F_OPAQUE,
+  { "gw_arrival_status", 115, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 20 },
+  { "gw_inject_range", 116, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 46, 3 },
+  { "gw_inject_result", 119, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 49, 7 },
+  { "gw_latency_summary", 120, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 56, 5 },
+  { "gw_pacer", 121, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 106, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 60, 5 },
-  { "gw_serve_image", 107, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 65, 11 },
-  { "gw_serve_region", 109, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 76, 5 },
-  { "gw_serve_stats", 110, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 81, 9 },
+  { "gw_prefetch_summary", 122, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 61, 6 },
+  { "gw_serve", 123, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
+  { "gw_serve_config", 124, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 67, 5 },
+  { "gw_serve_image", 125, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 72, 11 },
+  { "gw_serve_region", 127, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 83, 5 },
+  { "gw_serve_stats", 128, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 88, 9 },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "gw_arrival_phase", 89, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
+  { "gw_arrival_phase", 105, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
     "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION" },
-  { "gw_image_state", 90, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+  { "gw_image_state", 106, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 91, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 107, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
-  { "gw_page_state", 92, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+  { "gw_page_state", 108, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
 };
@@ -2780,12 +3042,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  66,  /* num_globals */
-  12,  /* num_struct_unions */
+  71,  /* num_globals */
+  14,  /* num_struct_unions */
   4,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  113,  /* num_types */
+  131,  /* num_types */
   0,  /* flags */
 };
 

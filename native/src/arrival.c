@@ -225,6 +225,7 @@ static int open_map(struct gw_arrival *arrival, const struct gw_arrival_config *
 	for (uint32_t i = 0; i < config->region_count; i++)
 		identity.page_count += config->regions[i].len / config->page_size;
 	arrival->page_count = identity.page_count;
+	prefetch_init(&arrival->prefetch, arrival->page_count, config->page_size);
 	return config->adopt ? gw_page_map_adopt(config->page_map_path, &identity, &arrival->map)
 			     : gw_page_map_create(config->page_map_path, &identity, &arrival->map);
 }
@@ -341,6 +342,8 @@ void gw_arrival_destroy(struct gw_arrival *arrival)
 		return;
 	if (arrival->started)
 		stop_threads(arrival, arrival->bulk_count + 1);
+	rate_enter(arrival, false);
+	gw_pacer_destroy(arrival->pacer);
 	demand_fini(&arrival->demand);
 	for (uint32_t i = 0; i < GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX; i++)
 		bulk_fini(&arrival->bulks[i]);
@@ -420,6 +423,18 @@ int gw_arrival_set_bulk_rate(struct gw_arrival *arrival, uint64_t bytes_per_s_ma
 	/* What was sent under the old limit is forgotten: a lane that waited an hour goes on now. */
 	atomic_store(&arrival->rate_next_ns, 0);
 	arrival_wake_bulk(arrival);
+	return 0;
+}
+
+int gw_arrival_share(struct gw_arrival *arrival, struct gw_pacer *pacer, uint32_t weight)
+{
+	if (!pacer || weight == 0 || weight > GW_PACER_WEIGHT_MAX)
+		return -EINVAL;
+	if (arrival->started || arrival->pacer)
+		return -EALREADY;
+	gw_pacer_ref(pacer);
+	arrival->pacer = pacer;
+	arrival->weight = weight;
 	return 0;
 }
 
@@ -506,6 +521,7 @@ int gw_arrival_status(const struct gw_arrival *arrival, struct gw_arrival_status
 	};
 
 	gw_histogram_summarise(&arrival->latency, &status.fault_latency);
+	prefetch_summarise(&arrival->prefetch, &status.prefetch);
 	(void)pthread_mutex_lock(text_lock);
 	memcpy(status.reason, arrival->reason, sizeof(status.reason));
 	(void)pthread_mutex_unlock(text_lock);

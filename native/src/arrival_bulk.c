@@ -273,6 +273,9 @@ static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 		GW_HOOK("bulk.asked");
 	}
 	atomic_store(&bulk->idle, !found && !near_only && link->want_count == 0);
+	/* One that is idle speaks for all: what is left is on its way over the others. */
+	rate_enter(arrival, link->up && found && atomic_load(&arrival->bulk_started) &&
+				    arrival_is_fetching(arrival));
 	link_flush(link, now_ns);
 	return due_ns;
 }
@@ -300,6 +303,7 @@ void *bulk_main(void *argument)
 			if (bulk->link.conn)
 				link_close(&bulk->link, LINK_BROKEN, now_ns);
 			atomic_store(&bulk->idle, true);
+			rate_enter(arrival, false);
 		} else {
 			due_ns = link_on_time(&bulk->link, now_ns);
 			const uint64_t ask_ns = ask(bulk, now_ns);

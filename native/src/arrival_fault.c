@@ -293,6 +293,8 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 {
 	struct gw_arrival *const arrival = demand->arrival;
 	struct fault *fault = table_find(&demand->faults, page);
+	uint64_t hint_first = 0;
+	uint32_t hint_next;
 
 	if (fault) {
 		/* A second waiter, never a second request. Waking is by range: one wake for all. */
@@ -307,7 +309,9 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 	    !gw_page_map_move(arrival->map, page, state, GW_PAGE_REQUESTED_DEMAND))
 		return false;
 	fault = table_add(&demand->faults, page, read_ns);
-	pick_hint(arrival, page);
+	hint_next = prefetch_on_fault(&arrival->prefetch, page, read_ns, &hint_first);
+	if (hint_next > 0)
+		pick_hint(arrival, hint_first, hint_next);
 	atomic_store_explicit(&arrival->fault_ns, read_ns, memory_order_relaxed);
 	/* Later bulk is awake anyway, and a wake costs as much as a fault. */
 	if (read_ns < atomic_load_explicit(&arrival->bulk_full_ns, memory_order_relaxed))

@@ -38,6 +38,8 @@
 #include <godwit/stats.h>
 #include <godwit/uffd.h>
 
+#include "prefetch.h"
+
 #define ARRIVAL_HEARTBEAT_NS   UINT64_C(1000000000)
 #define ARRIVAL_SILENCE_NS_MAX UINT64_C(2500000000) /* so that it is known within 3 s */
 /* No want answered for so long, whatever else is said: the server is stuck, or drips. */
@@ -58,7 +60,6 @@
 #define ARRIVAL_BULK_STEP_LEN	    (UINT64_C(128) << 10) /* while faults are hot, one at a time */
 #define ARRIVAL_BULK_STEP_NS	    UINT64_C(1000000)	  /* and from one to the next */
 #define ARRIVAL_GATE_NS		    UINT64_C(2000000)	  /* how long they stay so after the last */
-#define ARRIVAL_HINT_LEN	    (UINT64_C(256) << 10)
 #define ARRIVAL_NEAR_NS		    UINT64_C(100000000) /* how long bulk keeps to the faults at first */
 #define ARRIVAL_NEAR_LEN	    (UINT64_C(64) << 10) /* and how much it asks for at once */
 #define ARRIVAL_ID_LEN_MAX	    128
@@ -263,11 +264,16 @@ struct gw_arrival {
 	_Atomic uint64_t
 		returned_version; /* counts pages given back to ABSENT, so that bulk looks again */
 	_Atomic uint64_t cursor;  /* where bulk goes on */
-	_Atomic uint64_t hints[ARRIVAL_HINT_COUNT]; /* page + 1 of recent faults; 0 = taken */
+	/* Runs that follow recent faults: (first + 1) << 12 | count; 0 = taken. */
+	_Atomic uint64_t hints[ARRIVAL_HINT_COUNT];
 	_Atomic uint32_t hint_next;
 	_Atomic uint64_t rate; /* bytes a second; 0 = no limit */
 	_Atomic uint64_t rate_next_ns;
 	struct gw_histogram latency;
+	struct prefetch prefetch;
+	struct gw_pacer *pacer; /* constant after start; NULL: none */
+	uint32_t weight;
+	_Atomic bool pacing; /* counted among those who have something to ask for */
 
 	struct arrival_demand demand;
 	struct arrival_bulk bulks[GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX];
@@ -357,10 +363,13 @@ bool arrival_gate_is_closed(struct gw_arrival *arrival, uint64_t now_ns, uint64_
 uint64_t pick_run(struct arrival_bulk *bulk, uint64_t count_max, uint64_t *ret_first);
 /* The same, but only what follows a recent fault. */
 uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first);
-void pick_hint(struct gw_arrival *arrival, uint64_t page);
+/* Ask for these next. Of the demand thread. */
+void pick_hint(struct gw_arrival *arrival, uint64_t first, uint32_t count);
 /* Spend bytes of the limit. 0, or how long to wait first. */
 uint64_t rate_spend(struct gw_arrival *arrival, uint64_t len, uint64_t now_ns);
 void rate_refund(struct gw_arrival *arrival, uint64_t len);
+/* Bulk has something to ask for now, or not: its weight counts. */
+void rate_enter(struct gw_arrival *arrival, bool wants);
 /* How much one want should ask for under the limit. */
 uint64_t rate_want_len(const struct gw_arrival *arrival, uint64_t len_max);
 

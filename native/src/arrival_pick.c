@@ -15,14 +15,23 @@
 
 #define RATE_BURST_NS UINT64_C(20000000)
 #define NS_PER_S      UINT64_C(1000000000)
+/* Of a hint, for the count; the page has the rest: 2^40 pages and more. */
+#define HINT_COUNT_BITS 12
+
+_Static_assert(PREFETCH_LEN_MAX < 1 << HINT_COUNT_BITS, "a window fits a hint");
 
 /* --- order ------------------------------------------------------------------------------------ */
 
-void pick_hint(struct gw_arrival *arrival, uint64_t page)
+static uint64_t hint_of(uint64_t first, uint64_t count)
+{
+	return (first + 1) << HINT_COUNT_BITS | count;
+}
+
+void pick_hint(struct gw_arrival *arrival, uint64_t first, uint32_t count)
 {
 	const uint32_t at = atomic_fetch_add_explicit(&arrival->hint_next, 1, memory_order_relaxed);
 
-	atomic_store_explicit(&arrival->hints[at % ARRIVAL_HINT_COUNT], page + 1,
+	atomic_store_explicit(&arrival->hints[at % ARRIVAL_HINT_COUNT], hint_of(first, count),
 			      memory_order_relaxed);
 }
 
@@ -57,30 +66,37 @@ static uint64_t claim_between(struct gw_arrival *arrival, uint64_t from, uint64_
 	return 0;
 }
 
-/* What follows a page that was just touched is touched next, as a rule. The newest first. */
+/*
+ * What prefetch.h has named, the newest first. A hint belongs to who exchanged it for 0; what
+ * is left of it goes back only into an empty slot: a newer one is worth more than a rest.
+ */
 uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
 {
-	const uint64_t hint_pages = ARRIVAL_HINT_LEN / arrival->page_size;
-	const uint64_t reach = hint_pages > 0 ? hint_pages : 1;
 	const uint32_t newest = atomic_load_explicit(&arrival->hint_next, memory_order_relaxed);
 
 	for (uint32_t i = 1; i <= ARRIVAL_HINT_COUNT; i++) {
-		const uint64_t page_plus_1 =
-			atomic_exchange_explicit(&arrival->hints[(newest - i) % ARRIVAL_HINT_COUNT],
-						 0, memory_order_relaxed);
+		_Atomic uint64_t *const slot = &arrival->hints[(newest - i) % ARRIVAL_HINT_COUNT];
+		const uint64_t hint = atomic_exchange_explicit(slot, 0, memory_order_relaxed);
 
-		if (page_plus_1 == 0)
+		if (hint == 0)
 			continue;
-		/* page_plus_1 is the page after the one that faulted. */
-		const uint64_t end = page_plus_1 + reach < arrival->page_count
-					     ? page_plus_1 + reach
-					     : arrival->page_count;
-		const uint64_t claimed = claim_between(arrival, page_plus_1, end,
-						       count_max < reach ? count_max : reach,
-						       ret_first);
+		const uint64_t first = (hint >> HINT_COUNT_BITS) - 1;
+		const uint64_t end = first + (hint & ((UINT64_C(1) << HINT_COUNT_BITS) - 1));
+		const uint64_t claimed = claim_between(arrival, first, end, count_max, ret_first);
 
-		if (claimed > 0)
-			return claimed;
+		if (claimed == 0)
+			continue;
+		const uint64_t rest = *ret_first + claimed;
+		uint64_t none = 0;
+
+		if (rest < end)
+			(void)atomic_compare_exchange_strong_explicit(slot, &none,
+								      hint_of(rest, end - rest),
+								      memory_order_relaxed,
+								      memory_order_relaxed);
+		atomic_fetch_add_explicit(&arrival->prefetch.wanted_page_count, claimed,
+					  memory_order_relaxed);
+		return claimed;
 	}
 	return 0;
 }
@@ -111,6 +127,26 @@ uint64_t pick_run(struct arrival_bulk *bulk, uint64_t count_max, uint64_t *ret_f
 
 /* --- rate ------------------------------------------------------------------------------------- */
 
+/* The engine's own limit, or its share of the pacer's if that is less. 0 = none. */
+static uint64_t rate_now(const struct gw_arrival *arrival)
+{
+	const uint64_t own = atomic_load_explicit(&arrival->rate, memory_order_relaxed);
+	const uint64_t share = arrival->pacer ? gw_pacer_share(arrival->pacer, arrival->weight) : 0;
+
+	return share > 0 && (own == 0 || share < own) ? share : own;
+}
+
+void rate_enter(struct gw_arrival *arrival, bool wants)
+{
+	if (!arrival->pacer ||
+	    atomic_exchange_explicit(&arrival->pacing, wants, memory_order_relaxed) == wants)
+		return;
+	if (wants)
+		gw_pacer_enter(arrival->pacer, arrival->weight);
+	else
+		gw_pacer_leave(arrival->pacer, arrival->weight);
+}
+
 static uint64_t cost_ns(uint64_t len, uint64_t rate)
 {
 	/* len is at most a want or a huge page: the product fits. */
@@ -119,7 +155,7 @@ static uint64_t cost_ns(uint64_t len, uint64_t rate)
 
 uint64_t rate_want_len(const struct gw_arrival *arrival, uint64_t len_max)
 {
-	const uint64_t rate = atomic_load_explicit(&arrival->rate, memory_order_relaxed);
+	const uint64_t rate = rate_now(arrival);
 	/* About 10 ms worth, so that a slow lane does not come in lumps. */
 	const uint64_t len = rate / 100 - rate / 100 % arrival->page_size;
 
@@ -130,7 +166,7 @@ uint64_t rate_want_len(const struct gw_arrival *arrival, uint64_t len_max)
 
 uint64_t rate_spend(struct gw_arrival *arrival, uint64_t len, uint64_t now_ns)
 {
-	const uint64_t rate = atomic_load_explicit(&arrival->rate, memory_order_relaxed);
+	const uint64_t rate = rate_now(arrival);
 	uint64_t next_ns = atomic_load_explicit(&arrival->rate_next_ns, memory_order_relaxed);
 
 	if (rate == 0)
@@ -150,7 +186,7 @@ uint64_t rate_spend(struct gw_arrival *arrival, uint64_t len, uint64_t now_ns)
 
 void rate_refund(struct gw_arrival *arrival, uint64_t len)
 {
-	const uint64_t rate = atomic_load_explicit(&arrival->rate, memory_order_relaxed);
+	const uint64_t rate = rate_now(arrival);
 	uint64_t next_ns = atomic_load_explicit(&arrival->rate_next_ns, memory_order_relaxed);
 
 	if (rate == 0)

@@ -22,6 +22,8 @@ static int source_fd;
 static uint8_t *source;
 static bool measuring;
 static uint64_t page_count = PAGE_COUNT;
+static struct gw_pacer *pacer; /* NULL: none is shared */
+static uint32_t pacer_weight;
 
 struct bench {
 	struct guest guest;
@@ -120,6 +122,8 @@ static struct bench bench_create(uint32_t bulk_count, uint32_t state)
 	};
 
 	CHECK_EQ(gw_arrival_create(&config, &bench.arrival), 0);
+	if (pacer)
+		CHECK_EQ(gw_arrival_share(bench.arrival, pacer, pacer_weight), 0);
 	CHECK_EQ(gw_arrival_start(bench.arrival), 0);
 	return bench;
 }
@@ -299,6 +303,48 @@ static void a_guest_of_zeros_is_whole_at_once(void)
 	bench_destroy(&bench);
 }
 
+#define SHARED_RATE	  (UINT64_C(16) << 20)
+#define SHARED_PAGE_COUNT 1536U /* half a second's worth of three quarters */
+
+/* Two guests, weights 3 and 1: what each gets, and all of it for the one that is left. */
+static void guests_share_bandwidth_by_weight(void)
+{
+	struct bench benches[2];
+	char first_path[sizeof(map_path)];
+
+	CHECK_EQ(gw_pacer_create(SHARED_RATE, &pacer), 0);
+	pacer_weight = 3;
+	benches[0] = bench_create(2, GW_IMAGE_FROZEN);
+	memcpy(first_path, map_path, sizeof(first_path));
+	map_path[strlen(map_path) - 1] ^= 1;
+	pacer_weight = 1;
+	benches[1] = bench_create(2, GW_IMAGE_FROZEN);
+	CHECK_EQ(gw_arrival_share(benches[1].arrival, pacer, 1), -EALREADY);
+	for (int i = 0; i < 2; i++) {
+		wait_phase(benches[i].arrival, GW_ARRIVAL_ARMED);
+		CHECK_EQ(gw_arrival_open_gate(benches[i].arrival, GENERATION), 0);
+	}
+	for (int i = 0; i < 2; i++)
+		CHECK_EQ(gw_arrival_start_bulk(benches[i].arrival), 0);
+	while (status_of(benches[0].arrival).bulk_page_count < SHARED_PAGE_COUNT)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	const uint64_t more = status_of(benches[0].arrival).bulk_page_count;
+	const uint64_t less = status_of(benches[1].arrival).bulk_page_count;
+
+	fprintf(stderr, "    weights 3 and 1: %lu and %lu pages\n", more, less);
+	CHECK(more >= less * 2 && more <= less * 5);
+	/* Members outlive its creator, and the one that is left has no limit when there is none. */
+	gw_pacer_set_rate(pacer, 0);
+	gw_pacer_destroy(pacer);
+	wait_phase(benches[1].arrival, GW_ARRIVAL_COMPLETE);
+	check_whole(&benches[1]);
+	bench_destroy(&benches[1]);
+	memcpy(map_path, first_path, sizeof(first_path));
+	wait_phase(benches[0].arrival, GW_ARRIVAL_COMPLETE);
+	check_whole(&benches[0]);
+	bench_destroy(&benches[0]);
+}
+
 /* While LIVE nothing is installed; frozen under a new generation it is. */
 static void a_live_image_is_not_installed(void)
 {
@@ -378,6 +424,7 @@ int main(int argc, char **argv)
 	RUN_FORKED(faults_beside_bulk);
 	RUN_FORKED(bulk_alone);
 	RUN_FORKED(a_guest_of_zeros_is_whole_at_once);
+	RUN_FORKED(guests_share_bandwidth_by_weight);
 	RUN_FORKED(a_live_image_is_not_installed);
 	RUN_FORKED(another_generation_is_refused);
 	RUN_FORKED(a_server_restarted_without_its_image_yet);

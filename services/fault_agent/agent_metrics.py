@@ -79,6 +79,16 @@ class AgentCollector(Collector):
             "How long the demand lane has been down, now",
             labels=["vm"],
         )
+        prefetch = CounterMetricFamily(
+            "godwit_agent_arrival_prefetch_windows",
+            "Runs asked for because of a fault before them, by what became of them",
+            labels=["vm", "policy", "result"],
+        )
+        prefetch_off = GaugeMetricFamily(
+            "godwit_agent_arrival_prefetch_off",
+            "1 while prefetch is off because it did not pay",
+            labels=["vm", "policy"],
+        )
         counters: dict[str, Counters] = {}
         for vm in self._node.known_vms():
             if vm.watch is None:
@@ -89,7 +99,10 @@ class AgentCollector(Collector):
             held.add_metric([vm.vm_id], status.held_fault_count)
             lost.add_metric([vm.vm_id], status.link_lost_ns / 1e9)
             counters[vm.vm_id] = vm.watch.counters
-        yield from (phase, absent, held, lost)
+            prefetch.add_metric([vm.vm_id, "window", "hit"], status.prefetch.hit_count)
+            prefetch.add_metric([vm.vm_id, "window", "miss"], status.prefetch.miss_count)
+            prefetch_off.add_metric([vm.vm_id, "window"], int(status.prefetch.off))
+        yield from (phase, absent, held, lost, prefetch, prefetch_off)
         for name, text, field in _ARRIVAL_COUNTERS:
             family = CounterMetricFamily(f"godwit_agent_arrival_{name}", text, labels=["vm"])
             for vm_id, values in counters.items():

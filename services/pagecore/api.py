@@ -94,6 +94,20 @@ class LatencySummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefetchSummary:
+    """struct gw_prefetch_summary: how well it is guessed which pages are wanted next."""
+
+    window_count: int = 0
+    """Runs that were asked for because of a fault before them."""
+    hit_count: int = 0
+    """Of those judged: the guest went on there."""
+    miss_count: int = 0
+    page_count: int = 0
+    off: bool = False
+    """It did not pay, and is tried again within a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalStatus:
     """struct gw_arrival_status."""
 
@@ -115,10 +129,27 @@ class ArrivalStatus:
     link_lost_ns: int
     fault_latency: LatencySummary
     reason: str
+    prefetch: PrefetchSummary = PrefetchSummary()
+
+
+class Pacer(Protocol):
+    """Bandwidth that several arrivals share, by weight; see native/include/godwit/pacer.h."""
+
+    def set_rate(self, bytes_per_s_max: int) -> None:
+        """0: no limit."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; arrivals go on under its last rate. Idempotent."""
+        ...
 
 
 class Arrival(Protocol):
     """One arriving guest. A call on a closed one raises ValueError."""
+
+    def share(self, pacer: Pacer, weight: int) -> None:
+        """Before `start`: bulk takes its share of the pacer, weight 1 to 1000."""
+        ...
 
     def start(self) -> None: ...
     def open_gate(self, generation: int) -> None: ...
@@ -213,6 +244,7 @@ class PageCore(Protocol):
     """The native module. Failures raise OSError with the errno that the header documents."""
 
     def create_arrival(self, config: ArrivalConfig) -> Arrival: ...
+    def create_pacer(self, bytes_per_s_max: int) -> Pacer: ...
     def create_page_server(
         self, *, host: str, port: int, connection_count_max: int = 64
     ) -> PageServer: ...

@@ -21,6 +21,7 @@ from services.pagecore.api import (
     ArrivalStatus,
     Injection,
     LatencySummary,
+    Pacer,
     ServeImage,
     ServeStats,
 )
@@ -40,6 +41,23 @@ class _Closable:
     def _need_open(self) -> None:
         if self.closed:
             raise ValueError("call on a closed handle of the page core")
+
+
+class FakePacer(_Closable):
+    """Keeps its rate in `rate`."""
+
+    def __init__(self, bytes_per_s_max: int) -> None:
+        super().__init__()
+        self.rate = bytes_per_s_max
+
+    def set_rate(self, bytes_per_s_max: int) -> None:
+        """Kept in `rate`."""
+        self._need_open()
+        self.rate = bytes_per_s_max
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.closed = True
 
 
 class FakeArrival(_Closable):
@@ -63,6 +81,7 @@ class FakeArrival(_Closable):
         self.config = config
         self.page_server = (config.page_host, config.page_port)
         self.bulk_rate = config.bulk_bytes_per_s_max
+        self.shares: tuple[Pacer, int] | None = None
         self.started = False
         self.bulk_started = False
         self.finished = False
@@ -142,6 +161,15 @@ class FakeArrival(_Closable):
         self.update(phase=ArrivalPhase.VIOLATION, violation_count=count, reason=reason)
 
     # --- what a service does ---
+
+    def share(self, pacer: Pacer, weight: int) -> None:
+        """Kept in `shares`."""
+        self._need_open()
+        if not 1 <= weight <= 1000:
+            raise _error(errno.EINVAL, "gw_arrival_share")
+        if self.started or self.shares is not None:
+            raise _error(errno.EALREADY, "gw_arrival_share")
+        self.shares = (pacer, weight)
 
     def start(self) -> None:
         """Both lanes come up at once, unless `FakePageCore.auto_connect` is off."""
@@ -360,6 +388,11 @@ class FakePageCore:
         self.maps[config.page_map_path].auto_connect = self.auto_connect
         self.arrivals.append(arrival)
         return arrival
+
+    def create_pacer(self, bytes_per_s_max: int) -> FakePacer:
+        """Make a FakePacer."""
+        self._fail("create_pacer")
+        return FakePacer(bytes_per_s_max)
 
     def create_page_server(
         self,

@@ -28,7 +28,9 @@ from services.pagecore.api import (
     ArrivalStatus,
     Injection,
     LatencySummary,
+    Pacer,
     PageServer,
+    PrefetchSummary,
     ServeImage,
     ServeStats,
 )
@@ -127,6 +129,29 @@ def _latency(summary: Any) -> LatencySummary:
     )
 
 
+class NativePacer:
+    """Bandwidth that arrivals share; see native/include/godwit/pacer.h."""
+
+    def __init__(self, bytes_per_s_max: int) -> None:
+        ret = ffi.new("struct gw_pacer **")
+        check("gw_pacer_create", lib.gw_pacer_create(bytes_per_s_max, ret))
+        self._handle = _Handle(ret[0], lib.gw_pacer_destroy)
+
+    def set_rate(self, bytes_per_s_max: int) -> None:
+        """Change it, now; 0 = no limit."""
+        with self._handle.open() as pointer:
+            lib.gw_pacer_set_rate(pointer, bytes_per_s_max)
+
+    def add_to(self, arrival: Any, weight: int) -> int:
+        """What gw_arrival_share returns for the pointer of an arrival."""
+        with self._handle.open() as pointer:
+            return int(lib.gw_arrival_share(arrival, pointer, weight))
+
+    def close(self) -> None:
+        """Let go of it; its arrivals go on under the last rate."""
+        self._handle.close()
+
+
 class NativeArrival:
     """One arriving guest; see native/include/godwit/arrival.h."""
 
@@ -181,6 +206,13 @@ class NativeArrival:
         self._handle = _Handle(ret[0], lib.gw_arrival_destroy)
         len_bytes = sum(region.len_bytes for region in config.regions)
         self._bitmap_len_bytes = (len_bytes // config.page_size_bytes + 7) // 8
+
+    def share(self, pacer: Pacer, weight: int) -> None:
+        """Bulk takes its share of `pacer`, which must be native too. Before `start`."""
+        if not isinstance(pacer, NativePacer):
+            raise TypeError(f"a pacer of the native page core is needed, got {pacer!r}")
+        with self._handle.open() as pointer:
+            check("gw_arrival_share", pacer.add_to(pointer, weight))
 
     def start(self) -> None:
         """Connect both lanes and serve."""
@@ -238,6 +270,13 @@ class NativeArrival:
             link_lost_ns=native.link_lost_ns,
             fault_latency=_latency(native.fault_latency),
             reason=ffi.string(native.reason).decode(errors="replace"),
+            prefetch=PrefetchSummary(
+                window_count=native.prefetch.window_count,
+                hit_count=native.prefetch.hit_count,
+                miss_count=native.prefetch.miss_count,
+                page_count=native.prefetch.page_count,
+                off=bool(native.prefetch.off),
+            ),
         )
 
     def bitmap(self) -> bytes:
@@ -367,6 +406,10 @@ class NativePageCore:
     def create_arrival(self, config: ArrivalConfig) -> Arrival:
         """See NativeArrival."""
         return NativeArrival(config)
+
+    def create_pacer(self, bytes_per_s_max: int) -> Pacer:
+        """See NativePacer."""
+        return NativePacer(bytes_per_s_max)
 
     def create_page_server(
         self, *, host: str, port: int, connection_count_max: int = 64

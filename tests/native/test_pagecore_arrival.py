@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from services.pagecore.api import ArrivalConfig, ArrivalPhase, InstallMethod
+from services.pagecore.api import Arrival, ArrivalConfig, ArrivalPhase, InstallMethod
 from tests.harness.page_server import PAGE, PageNode, Process, page_node, pattern
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Destination:
         os.close(self.ram_fd)
 
 
-def wait_for(arrival: NativeArrival, condition: Callable[[], bool]) -> None:
+def wait_for(arrival: Arrival, condition: Callable[[], bool]) -> None:
     """Wait on the arrival's own events."""
     poll = select.poll()
     poll.register(arrival.fileno(), select.POLLIN)
@@ -134,7 +134,7 @@ def wait_for(arrival: NativeArrival, condition: Callable[[], bool]) -> None:
         arrival.drain_events()
 
 
-def wait_phase(arrival: NativeArrival, *phases: ArrivalPhase) -> None:
+def wait_phase(arrival: Arrival, *phases: ArrivalPhase) -> None:
     wait_for(arrival, lambda: arrival.status().phase in phases)
 
 
@@ -218,6 +218,36 @@ def test_a_guest_arrives_whole(
         with pytest.raises(ValueError, match="closed"):
             arrival.status()
         assert destination.ram.read_bytes() == CONTENT
+
+
+def test_a_pacer_is_shared_before_the_start(
+    core: NativePageCore, node: PageNode, source: Process
+) -> None:
+    """Once and with a weight that counts; the pacer may be let go of before its arrival."""
+    with (
+        destination_of(core, node, source) as destination,
+        contextlib.closing(core.create_arrival(destination.config)) as arrival,
+    ):
+        pacer = core.create_pacer(1 << 30)
+        with pytest.raises(OSError, match="gw_arrival_share") as caught:
+            arrival.share(pacer, 0)
+        assert caught.value.errno == errno.EINVAL
+        arrival.share(pacer, 3)
+        with pytest.raises(OSError, match="gw_arrival_share") as caught:
+            arrival.share(pacer, 3)
+        assert caught.value.errno == errno.EALREADY
+        arrival.start()
+        pacer.set_rate(1 << 31)
+        pacer.close()
+        with pytest.raises(ValueError, match="closed"):
+            pacer.set_rate(0)
+        wait_phase(arrival, ArrivalPhase.ARMED)
+        arrival.open_gate(1)
+        arrival.start_bulk()
+        wait_phase(arrival, ArrivalPhase.COMPLETE)
+        assert destination.guest.read(0, PAGE_COUNT) == expected(0, PAGE_COUNT)
+        prefetch = arrival.status().prefetch
+        assert prefetch.hit_count + prefetch.miss_count <= prefetch.window_count
 
 
 def test_faults_are_served_while_python_stands_still(

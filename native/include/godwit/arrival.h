@@ -24,6 +24,7 @@
 #include <stdint.h>
 
 #include <godwit/export.h>
+#include <godwit/pacer.h>
 
 /* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
 
@@ -96,6 +97,16 @@ struct gw_latency_summary {
 	uint64_t p50_ns, p99_ns, p999_ns, max_ns;
 };
 
+/* How well it is guessed which pages are wanted next. */
+struct gw_prefetch_summary {
+	uint64_t window_count; /* runs that were asked for because of a fault before them */
+	uint64_t hit_count;    /* of those judged: the guest went on there */
+	uint64_t miss_count;   /* or not */
+	uint64_t page_count;   /* pages asked for so */
+	uint32_t off;	       /* 1: it did not pay, and is tried again within a second */
+	uint32_t reserved;
+};
+
 struct gw_arrival_status {
 	uint32_t phase;	     /* enum gw_arrival_phase */
 	uint32_t bulk_done;  /* 1: the bulk lanes have nothing left to ask for */
@@ -108,6 +119,7 @@ struct gw_arrival_status {
 	uint64_t received_bytes, checksum_error_count, reconnect_count, violation_count;
 	uint64_t link_lost_ns; /* how long the demand lane has been down, now; 0 = up */
 	struct gw_latency_summary fault_latency;
+	struct gw_prefetch_summary prefetch;
 	char reason[GW_ARRIVAL_REASON_LEN_MAX]; /* why, in words; NUL-terminated */
 };
 
@@ -141,6 +153,12 @@ int gw_arrival_start_bulk(struct gw_arrival *arrival);
 
 /* Change the limit of the bulk lanes, now. 0 = none. */
 int gw_arrival_set_bulk_rate(struct gw_arrival *arrival, uint64_t bytes_per_s_max);
+
+/*
+ * Share a pacer's bandwidth with its other members: bulk is limited by the share and by its own rate, whichever
+ * is less. Before start. Returns 0; -EINVAL weight is not 1..GW_PACER_WEIGHT_MAX; -EALREADY.
+ */
+int gw_arrival_share(struct gw_arrival *arrival, struct gw_pacer *pacer, uint32_t weight);
 
 /* Fetch from another page server from now on; streams are opened again. */
 int gw_arrival_set_page_server(struct gw_arrival *arrival, const char *host, uint32_t port);
