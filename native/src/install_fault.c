@@ -103,6 +103,7 @@ static void publish_zeros(struct gw_install *install, uint64_t first, uint64_t c
 {
 	if (count == 0)
 		return;
+	GW_HOOK("install.zeros");
 	gw_page_map_count(install->map, GW_COUNT_ZERO_PAGE, count);
 	gw_install_publish(install, first, count);
 }
@@ -124,7 +125,6 @@ static int zero_run(struct gw_install *install, uint64_t first, uint64_t count, 
 		if (page - batch_first == ZERO_BATCH_COUNT) {
 			publish_zeros(install, batch_first, page - batch_first);
 			batch_first = page;
-			GW_HOOK("install.zeros");
 		}
 		if (gw_page_map_is_violated(install->map)) {
 			outcome = GW_INSTALL_VIOLATED;

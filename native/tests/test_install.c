@@ -476,6 +476,42 @@ static void a_second_answer_while_the_first_is_installed(void)
 	bench_destroy(bench);
 }
 
+static void *settle_zeros(void *argument)
+{
+	struct bench *const bench = argument;
+
+	CHECK_EQ(gw_install_zeros_beyond(&bench->install, 0, 60, &bench->again), GW_INSTALL_DONE);
+	return NULL;
+}
+
+/* ZERO and not yet published: a fault in between is answered all the same, and counted once. */
+static void a_fault_on_zeros_that_are_not_published_yet(void)
+{
+	struct bench *const bench = bench_create();
+	struct toucher toucher;
+	pthread_t settler;
+
+	gw_hook_hold("install.zeros");
+	CHECK_EQ(pthread_create(&settler, NULL, settle_zeros, bench), 0);
+	CHECK(gw_hook_wait("install.zeros", 1, TIMEOUT_MS));
+	CHECK_EQ(gw_page_map_get(bench->map, 7), GW_PAGE_ZERO);
+	CHECK(gw_bitmap_is_absent(gw_page_map_bitmap(bench->map), 7));
+	toucher_start(&toucher, &bench->guest, 7);
+	CHECK_EQ(guest_next_fault(&bench->guest), 7);
+	CHECK_EQ(gw_install_fault(&bench->install, 7, false, &bench->again), GW_INSTALL_DONE);
+	CHECK_EQ(toucher_join(&toucher), 0);
+	CHECK(!gw_bitmap_is_absent(gw_page_map_bitmap(bench->map), 7));
+	bench->guest.memory[7 * PAGE] = 7;
+	gw_hook_release("install.zeros");
+	CHECK_EQ(pthread_join(settler, NULL), 0);
+	CHECK_EQ(bench->guest.memory[7 * PAGE], 7);
+	CHECK_EQ(gw_page_map_get(bench->map, 7), GW_PAGE_PRESENT);
+	CHECK_EQ(gw_page_map_get(bench->map, 8), GW_PAGE_ZERO);
+	CHECK_EQ(absent_count(bench), PAGE_COUNT - 60);
+	CHECK_EQ(counter(bench, GW_COUNT_ZERO_PAGE), 60);
+	bench_destroy(bench);
+}
+
 static int stop(void *user)
 {
 	(void)user;
@@ -604,6 +640,7 @@ int main(void)
 		RUN_FORKED(remove_while_an_install_is_held_back);
 		RUN_FORKED(remove_between_claim_and_ioctl);
 		RUN_FORKED(a_second_answer_while_the_first_is_installed);
+		RUN_FORKED(a_fault_on_zeros_that_are_not_published_yet);
 		RUN_FORKED(a_stopped_install_leaves_nothing_half_done);
 		RUN_FORKED(whatever_fails_no_page_is_wrong);
 		RUN_FORKED(nonsense_is_refused);
