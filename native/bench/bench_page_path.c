@@ -57,7 +57,7 @@ static void demand(void)
 	const struct bench_touches touches = {.thread_count = (uint32_t)number(2),
 					      .count = (uint32_t)number(3),
 					      .think_ns = number(4) * NS_PER_US,
-					      .skip_present = bulk,
+					      .skip_present = true,
 					      .in_order = number(5) != 0};
 
 	bench_demand(&server, bulk ? number(1) : UINT64_MAX, &touches);

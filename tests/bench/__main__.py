@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def _collect(path: Path) -> Result:
 def main(argv: Sequence[str] | None = None, out: Path = OUT, docs: Path = DOCS) -> int:
     """Do it; the exit status."""
     args = _arguments(argv)
+    # Ended by whomever, what was started is taken down.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scale = Scale(quick=args.quick, rounds=args.rounds, seconds=args.seconds)
     results: dict[str, Result] = {}
     all_bars: list[Bar] = []
