@@ -3,7 +3,7 @@
 
 Real processes on three hosts, a real guest that verifies its pages, counters and heartbeats by
 itself. Past the decision it arrives; before it, it arrives or runs on at its source. Each test also
-proves that its fault took place: the link must have lost packets.
+proves that its fault took place: the link must have lost or delayed packets.
 
 The short form is part of `make test`, the rest is `make test-network`.
 """
@@ -69,10 +69,12 @@ def shape(**values: float) -> Fault:
     return begin
 
 
-async def _lost_count(linked: LinkedCluster, names: tuple[str, ...]) -> int:
-    """Packets that never arrived."""
+async def _harmed_count(linked: LinkedCluster, names: tuple[str, ...]) -> int:
+    """Packets that never arrived, or late."""
     counters = [await linked.links[name].counters() for name in names]
-    return sum(c.cut + c.lost + c.overflowed for each in counters for c in each.values())
+    return sum(
+        c.cut + c.lost + c.overflowed + c.delayed for each in counters for c in each.values()
+    )
 
 
 async def _in_phase(linked: LinkedCluster, migration_id: str, *phases: MigrationPhase) -> None:
@@ -96,7 +98,7 @@ async def _post_copy_under(traveller: Traveller, trouble: Trouble) -> None:
             running.set()
         return False
 
-    before = await _lost_count(linked, trouble.links)
+    before = await _harmed_count(linked, trouble.links)
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(
             guest.move(
@@ -114,7 +116,7 @@ async def _post_copy_under(traveller: Traveller, trouble: Trouble) -> None:
         await _sleep(trouble.length_s)
         await linked.net.reset()
         last = await moving
-    assert await _lost_count(linked, trouble.links) > before, "the fault did not take place"
+    assert await _harmed_count(linked, trouble.links) > before, "the fault did not take place"
     await traveller.arrive(last)
 
 

@@ -103,6 +103,8 @@ class Counters:
     packets: int
     """Came out at the other end."""
     bytes: int
+    delayed: int
+    """Had to wait, for a delay or for others on a slow link."""
     lost: int
     cut: int
     """Vanished in a cut."""

@@ -70,7 +70,7 @@ class Direction:
         self.free_ns = 0
         """When the last packet has left the sender's interface, at the rate."""
         self.counters = dict.fromkeys(
-            ("packets", "bytes", "lost", "cut", "overflowed", "refused"), 0
+            ("packets", "bytes", "delayed", "lost", "cut", "overflowed", "refused"), 0
         )
         self.cut = False
         self.reset()
@@ -118,6 +118,7 @@ class Direction:
             self.put(packet)
         else:
             self.queue.append((due_ns, packet))
+            counters["delayed"] += 1
 
     def put(self, packet: bytes) -> None:
         """A packet comes out."""
