@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from services.cli import bitmap, certs, demo, migrations, nodes, processes, store, vms
+from services.cli import bitmap, certs, demo, migrations, nodes, processes, rescue, store, vms
 from services.cli.exit_status import ExitStatus, of_http
 from services.cli.session import ENV_URL, Options, OutputOption, UrlOption
 
@@ -35,6 +35,9 @@ app.add_typer(vms.app, name="vms")
 app.command()(migrations.migrate)
 app.add_typer(migrations.app, name="migrations")
 app.command()(bitmap.bitmap)
+app.command()(rescue.recover)
+app.command()(rescue.abandon)
+app.command("break-glass")(rescue.break_glass)
 app.add_typer(store.app, name="store")
 app.add_typer(certs.app, name="certs")
 app.command()(demo.demo)

@@ -108,7 +108,7 @@ def show(
             _watch(now, migration)
             return
         answer = now.client.send(calls.get_migration(migration))
-    _print_one(now.output, answer)
+    print_one(now.output, answer)
 
 
 @app.command()
@@ -123,7 +123,7 @@ def cancel(
 
     with session(ctx, output, orchestrator) as now:
         answer = now.client.send(calls.cancel_migration(migration))
-    _print_one(now.output, answer)
+    print_one(now.output, answer)
 
 
 def _rate(text: str | None) -> int:
@@ -170,7 +170,8 @@ def _watch(now: Session, migration_id: str) -> None:
         print(ending(last))
 
 
-def _print_one(form: OutputFormat, answer: Answer[Migration]) -> None:
+def print_one(form: OutputFormat, answer: Answer[Migration]) -> None:
+    """One migration, with its history."""
     one = answer.value
     counters = one.counters
     shown = [
@@ -184,6 +185,7 @@ def _print_one(form: OutputFormat, answer: Answer[Migration]) -> None:
         ("message", one.message),
         ("hint", one.hint),
         ("epoch", str(one.epoch or "")),
+        ("given back under", str(one.return_epoch or "")),
         ("progress", quantities.percent(one.progress)),
         ("pause", quantities.duration(one.pause_ns)),
         ("total", quantities.duration(one.total_ns)),

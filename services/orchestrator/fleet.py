@@ -36,6 +36,7 @@ from services.orchestrator.machines import Machines
 from services.orchestrator.migration import TERMINAL
 from services.orchestrator.move import Context, both
 from services.orchestrator.nodes import Nodes
+from services.orchestrator.operators import Operators
 from services.orchestrator.runner import Runner
 from services.orchestrator.store.fleet import migration_active, vm_unknown
 from services.orchestrator.store.migrations import migration_unknown
@@ -83,6 +84,7 @@ class Fleet:
         self._nodes = nodes
         self._machines = machines
         self._runner = runner
+        self._operators = Operators(context, runner)
 
     # --- nodes ---
 
@@ -271,6 +273,31 @@ class Fleet:
         await self._context.store.migrations.request_cancel(migration_id)
         self._runner.cancel(migration_id)
         self._context.changes.publish(migration_id)
+        return await self.get_migration(migration_id)
+
+    async def recover_migration(self, migration_id: str) -> tuple[types_pb2.Migration, list[str]]:
+        """Look anew, do what is safe, say what is missing."""
+        findings = await self._operators.recover(migration_id)
+        return await self.get_migration(migration_id), findings
+
+    async def abandon_migration(
+        self, migration_id: str, *, epoch: int, confirm: bool
+    ) -> types_pb2.Migration:
+        """Give its guest up."""
+        await self._operators.abandon(migration_id, epoch=epoch, confirm=confirm)
+        return await self.get_migration(migration_id)
+
+    async def break_glass(
+        self, migration_id: str, *, epoch: int, fenced_vm_id: str, operator: str, because: str
+    ) -> types_pb2.Migration:
+        """Give its guest back without the destination's proof."""
+        await self._operators.break_glass(
+            migration_id,
+            epoch=epoch,
+            fenced_vm_id=fenced_vm_id,
+            operator=operator,
+            because=because,
+        )
         return await self.get_migration(migration_id)
 
     async def watch_migration(

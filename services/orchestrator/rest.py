@@ -121,6 +121,35 @@ def _migrations(fleet: Fleet) -> APIRouter:
     async def cancel_migration(migration_id: str) -> rest_models.Migration:
         return rest_models.Migration.of(await fleet.cancel_migration(migration_id))
 
+    @router.post("/{migration_id}:recover")
+    async def recover_migration(migration_id: str) -> rest_models.Recovery:
+        migration, findings = await fleet.recover_migration(migration_id)
+        return rest_models.Recovery(
+            migration=rest_models.Migration.of(migration), findings=findings
+        )
+
+    @router.post("/{migration_id}:abandon")
+    async def abandon_migration(
+        migration_id: str, body: rest_models.AbandonRequest
+    ) -> rest_models.Migration:
+        migration = await fleet.abandon_migration(
+            migration_id, epoch=body.epoch, confirm=body.confirm
+        )
+        return rest_models.Migration.of(migration)
+
+    @router.post("/{migration_id}:break-glass")
+    async def break_glass(
+        migration_id: str, body: rest_models.BreakGlassRequest
+    ) -> rest_models.Migration:
+        migration = await fleet.break_glass(
+            migration_id,
+            epoch=body.epoch,
+            fenced_vm_id=body.fenced_vm_id,
+            operator=body.operator,
+            because=body.because,
+        )
+        return rest_models.Migration.of(migration)
+
     @router.get(
         "/{migration_id}/events",
         response_class=StreamingResponse,

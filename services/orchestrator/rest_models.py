@@ -43,6 +43,24 @@ class MigrationRequest(Strict):
     )
 
 
+class AbandonRequest(Strict):
+    """A guest to give up."""
+
+    epoch: int = Field(ge=1, le=(1 << 63) - 1, description="the migration's, as it is shown")
+    confirm: bool = Field(default=False, description="must be true")
+
+
+class BreakGlassRequest(Strict):
+    """A guest to give back without its destination's proof."""
+
+    epoch: int = Field(ge=1, le=(1 << 63) - 1, description="the migration's, as it is shown")
+    fenced_vm_id: str = Field(
+        max_length=63, description="the guest's id: its destination is fenced, by your word"
+    )
+    operator: str = Field(max_length=100, description="who says so; stays in the history")
+    because: str = Field(max_length=500, description="why; stays in the history")
+
+
 class Capabilities(BaseModel):
     """What a node can do."""
 
@@ -257,6 +275,13 @@ class Migration(BaseModel):
             version=migration.version,
             return_epoch=migration.return_epoch,
         )
+
+
+class Recovery(BaseModel):
+    """What a look at both nodes has found."""
+
+    migration: Migration
+    findings: list[str] = Field(description="what each node can prove, and what is missing")
 
 
 class Migrations(BaseModel):

@@ -63,6 +63,34 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         migration = await self._fleet.cancel_migration(request.migration_id)
         return migration_service_pb2.CancelMigrationResponse(migration=migration)
 
+    async def RecoverMigration(
+        self, request: migration_service_pb2.RecoverMigrationRequest, context: _Context
+    ) -> migration_service_pb2.RecoverMigrationResponse:
+        migration, findings = await self._fleet.recover_migration(request.migration_id)
+        return migration_service_pb2.RecoverMigrationResponse(
+            migration=migration, findings=findings
+        )
+
+    async def AbandonMigration(
+        self, request: migration_service_pb2.AbandonMigrationRequest, context: _Context
+    ) -> migration_service_pb2.AbandonMigrationResponse:
+        migration = await self._fleet.abandon_migration(
+            request.migration_id, epoch=request.epoch, confirm=request.confirm
+        )
+        return migration_service_pb2.AbandonMigrationResponse(migration=migration)
+
+    async def BreakGlass(
+        self, request: migration_service_pb2.BreakGlassRequest, context: _Context
+    ) -> migration_service_pb2.BreakGlassResponse:
+        migration = await self._fleet.break_glass(
+            request.migration_id,
+            epoch=request.epoch,
+            fenced_vm_id=request.fenced_vm_id,
+            operator=request.operator,
+            because=request.because,
+        )
+        return migration_service_pb2.BreakGlassResponse(migration=migration)
+
     async def WatchMigration(
         self, request: migration_service_pb2.WatchMigrationRequest, context: _Context
     ) -> AsyncIterator[migration_service_pb2.WatchMigrationResponse]:

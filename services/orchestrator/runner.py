@@ -13,7 +13,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from services.common.errors import GodwitError, UnavailableError
 from services.orchestrator.agents import AgentPool
 from services.orchestrator.giveback import fence_destination, free_lost
-from services.orchestrator.migration import TERMINAL, Decision
+from services.orchestrator.migration import TERMINAL, UNDECIDED, Decision
 from services.orchestrator.move import Context
 from services.orchestrator.mover import GUEST_STANDS_STILL, Mover
 from services.orchestrator.store import StoreError
@@ -71,6 +71,25 @@ class Runner:
         """The store has accepted a cancel."""
         if mover := self._movers.get(migration_id):
             mover.cancel()
+
+    async def look_again(self, migration_id: str) -> None:
+        """Begin again with a migration from its row and from evidence, as after a restart, now.
+
+        Not before the decision: a guest that is about to be paused, or is, would wait for it.
+        """
+        if self._group:
+            await asyncio.shield(self._group.create_task(self._look_again(migration_id)))
+
+    async def _look_again(self, migration_id: str) -> None:
+        row = await self._context.store.migrations.get(migration_id)
+        if row is None or row.phase in UNDECIDED:
+            return
+        name = f"migration {migration_id}"
+        for task in [each for each in self._tasks if each.get_name() == name]:
+            task.cancel()
+            await asyncio.wait({task})
+        if self._group and row.phase not in TERMINAL:
+            self._spawn(row, rejoined=True)
 
     def _spawn(self, row: MigrationRow, *, rejoined: bool) -> None:
         assert self._group is not None

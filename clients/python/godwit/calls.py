@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
-from godwit.models import Migration, Node, UserfaultBitmap, Vm
+from godwit.models import Migration, Node, Recovery, UserfaultBitmap, Vm
 
 ValueT = TypeVar("ValueT")
 _ItemT = TypeVar("_ItemT")
@@ -118,6 +118,33 @@ def cancel_migration(migration_id: str) -> Call[Migration]:
     """Ask that it be cancelled; refused once it is past the decision."""
     path = f"/v1/migrations/{_part(migration_id)}:cancel"
     return Call(method="POST", path=path, read=Migration.from_json)
+
+
+def recover_migration(migration_id: str) -> Call[Recovery]:
+    """Look at both nodes anew, do what is safe, say what is missing."""
+    path = f"/v1/migrations/{_part(migration_id)}:recover"
+    return Call(method="POST", path=path, read=Recovery.from_json)
+
+
+def abandon_migration(migration_id: str, epoch: int, *, confirm: bool) -> Call[Migration]:
+    """Give its guest up; refused where one runs, may run, or can still be made to run."""
+    path = f"/v1/migrations/{_part(migration_id)}:abandon"
+    body = {"epoch": epoch, "confirm": confirm}
+    return Call(method="POST", path=path, body=body, read=Migration.from_json)
+
+
+def break_glass(
+    migration_id: str, epoch: int, *, fenced_vm_id: str, operator: str, because: str
+) -> Call[Migration]:
+    """Give its guest back to its source by your word that the destination is fenced."""
+    path = f"/v1/migrations/{_part(migration_id)}:break-glass"
+    body = {
+        "epoch": epoch,
+        "fenced_vm_id": fenced_vm_id,
+        "operator": operator,
+        "because": because,
+    }
+    return Call(method="POST", path=path, body=body, read=Migration.from_json)
 
 
 def events_path(migration_id: str) -> str:

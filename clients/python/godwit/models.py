@@ -148,6 +148,7 @@ class Migration(_Model):
         counters: how the memory arrives; None before PREPARING.
         progress: 0..1, never falls.
         version: rises with every write.
+        return_epoch: under which its source gets the guest back; 0 = it does not.
     """
 
     migration_id: str = ""
@@ -170,6 +171,7 @@ class Migration(_Model):
     cancel_requested: bool = False
     traceparent: str = ""
     version: int = 0
+    return_epoch: int = 0
 
     @property
     def is_terminal(self) -> bool:
@@ -180,6 +182,19 @@ class Migration(_Model):
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = _with_times(_with(values, counters=ArrivalCounters), "created_at", "ended_at")
         return _with_many(values, transitions=PhaseTransition)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery(_Model):
+    """What a look at both nodes has found, in words, and the migration as it is now."""
+
+    migration: Migration = Migration()
+    findings: tuple[str, ...] = ()
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = _with(values, migration=Migration)
+        return values | {"findings": tuple(str(line) for line in values.get("findings", ()))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -258,3 +258,32 @@ def test_a_name_cannot_reach_another_resource(godwit: Godwit, api: FakeApi) -> N
         "/v1/vms/..%2Fnodes",
         "/v1/vms/a%2Fb",
     ]
+
+
+def test_recover_prints_what_is_missing(godwit: Godwit, api: FakeApi) -> None:
+    stuck = migration("needs_attention", 8, reason="GUEST_GONE", message="it is gone")
+    found = {"migration": stuck, "findings": ["source a: sealed", "destination b does not answer"]}
+    api.answers["POST", "/v1/migrations/01M:recover"] = (200, found)
+    ended = godwit("recover", "01M")
+    assert ended.status == ExitStatus.OK
+    assert "GUEST_GONE" in ended.out
+    assert "  - destination b does not answer" in ended.out.splitlines()
+
+
+def test_giving_up_takes_an_epoch_and_a_word(godwit: Godwit, api: FakeApi) -> None:
+    api.answers["POST", "/v1/migrations/01M:abandon"] = (200, migration("lost", 9))
+    assert godwit("abandon", "01M").status == ExitStatus.USAGE
+    assert godwit("abandon", "01M", "--epoch", "4", "--confirm").status == ExitStatus.OK
+    assert api.requests[-1].body == {"epoch": 4, "confirm": True}
+    api.problem("POST", "/v1/migrations/01M:break-glass", 409, "GUEST_RAN", "it ran on b")
+    line = ["break-glass", "01M", "--epoch", "4", "--destination-is-fenced", "web"]
+    assert godwit(*line).status == ExitStatus.USAGE
+    ended = godwit(*line, "--because", "pdu 4 is off", "--operator", "ada")
+    assert ended.status == ExitStatus.REFUSED
+    assert "GUEST_RAN" in ended.err
+    assert api.requests[-1].body == {
+        "epoch": 4,
+        "fenced_vm_id": "web",
+        "operator": "ada",
+        "because": "pdu 4 is off",
+    }

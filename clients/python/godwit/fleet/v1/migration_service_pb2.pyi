@@ -272,3 +272,171 @@ class WatchMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchMigrationResponse: _TypeAlias = WatchMigrationResponse  # noqa: Y015
+
+@_typing.final
+class RecoverMigrationRequest(_message.Message):
+    """Names one to look at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoverMigrationRequest: _TypeAlias = RecoverMigrationRequest  # noqa: Y015
+
+@_typing.final
+class RecoverMigrationResponse(_message.Message):
+    """What was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration:
+        """As it is now."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What each node can prove, and what is missing, in words."""
+
+    def __init__(
+        self,
+        *,
+        migration: _types_pb2.Migration | None = ...,
+        findings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecoverMigrationResponse: _TypeAlias = RecoverMigrationResponse  # noqa: Y015
+
+@_typing.final
+class AbandonMigrationRequest(_message.Message):
+    """Names one to give up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """Which."""
+    epoch: _builtins.int
+    """Its `epoch`, as it is shown: whoever gives up says what."""
+    confirm: _builtins.bool
+    """Must be true."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        confirm: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "epoch", b"epoch", "migration_id", b"migration_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbandonMigrationRequest: _TypeAlias = AbandonMigrationRequest  # noqa: Y015
+
+@_typing.final
+class AbandonMigrationResponse(_message.Message):
+    """The one given up."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        migration: _types_pb2.Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbandonMigrationResponse: _TypeAlias = AbandonMigrationResponse  # noqa: Y015
+
+@_typing.final
+class BreakGlassRequest(_message.Message):
+    """Names one to give back by force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FENCED_VM_ID_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    migration_id: _builtins.str
+    """Which."""
+    epoch: _builtins.int
+    """Its `epoch`, as it is shown."""
+    fenced_vm_id: _builtins.str
+    """The guest's id, typed once more: "the destination is fenced, I have seen to it"."""
+    operator: _builtins.str
+    """Who says so. 1..100 characters; stays in the history."""
+    because: _builtins.str
+    """Why. 1..500 characters; stays in the history."""
+    def __init__(
+        self,
+        *,
+        migration_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        fenced_vm_id: _builtins.str = ...,
+        operator: _builtins.str = ...,
+        because: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "epoch", b"epoch", "fenced_vm_id", b"fenced_vm_id", "migration_id", b"migration_id", "operator", b"operator"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BreakGlassRequest: _TypeAlias = BreakGlassRequest  # noqa: Y015
+
+@_typing.final
+class BreakGlassResponse(_message.Message):
+    """The one given back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> _types_pb2.Migration:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        migration: _types_pb2.Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BreakGlassResponse: _TypeAlias = BreakGlassResponse  # noqa: Y015

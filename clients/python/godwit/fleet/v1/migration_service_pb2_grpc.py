@@ -55,6 +55,21 @@ class MigrationServiceStub:
                 request_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.RecoverMigration = channel.unary_unary(
+                '/godwit.fleet.v1.MigrationService/RecoverMigration',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.FromString,
+                _registered_method=True)
+        self.AbandonMigration = channel.unary_unary(
+                '/godwit.fleet.v1.MigrationService/AbandonMigration',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationResponse.FromString,
+                _registered_method=True)
+        self.BreakGlass = channel.unary_unary(
+                '/godwit.fleet.v1.MigrationService/BreakGlass',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassResponse.FromString,
+                _registered_method=True)
         self.WatchMigration = channel.unary_stream(
                 '/godwit.fleet.v1.MigrationService/WatchMigration',
                 request_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.WatchMigrationRequest.SerializeToString,
@@ -99,6 +114,34 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecoverMigration(self, request, context):
+        """Looks at both nodes anew, does at once what the evidence allows, and says what is missing. Past the decision a
+        migration goes on by itself as soon as it can: this only spares the wait. Idempotent. Errors:
+        FAILED_PRECONDITION ALREADY_ENDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonMigration(self, request, context):
+        """Gives the guest up: LOST. Both nodes free what they have of it, the VM is forgotten. Errors: FAILED_PRECONDITION
+        ALREADY_ENDED, NOT_STUCK, EPOCH_MISMATCH, NOT_CONFIRMED; DESTINATION_UNREACHABLE, SOURCE_UNREACHABLE,
+        DESTINATION_RUNS, GUEST_CAN_GO_BACK, GUEST_COMPLETE: there is, or may be, a guest to be lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BreakGlass(self, request, context):
+        """Gives the guest back to its source without the destination's proof, on somebody's word that the destination is
+        fenced: powered off, or cut off from disks and network. docs/runbooks/needs-attention.md. Errors:
+        FAILED_PRECONDITION as AbandonMigration; GUEST_RAN: it ran there, its state at the source is old;
+        NOT_NEEDED: the destination answers, RecoverMigration is enough; GUEST_GONE: the source does not have it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchMigration(self, request, context):
         """Streams a migration at every change, at most every 100 ms, beginning with its present state. Ends
         with OK when it is terminal. Retry: call again.
@@ -129,6 +172,21 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.FromString,
                     response_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'RecoverMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverMigration,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.SerializeToString,
+            ),
+            'AbandonMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonMigration,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationResponse.SerializeToString,
+            ),
+            'BreakGlass': grpc.unary_unary_rpc_method_handler(
+                    servicer.BreakGlass,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassResponse.SerializeToString,
             ),
             'WatchMigration': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchMigration,
@@ -245,6 +303,87 @@ class MigrationService:
             '/godwit.fleet.v1.MigrationService/CancelMigration',
             godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationRequest.SerializeToString,
             godwit_dot_fleet_dot_v1_dot_migration__service__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecoverMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.fleet.v1.MigrationService/RecoverMigration',
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.RecoverMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.fleet.v1.MigrationService/AbandonMigration',
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.AbandonMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BreakGlass(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.fleet.v1.MigrationService/BreakGlass',
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_migration__service__pb2.BreakGlassResponse.FromString,
             options,
             channel_credentials,
             insecure,

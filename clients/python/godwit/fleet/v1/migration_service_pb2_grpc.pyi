@@ -31,6 +31,22 @@ class MigrationServiceStub:
     """Asks for a cancel. Accepted before the decision; after it FAILED_PRECONDITION PAST_COMMIT: the guest
     already belongs to the destination, let it finish and move it back. Idempotent.
     """
+    RecoverMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.RecoverMigrationRequest, _migration_service_pb2.RecoverMigrationResponse]
+    """Looks at both nodes anew, does at once what the evidence allows, and says what is missing. Past the decision a
+    migration goes on by itself as soon as it can: this only spares the wait. Idempotent. Errors:
+    FAILED_PRECONDITION ALREADY_ENDED.
+    """
+    AbandonMigration: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.AbandonMigrationRequest, _migration_service_pb2.AbandonMigrationResponse]
+    """Gives the guest up: LOST. Both nodes free what they have of it, the VM is forgotten. Errors: FAILED_PRECONDITION
+    ALREADY_ENDED, NOT_STUCK, EPOCH_MISMATCH, NOT_CONFIRMED; DESTINATION_UNREACHABLE, SOURCE_UNREACHABLE,
+    DESTINATION_RUNS, GUEST_CAN_GO_BACK, GUEST_COMPLETE: there is, or may be, a guest to be lost.
+    """
+    BreakGlass: _aio.UnaryUnaryMultiCallable[_migration_service_pb2.BreakGlassRequest, _migration_service_pb2.BreakGlassResponse]
+    """Gives the guest back to its source without the destination's proof, on somebody's word that the destination is
+    fenced: powered off, or cut off from disks and network. docs/runbooks/needs-attention.md. Errors:
+    FAILED_PRECONDITION as AbandonMigration; GUEST_RAN: it ran there, its state at the source is old;
+    NOT_NEEDED: the destination answers, RecoverMigration is enough; GUEST_GONE: the source does not have it.
+    """
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_service_pb2.WatchMigrationRequest, _migration_service_pb2.WatchMigrationResponse]
     """Streams a migration at every change, at most every 100 ms, beginning with its present state. Ends
     with OK when it is terminal. Retry: call again.
@@ -76,6 +92,40 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_migration_service_pb2.CancelMigrationResponse]:
         """Asks for a cancel. Accepted before the decision; after it FAILED_PRECONDITION PAST_COMMIT: the guest
         already belongs to the destination, let it finish and move it back. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def RecoverMigration(
+        self,
+        request: _migration_service_pb2.RecoverMigrationRequest,
+        context: _aio.ServicerContext[_migration_service_pb2.RecoverMigrationRequest, _abc.Awaitable[_migration_service_pb2.RecoverMigrationResponse]],
+    ) -> _abc.Awaitable[_migration_service_pb2.RecoverMigrationResponse]:
+        """Looks at both nodes anew, does at once what the evidence allows, and says what is missing. Past the decision a
+        migration goes on by itself as soon as it can: this only spares the wait. Idempotent. Errors:
+        FAILED_PRECONDITION ALREADY_ENDED.
+        """
+
+    @_abc_1.abstractmethod
+    def AbandonMigration(
+        self,
+        request: _migration_service_pb2.AbandonMigrationRequest,
+        context: _aio.ServicerContext[_migration_service_pb2.AbandonMigrationRequest, _abc.Awaitable[_migration_service_pb2.AbandonMigrationResponse]],
+    ) -> _abc.Awaitable[_migration_service_pb2.AbandonMigrationResponse]:
+        """Gives the guest up: LOST. Both nodes free what they have of it, the VM is forgotten. Errors: FAILED_PRECONDITION
+        ALREADY_ENDED, NOT_STUCK, EPOCH_MISMATCH, NOT_CONFIRMED; DESTINATION_UNREACHABLE, SOURCE_UNREACHABLE,
+        DESTINATION_RUNS, GUEST_CAN_GO_BACK, GUEST_COMPLETE: there is, or may be, a guest to be lost.
+        """
+
+    @_abc_1.abstractmethod
+    def BreakGlass(
+        self,
+        request: _migration_service_pb2.BreakGlassRequest,
+        context: _aio.ServicerContext[_migration_service_pb2.BreakGlassRequest, _abc.Awaitable[_migration_service_pb2.BreakGlassResponse]],
+    ) -> _abc.Awaitable[_migration_service_pb2.BreakGlassResponse]:
+        """Gives the guest back to its source without the destination's proof, on somebody's word that the destination is
+        fenced: powered off, or cut off from disks and network. docs/runbooks/needs-attention.md. Errors:
+        FAILED_PRECONDITION as AbandonMigration; GUEST_RAN: it ran there, its state at the source is old;
+        NOT_NEEDED: the destination answers, RecoverMigration is enough; GUEST_GONE: the source does not have it.
         """
 
     @_abc_1.abstractmethod
