@@ -211,6 +211,13 @@ class Witness:
         self._truth.check_unrun(epoch)
 
 
+def _by_death(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_by_death(each) for each in error.exceptions)
+    # An agent that a link or a full disk keeps from starting is started again.
+    return isinstance(error, Killed | GodwitError | asyncio.CancelledError)
+
+
 class _Tasks:
     """What a Node wants of a TaskGroup; its tasks die with their process."""
 
@@ -257,10 +264,11 @@ class Cluster:
         process = self.processes[name] = SimProcess(name)
         process.on_death = lambda: self._died(name)
         if name == "o":
-            process.spawn(self._orchestrate(process))
+            task = process.spawn(self._orchestrate(process))
         else:
             hosts.HOSTS[id(process)] = self.hosts[name]
-            process.spawn(self._serve(process, self.hosts[name]))
+            task = process.spawn(self._serve(process, self.hosts[name]))
+        task.add_done_callback(lambda done: self._ended(process, done))
         await asyncio.sleep(0)
 
     async def ask(self, call: Coroutine[Any, Any, None]) -> None:
@@ -278,6 +286,12 @@ class Cluster:
     def kill(self, name: str) -> None:
         """Kill -9."""
         self.processes[name].die()
+
+    def _ended(self, process: SimProcess, task: asyncio.Task[None]) -> None:
+        """A process that ends by itself has a bug, or the model lacks something."""
+        error = None if task.cancelled() else task.exception()
+        if process.alive and error is not None and not _by_death(error):
+            self.truth.broken.append(f"BUG: {process.name} ended: {error!r}")
 
     def _died(self, name: str) -> None:
         self.crash_count += 1

@@ -142,6 +142,16 @@ async def call(
             exchange.cancel()
 
 
+async def beat(channel: Channel, *, timeout_s: float, peer: str = "") -> None:
+    """As grpc_client.beat: is there anybody?"""
+    network = NETWORK.get()
+    name = network.names.get(channel.address, "")
+    await wait_connected(channel, timeout_s=timeout_s, peer=peer)
+    await asyncio.sleep(network.delay_s())
+    if network.lost() or not (network.up(_me(), name) and network.up(name, _me())):
+        raise DeadlineExceededError("PEER_DEADLINE_EXCEEDED", f"{peer}: no beat")
+
+
 def _nobodys(process: SimProcess | None = None) -> contextvars.Context:
     context = contextvars.copy_context()
     context.run(CURRENT.set, process)
