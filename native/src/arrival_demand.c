@@ -292,6 +292,9 @@ void *demand_main(void *argument)
 		(void)demand_handle_exits(demand);
 		demand_send_faults(demand, now_ns);
 		link_flush(&demand->link, now_ns);
+		if (demand->wake_bulk)
+			arrival_wake_bulk(arrival);
+		demand->wake_bulk = false;
 		if (link_events)
 			link_on_event(&demand->link, link_events, now_ns);
 		demand_look_at_removals(demand, now_ns);

@@ -310,12 +310,13 @@ static bool wait_for(struct arrival_demand *demand, uint64_t page, uint8_t state
 		return false;
 	fault = table_add(&demand->faults, page, read_ns);
 	hint_next = prefetch_on_fault(&arrival->prefetch, page, read_ns, &hint_first);
-	if (hint_next > 0)
+	if (hint_next > 0) {
 		pick_hint(arrival, hint_first, hint_next);
+		/* Later bulk is awake anyway, and a wake costs as much as a fault. */
+		if (read_ns < atomic_load_explicit(&arrival->bulk_full_ns, memory_order_relaxed))
+			demand->wake_bulk = true;
+	}
 	atomic_store_explicit(&arrival->fault_ns, read_ns, memory_order_relaxed);
-	/* Later bulk is awake anyway, and a wake costs as much as a fault. */
-	if (read_ns < atomic_load_explicit(&arrival->bulk_full_ns, memory_order_relaxed))
-		arrival_wake_bulk(arrival);
 	if (arrival_is_fetching(arrival) && demand->link.up)
 		(void)send_fault(demand, fault, read_ns);
 	return true;

@@ -188,6 +188,7 @@ struct arrival_demand {
 	uint32_t removal_count;
 	bool phase_untold; /* the eventfd could not be written */
 	uint64_t spin_ns;  /* how long it looks before it sleeps; 0 = not */
+	bool wake_bulk;	   /* there are hints: once the wants are out */
 };
 
 /* A page that somebody waited for, and bulk has brought. */
