@@ -22,7 +22,7 @@ MEMORY_MIB = 512
 _GRPCIO_MIB = 64
 _COPY_MIB = 256
 
-_LABELS = {
+LABELS = {
     "stream": "raw TCP, one way",
     "copy_1": "UFFDIO_COPY, 1 page a call",
     "copy_256": "UFFDIO_COPY, 256 pages a call",
@@ -89,7 +89,7 @@ def rows(result: Result) -> Rows:
         count = len(rates)
         table.append(
             [
-                _LABELS[key],
+                LABELS[key],
                 str(count),
                 figure(estimate(count, median(rates)), 0),
                 figure(estimate(count, ratio(median(rates), below)), 2),
