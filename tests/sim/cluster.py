@@ -60,7 +60,14 @@ _T = TypeVar("_T")
 
 VM = "vm-1"
 LIMITS = Limits(
-    patience_s=3, switchover_s=6, alarm_s=30, progress_ms=500, poll_s=10, settle_s=3, drain_s=0
+    patience_s=3,
+    switchover_s=6,
+    alarm_s=30,
+    progress_ms=500,
+    poll_s=10,
+    beat_s=5,
+    settle_s=3,
+    drain_s=0,
 )
 HEAL_S = 600.0
 """Virtual time in which everything must have come right once the faults are over."""

@@ -17,11 +17,12 @@ from unittest import mock
 
 import pytest
 import sqlalchemy as sa
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from hypothesis import HealthCheck, Phase, given, settings
 
-from services.fault_agent import departures, fence, vms
+from services.fault_agent import arrivals, departures, fence, vms
 from services.fault_agent.journal import Decision, Record
-from services.orchestrator import evidence, handover, migration
+from services.orchestrator import evidence, giveback, handover, migration
 from services.orchestrator.doubt import Doubt
 from services.orchestrator.store import fleet, identity, migrations, schema
 from services.orchestrator.store.migrations import MigrationTable
@@ -178,6 +179,38 @@ def memory_is_forgotten() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def guest_goes_back_without_a_proof() -> Iterator[None]:
+    """Neither the orchestrator nor the destination looks for ACTIVATING (I5)."""
+    with (
+        mock.patch.object(evidence, "never_ran", _is_dead),
+        mock.patch.object(giveback, "never_ran", _is_dead),
+        mock.patch.object(evidence, "_stuck_destination", _never_ran),
+        mock.patch.object(arrivals, "was_activated", return_value=False),
+    ):
+        yield
+
+
+def _is_dead(_row: Any, destination: Any) -> bool:
+    return bool(destination.vmm_state == agent_pb2.VMM_STATE_DEAD)
+
+
+def _never_ran(_row: Any, invariants: tuple[str, ...]) -> evidence.Judgement:
+    event = migration.NeverRan(reason="TEST", message="believed")
+    return evidence.Judgement(verdict=evidence.Verdict.EVENT, event=event, invariants=invariants)
+
+
+@contextlib.contextmanager
+def destination_is_not_fenced_first() -> Iterator[None]:
+    """The owner is swapped without a recall: an Activate on its way is still obeyed (I5)."""
+
+    async def nothing(_move: Any) -> None:
+        """Believe the evidence of a moment ago."""
+
+    with mock.patch.object(giveback, "_recall_destination", nothing):
+        yield
+
+
 RULES: dict[Callable[[], contextlib.AbstractContextManager[None]], Any] = {
     agent_ignores_the_fence: scenarios("cancel", "move", weather=("late",), at_least=4),
     store_answers_before_it_is_durable: SCENARIOS,
@@ -186,6 +219,8 @@ RULES: dict[Callable[[], contextlib.AbstractContextManager[None]], Any] = {
     memory_is_released_early: SCENARIOS,
     cont_before_activating: SCENARIOS,
     source_is_never_sealed: SCENARIOS,
+    guest_goes_back_without_a_proof: scenarios("end_at_commit", "reboot_at_commit", at_least=1),
+    destination_is_not_fenced_first: scenarios("end_at_commit", "reboot_at_commit", at_least=1),
     memory_is_forgotten: scenarios("backup", "restore", "kill", at_least=3),
 }
 """Each with what it takes: the whole of SCENARIOS finds them too, in up to 1 400 examples."""
