@@ -22,6 +22,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -307,16 +308,18 @@ struct bench_case {
 	const char *what;
 	size_t len, count, in_flight;
 	size_t connections; /* 0 = raw TCP */
+	bool beside_bulk;   /* both bulk lanes run without a limit meanwhile */
 };
 
 static const struct bench_case cases[] = {
-	{"4 KiB, raw TCP", PAGE, SMALL_COUNT, 1, 0},
-	{"4 KiB, page server", PAGE, SMALL_COUNT, 1, 1},
-	{"1 MiB, raw TCP", MIB, LARGE_COUNT, 1, 0},
-	{"1 MiB, page server", MIB, LARGE_COUNT, 1, 1},
-	{"1 MiB x 4, raw TCP", MIB, LARGE_COUNT, IN_FLIGHT, 0},
-	{"1 MiB x 4, page server", MIB, LARGE_COUNT, IN_FLIGHT, 1},
-	{"1 MiB x 4, on two lanes", MIB, LARGE_COUNT, IN_FLIGHT, 2},
+	{"4 KiB, raw TCP", PAGE, SMALL_COUNT, 1, 0, false},
+	{"4 KiB, page server", PAGE, SMALL_COUNT, 1, 1, false},
+	{"1 MiB, raw TCP", MIB, LARGE_COUNT, 1, 0, false},
+	{"1 MiB, page server", MIB, LARGE_COUNT, 1, 1, false},
+	{"1 MiB x 4, raw TCP", MIB, LARGE_COUNT, IN_FLIGHT, 0, false},
+	{"1 MiB x 4, page server", MIB, LARGE_COUNT, IN_FLIGHT, 1, false},
+	{"1 MiB x 4, on two lanes", MIB, LARGE_COUNT, IN_FLIGHT, 2, false},
+	{"4 KiB, beside bulk", PAGE, SMALL_COUNT, 1, 1, true},
 };
 
 #define CASE_COUNT (sizeof(cases) / sizeof(cases[0]))
@@ -358,6 +361,42 @@ static void lanes_round(struct bench *bench, const struct bench_case *which,
 	samples->total_ns += gw_sys_now_ns() - begin_ns;
 }
 
+struct noise {
+	struct page_client *client;
+	atomic_bool *stop;
+};
+
+static void *noise_thread(void *argument)
+{
+	const struct noise *noise = argument;
+	struct samples samples = {.ns = calloc(IN_FLIGHT, sizeof(uint64_t))};
+
+	CHECK(samples.ns);
+	while (!atomic_load(noise->stop)) {
+		samples.count = 0;
+		our_round(noise->client, MIB, IN_FLIGHT, IN_FLIGHT, &samples);
+	}
+	free(samples.ns);
+	return NULL;
+}
+
+static void beside_bulk_round(struct bench *bench, const struct bench_case *which,
+			      struct samples *samples)
+{
+	atomic_bool stop = false;
+	struct noise noises[2];
+	pthread_t threads[2];
+
+	for (size_t i = 0; i < 2; i++) {
+		noises[i] = (struct noise){.client = &bench->clients[1 + i], .stop = &stop};
+		CHECK_EQ(pthread_create(&threads[i], NULL, noise_thread, &noises[i]), 0);
+	}
+	our_round(&bench->clients[0], which->len, which->count, which->in_flight, samples);
+	atomic_store(&stop, true);
+	for (size_t i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+}
+
 static uint64_t cpu_now_ns(void)
 {
 	struct timespec now;
@@ -370,7 +409,9 @@ static void run_case(struct bench *bench, const struct bench_case *which, struct
 {
 	const uint64_t begin_ns = cpu_now_ns();
 
-	if (which->connections == 0)
+	if (which->beside_bulk)
+		beside_bulk_round(bench, which, samples);
+	else if (which->connections == 0)
 		raw_round(bench->raw_fd, which->len, which->count, which->in_flight, bench->buffer,
 			  samples);
 	else if (which->connections == 1)
@@ -399,7 +440,7 @@ static uint8_t *new_memory(int fd)
 int main(int argc, char **argv)
 {
 	const size_t round_count = argc > 1 ? strtoul(argv[1], NULL, 10) : 10;
-	const char *wanted = argc > 2 ? argv[2] : "0123456";
+	const char *wanted = argc > 2 ? argv[2] : "01234567";
 	const int fd = memfd_create("bench", MFD_CLOEXEC);
 	struct samples samples[CASE_COUNT];
 	struct bench bench;
