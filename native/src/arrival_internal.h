@@ -141,7 +141,8 @@ struct arrival_link {
 	uint32_t want_first;
 	uint32_t want_count;
 	uint64_t in_flight_bytes;
-	uint8_t *page; /* page size 2 MiB: put together here */
+	uint8_t *plain; /* bulk: packed pages are unpacked here; NULL = none are taken */
+	uint8_t *page;	/* page size 2 MiB: put together here */
 	uint64_t page_len;
 	bool page_is_zero;
 	char authority[ARRIVAL_HOST_LEN_MAX + 16];

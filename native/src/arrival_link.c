@@ -46,6 +46,12 @@ int link_init(struct arrival_link *link, struct gw_arrival *arrival, uint32_t in
 	link->wants = calloc(link->want_cap, sizeof(*link->wants));
 	if (!link->wants)
 		return -ENOMEM;
+	if (lane == GW_PAGE_LANE_BULK) {
+		/* Not touched before a server packs something. */
+		link->plain = malloc(GW_PAGE_WANT_LEN_MAX);
+		if (!link->plain)
+			return -ENOMEM;
+	}
 	if (arrival->page_size == PAGE_SIZE_HUGE) {
 		link->page = malloc(arrival->page_size);
 		if (!link->page)
@@ -61,7 +67,9 @@ void link_fini(struct arrival_link *link)
 	link->conn = NULL;
 	free(link->wants);
 	free(link->page);
+	free(link->plain);
 	link->wants = NULL;
+	link->plain = NULL;
 	link->page = NULL;
 }
 
@@ -252,6 +260,7 @@ static int send_hello(struct arrival_link *link, uint64_t now_ns)
 			  .traceparent = string_of(arrival->traceparent),
 			  .epoch = arrival->epoch,
 			  .zero_run_max = link->zero_run_max,
+			  .accepts_lz4 = link->plain != NULL,
 			  .lane = link->lane},
 	};
 	const ssize_t len = gw_fetch_request_encode(&request, link->hello, sizeof(link->hello));

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <godwit/page_lz4.h>
 #include <godwit/serve.h>
 #include <godwit/sys.h>
 
@@ -105,6 +106,24 @@ static bool is_intact(struct arrival_link *link, const struct gw_pages *pages)
 	return true;
 }
 
+/*
+ * A packed message as if it had come plain: before its checksum is looked at, which is over the plain bytes.
+ * So nothing is believed here but how much room there is.
+ */
+static bool unpack(struct arrival_link *link, struct gw_pages *pages)
+{
+	if (pages->encoding != GW_PAGE_ENCODING_LZ4 || !link->plain)
+		return true;
+	if (gw_page_lz4_unpack(pages, link->plain, GW_PAGE_WANT_LEN_MAX, pages) == 0)
+		return true;
+	gw_page_map_count(link->arrival->map, GW_COUNT_CHECKSUM_ERROR, 1);
+	arrival_set_reason(link->arrival,
+			   "packed pages at offset %" PRIu64
+			   " cannot be unpacked: they are fetched again on a new connection",
+			   pages->offset);
+	return false;
+}
+
 /* May a run of zeros go on so far beyond its want? To a page of the guest, within the image. */
 static bool may_go_beyond(const struct arrival_link *link, const struct gw_pages *pages)
 {
@@ -120,9 +139,11 @@ static bool may_go_beyond(const struct arrival_link *link, const struct gw_pages
 static bool is_due(struct arrival_link *link, const struct gw_pages *pages)
 {
 	const struct link_want *const want = &link->wants[link->want_first];
-	const uint64_t data_len = pages->encoding == GW_PAGE_ENCODING_RAW ? pages->len : 0;
+	const bool is_zero = pages->encoding == GW_PAGE_ENCODING_ZERO;
+	const bool is_lz4 = pages->encoding == GW_PAGE_ENCODING_LZ4 && link->plain;
+	const uint64_t data_len = is_zero ? 0 : pages->len;
 
-	if (pages->encoding != GW_PAGE_ENCODING_RAW && pages->encoding != GW_PAGE_ENCODING_ZERO)
+	if (pages->encoding != GW_PAGE_ENCODING_RAW && !is_zero && !is_lz4)
 		arrival_set_reason(link->arrival, "unknown encoding %d", (int)pages->encoding);
 	else if (pages->len == 0 || pages->len % 4096 != 0 || pages->data.len != data_len)
 		arrival_set_reason(link->arrival, "an answer of %" PRIu64 " bytes that carries %zu",
@@ -189,11 +210,12 @@ static void take_beyond(struct arrival_link *link, uint64_t offset, uint64_t len
 		link->handler->on_zeros_beyond(link->owner, offset / page_size, len / page_size);
 }
 
-static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
+static void on_pages(struct arrival_link *link, struct gw_pages *pages)
 {
 	struct gw_arrival *const arrival = link->arrival;
+	const size_t received_len = pages->data.len;
 
-	if (!link->up || !is_intact(link, pages) || !is_due(link, pages)) {
+	if (!link->up || !unpack(link, pages) || !is_intact(link, pages) || !is_due(link, pages)) {
 		damaged(link);
 		return;
 	}
@@ -213,7 +235,7 @@ static void on_pages(struct arrival_link *link, const struct gw_pages *pages)
 	}
 	link->failure_count = 0;
 	link->good = true;
-	gw_page_map_count(arrival->map, GW_COUNT_RECEIVED_BYTES, pages->data.len);
+	gw_page_map_count(arrival->map, GW_COUNT_RECEIVED_BYTES, received_len);
 	if (link->page)
 		put_together(link, &part);
 	else

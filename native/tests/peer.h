@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include <godwit/grpc.h>
+#include <godwit/page_lz4.h>
 #include <godwit/page_wire.h>
 #include <godwit/serve.h>
 #include <godwit/sys.h>
@@ -38,6 +39,7 @@ enum peer_lie {
 	PEER_WRONG_OFFSET,
 	PEER_LONGER_THAN_ASKED,
 	PEER_UNKNOWN_ENCODING,
+	PEER_NO_BLOCK, /* says that it is packed, where that is not taken, or is not true */
 	PEER_ANSWER_TWICE,
 	PEER_EMPTY_MESSAGE,
 	PEER_NO_MESSAGE,
@@ -53,6 +55,7 @@ struct peer_conn {
 	struct gw_grpc *conn;
 	struct gw_grpc_call *call;
 	int32_t lane;
+	bool accepts_lz4;
 	uint32_t epoll_events;
 	bool dead;
 	uint32_t held_count;
@@ -73,6 +76,8 @@ struct peer {
 	_Atomic int end_status; /* not 0: every hello is answered with this status */
 	_Atomic int lane_held;	/* wants of this lane (a bit each) are kept and not answered */
 	_Atomic bool mute;	/* says nothing at all */
+	_Atomic bool packs;	/* LZ4 to whoever takes it */
+	_Atomic uint64_t packed_count;
 	_Atomic uint64_t generation;
 	_Atomic uint64_t hello_count;
 	_Atomic uint64_t want_counts[3]; /* by lane */
@@ -127,6 +132,36 @@ static inline int peer_next_lie(struct peer *peer)
 	return lie;
 }
 
+/* The packed bytes, to be freed when they are sent; NULL if it is not to be, or not worth it. */
+static inline uint8_t *peer_pack(struct peer_conn *conn, struct gw_pages *pages)
+{
+	uint8_t *packed;
+	void *state;
+
+	if (!atomic_load(&conn->peer->packs) || !conn->accepts_lz4 ||
+	    pages->encoding != GW_PAGE_ENCODING_RAW)
+		return NULL;
+	packed = malloc(pages->len);
+	state = malloc(gw_page_lz4_state_len());
+	CHECK(packed && state);
+	pages->data.len = gw_page_lz4_pack(state, pages->data.data, pages->len, packed);
+	free(state);
+	if (pages->data.len == 0) {
+		pages->data.len = pages->len;
+		free(packed);
+		return NULL;
+	}
+	pages->data.data = packed;
+	atomic_fetch_add(&conn->peer->packed_count, 1);
+	return packed;
+}
+
+static inline void peer_on_sent(void *user, void *cookie)
+{
+	(void)user;
+	free(cookie);
+}
+
 static inline void peer_answer(struct peer_conn *conn, const struct gw_page_want *want)
 {
 	struct peer *const peer = conn->peer;
@@ -166,7 +201,20 @@ static inline void peer_answer(struct peer_conn *conn, const struct gw_page_want
 		pages.len = 0;
 	if (lie == PEER_UNKNOWN_ENCODING)
 		pages.encoding = 77;
-	pages.crc32c = gw_pages_crc32c(&pages);
+	if (lie == PEER_NO_BLOCK)
+		pages.encoding = GW_PAGE_ENCODING_LZ4;
+	uint8_t *packed = NULL;
+
+	if (lie == PEER_HONEST || lie == PEER_BAD_CRC) {
+		struct gw_pages plain = pages;
+
+		packed = peer_pack(conn, &pages);
+		if (packed)
+			plain.encoding = pages.encoding = GW_PAGE_ENCODING_LZ4;
+		pages.crc32c = gw_pages_crc32c(&plain);
+	} else {
+		pages.crc32c = gw_pages_crc32c(&pages);
+	}
 	if (lie == PEER_BAD_CRC)
 		pages.crc32c ^= 1U << 13;
 	if (lie == PEER_TWO_READIES)
@@ -186,8 +234,9 @@ static inline void peer_answer(struct peer_conn *conn, const struct gw_page_want
 	const size_t len = gw_pages_encode_head(&pages, head);
 
 	for (int i = 0; i < (lie == PEER_ANSWER_TWICE ? 2 : 1); i++)
-		(void)gw_grpc_call_send(conn->call, head, len, pages.data.data, pages.data.len,
-					NULL);
+		if (gw_grpc_call_send(conn->call, head, len, pages.data.data, pages.data.len,
+				      packed))
+			free(packed);
 }
 
 static inline void peer_on_call(void *user, struct gw_grpc_call *call)
@@ -208,6 +257,7 @@ static inline void peer_on_message(void *user, struct gw_grpc_call *call, const 
 	if (request.kind == GW_FETCH_REQUEST_HELLO) {
 		atomic_fetch_add(&peer->hello_count, 1);
 		conn->lane = request.hello.lane;
+		conn->accepts_lz4 = request.hello.accepts_lz4;
 		if (conn->lane == GW_PAGE_LANE_DEMAND)
 			atomic_store(&peer->first_want_offset, UINT64_MAX);
 		if (atomic_load(&peer->end_status) != 0)
@@ -255,6 +305,7 @@ static inline void peer_on_end(void *user, struct gw_grpc_call *call, int status
 static const struct gw_grpc_handler peer_handler = {
 	.on_call = peer_on_call,
 	.on_message = peer_on_message,
+	.on_sent = peer_on_sent,
 	.on_end = peer_on_end,
 };
 

@@ -420,6 +420,27 @@ static void no_lie_is_ever_installed(void)
 	}
 }
 
+/* Bulk takes packed pages, demand never; one whose plain bytes have another checksum is fetched again. */
+static void packed_pages_make_the_guest_whole(void)
+{
+	struct bench bench = bench_closed();
+	struct toucher toucher;
+
+	atomic_store(&bench.peer->packs, true);
+	CHECK_EQ(gw_arrival_open_gate(bench.arrival, GENERATION), 0);
+	toucher_start(&toucher, &bench.guest, 9);
+	CHECK_EQ(toucher_join(&toucher), first_word(9));
+	CHECK_EQ(atomic_load(&bench.peer->packed_count), 0);
+	atomic_store(&bench.peer->lie_left, 3);
+	atomic_store(&bench.peer->lie, PEER_BAD_CRC);
+	CHECK_EQ(gw_arrival_start_bulk(bench.arrival), 0);
+	wait_phase(bench.arrival, GW_ARRIVAL_COMPLETE);
+	check_whole(&bench);
+	CHECK(atomic_load(&bench.peer->packed_count) > 0);
+	CHECK(status_of(bench.arrival).checksum_error_count > 0);
+	bench_close(&bench);
+}
+
 /* The server dies with faults outstanding and comes back on its port. */
 static void a_server_that_dies_and_returns(void)
 {
@@ -992,6 +1013,7 @@ int main(int argc, char **argv)
 	/* What does not depend on how a page is put in place. */
 	method = GW_INSTALL_COPY;
 	RUN_IF(no_lie_is_ever_installed);
+	RUN_IF(packed_pages_make_the_guest_whole);
 	RUN_IF(an_answer_that_nobody_waits_for_is_dropped);
 	RUN_IF(a_server_that_dies_and_returns);
 	RUN_IF(another_server_is_named);

@@ -77,7 +77,8 @@ class ArrivalConfig:
     exit_doorbell_fd: int = -1
     traceparent: str = ""
     install_method: InstallMethod = InstallMethod.COPY
-    bulk_connection_count: int = 1
+    bulk_connection_count: int = 2
+    """Each with a thread at both ends; see docs/design/page-path.md."""
     adopt: bool = False
     bulk_bytes_per_s_max: int = 0
 
