@@ -591,134 +591,138 @@ static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 119), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *)
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // struct gw_arrival *
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *)
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival *
 /* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, char const *, uint32_t)
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // char const *
 /* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
 /* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 121), // struct gw_pacer *
+/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct gw_pacer *
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival *, uint64_t)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, uint64_t)
 /* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *)
-/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 111), // struct gw_arrival const *
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *)
+/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival const *
 /* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, struct gw_arrival_status *)
 /* 37 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // struct gw_arrival_status *
+/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // struct gw_arrival_status *
 /* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, uint64_t)
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, uint64_t)
 /* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
 /* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, uint8_t *, size_t)
 /* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // uint8_t *
+/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // uint8_t *
 /* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival_config const *
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // struct gw_arrival_config const *
 /* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *)
-/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_serve *
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *)
+/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve *
 /* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *, char const *)
+/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *, char const *)
 /* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
 /* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
 /* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *, struct gw_serve_image const *)
 /* 61 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct gw_serve_image const *
+/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // struct gw_serve_image const *
 /* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *)
-/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_serve const *
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *)
+/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve const *
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *, char const *)
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *, char const *)
 /* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
 /* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
 /* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *, struct gw_serve_stats *)
 /* 72 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 128), // struct gw_serve_stats *
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 132), // struct gw_serve_stats *
 /* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 124), // struct gw_serve_config const *
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 128), // struct gw_serve_config const *
 /* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 54), // struct gw_serve * *
 /* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(uint64_t *)
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(uint64_t *)
 /* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
 /* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 110), // int()(uint64_t, struct gw_pacer * *)
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(uint64_t, struct gw_pacer * *)
 /* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // struct gw_pacer * *
 /* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
 /* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
 /* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_arrival *)
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_arrival *)
 /* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_pacer *)
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_pacer *)
 /* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
 /* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_pacer *, uint64_t)
+/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_pacer *, uint64_t)
 /* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
 /* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 130), // void()(struct gw_serve *)
+/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_serve *)
 /* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
 /* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
 /* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
 /* 103 */ _CFFI_OP(_CFFI_OP_ARRAY, 102), // char[192]
 /* 104 */ (_cffi_opcode_t)(192),
 /* 105 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 106 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_image_state
-/* 107 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_install_method
-/* 108 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_page_state
-/* 109 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
-/* 110 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 111 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 113 */ _CFFI_OP(_CFFI_OP_POINTER, 114), // struct gw_arrival_region const *
-/* 114 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_inject_range
-/* 117 */ _CFFI_OP(_CFFI_OP_ARRAY, 116), // struct gw_inject_range[64]
-/* 118 */ (_cffi_opcode_t)(64),
-/* 119 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_result
-/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_latency_summary
-/* 121 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_pacer
-/* 122 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_prefetch_summary
-/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_serve
-/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve_config
-/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_image
-/* 126 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve_region const *
-/* 127 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_region
-/* 128 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_stats
-/* 129 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 130 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 106 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
+/* 107 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
+/* 108 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
+/* 109 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
+/* 110 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // struct gw_arrival_region const *
+/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
+/* 118 */ _CFFI_OP(_CFFI_OP_ARRAY, 117), // struct gw_hold[8]
+/* 119 */ (_cffi_opcode_t)(8),
+/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
+/* 121 */ _CFFI_OP(_CFFI_OP_ARRAY, 120), // struct gw_inject_range[64]
+/* 122 */ (_cffi_opcode_t)(64),
+/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
+/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
+/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
+/* 126 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_prefetch_summary
+/* 127 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve
+/* 128 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_config
+/* 129 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_image
+/* 130 */ _CFFI_OP(_CFFI_OP_POINTER, 131), // struct gw_serve_region const *
+/* 131 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_region
+/* 132 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_stats
+/* 133 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 134 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -774,6 +778,48 @@ static int _cffi_const_GW_ARRIVAL_VIOLATION(unsigned long long *o)
 {
   int n = (GW_ARRIVAL_VIOLATION) <= 0;
   *o = (unsigned long long)((GW_ARRIVAL_VIOLATION) | 0);  /* check that GW_ARRIVAL_VIOLATION is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_ARRIVAL_NO_MEMORY(unsigned long long *o)
+{
+  int n = (GW_ARRIVAL_NO_MEMORY) <= 0;
+  *o = (unsigned long long)((GW_ARRIVAL_NO_MEMORY) | 0);  /* check that GW_ARRIVAL_NO_MEMORY is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_HOLD_NONE(unsigned long long *o)
+{
+  int n = (GW_HOLD_NONE) <= 0;
+  *o = (unsigned long long)((GW_HOLD_NONE) | 0);  /* check that GW_HOLD_NONE is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_HOLD_LINK_LOST(unsigned long long *o)
+{
+  int n = (GW_HOLD_LINK_LOST) <= 0;
+  *o = (unsigned long long)((GW_HOLD_LINK_LOST) | 0);  /* check that GW_HOLD_LINK_LOST is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_HOLD_PAGE_SERVER(unsigned long long *o)
+{
+  int n = (GW_HOLD_PAGE_SERVER) <= 0;
+  *o = (unsigned long long)((GW_HOLD_PAGE_SERVER) | 0);  /* check that GW_HOLD_PAGE_SERVER is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_HOLD_AGENT_RESTART(unsigned long long *o)
+{
+  int n = (GW_HOLD_AGENT_RESTART) <= 0;
+  *o = (unsigned long long)((GW_HOLD_AGENT_RESTART) | 0);  /* check that GW_HOLD_AGENT_RESTART is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_HOLD_NO_MEMORY(unsigned long long *o)
+{
+  int n = (GW_HOLD_NO_MEMORY) <= 0;
+  *o = (unsigned long long)((GW_HOLD_NO_MEMORY) | 0);  /* check that GW_HOLD_NO_MEMORY is an integer */
   return n;
 }
 
@@ -2276,6 +2322,15 @@ static int _cffi_const_GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX(unsigned long long *
   return n;
 }
 
+static int _cffi_const_GW_ARRIVAL_HOLD_COUNT_MAX(unsigned long long *o)
+{
+  int n = (GW_ARRIVAL_HOLD_COUNT_MAX) <= 0;
+  *o = (unsigned long long)((GW_ARRIVAL_HOLD_COUNT_MAX) | 0);  /* check that GW_ARRIVAL_HOLD_COUNT_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 8U))
+    n |= 2;
+  return n;
+}
+
 static int _cffi_const_GW_ARRIVAL_REASON_LEN_MAX(unsigned long long *o)
 {
   int n = (GW_ARRIVAL_REASON_LEN_MAX) <= 0;
@@ -2504,9 +2559,25 @@ static void _cffi_checkfld_struct_gw_arrival_status(struct gw_arrival_status *p)
   (void)((p->link_lost_ns) | 0);  /* check that 'struct gw_arrival_status.link_lost_ns' is an integer */
   { struct gw_latency_summary *tmp = &p->fault_latency; (void)tmp; }
   { struct gw_prefetch_summary *tmp = &p->prefetch; (void)tmp; }
+  (void)((p->hold_count) | 0);  /* check that 'struct gw_arrival_status.hold_count' is an integer */
+  (void)((p->held_total_ns) | 0);  /* check that 'struct gw_arrival_status.held_total_ns' is an integer */
+  { struct gw_hold(*tmp)[8] = &p->holds; (void)tmp; }
+  { struct gw_hold *tmp = &p->hold_now; (void)tmp; }
   { char(*tmp)[192] = &p->reason; (void)tmp; }
 }
 struct _cffi_align_struct_gw_arrival_status { char x; struct gw_arrival_status y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_gw_hold(struct gw_hold *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->cause) | 0);  /* check that 'struct gw_hold.cause' is an integer */
+  (void)((p->reserved) | 0);  /* check that 'struct gw_hold.reserved' is an integer */
+  (void)((p->outage_ns) | 0);  /* check that 'struct gw_hold.outage_ns' is an integer */
+  (void)((p->held_ns) | 0);  /* check that 'struct gw_hold.held_ns' is an integer */
+}
+struct _cffi_align_struct_gw_hold { char x; struct gw_hold y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_struct_gw_inject_range(struct gw_inject_range *p)
@@ -2630,12 +2701,19 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_ARRIVAL_CONNECTING", (void *)_cffi_const_GW_ARRIVAL_CONNECTING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_ENDED", (void *)_cffi_const_GW_ARRIVAL_ENDED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_FETCHING", (void *)_cffi_const_GW_ARRIVAL_FETCHING, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_ARRIVAL_HOLD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_HOLD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_LINK_LOST", (void *)_cffi_const_GW_ARRIVAL_LINK_LOST, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_ARRIVAL_NO_MEMORY", (void *)_cffi_const_GW_ARRIVAL_NO_MEMORY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_REASON_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_REASON_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_REFUSED", (void *)_cffi_const_GW_ARRIVAL_REFUSED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_REGION_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_UFFD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_VIOLATION", (void *)_cffi_const_GW_ARRIVAL_VIOLATION, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_HOLD_AGENT_RESTART", (void *)_cffi_const_GW_HOLD_AGENT_RESTART, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_HOLD_LINK_LOST", (void *)_cffi_const_GW_HOLD_LINK_LOST, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_HOLD_NONE", (void *)_cffi_const_GW_HOLD_NONE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_HOLD_NO_MEMORY", (void *)_cffi_const_GW_HOLD_NO_MEMORY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_HOLD_PAGE_SERVER", (void *)_cffi_const_GW_HOLD_PAGE_SERVER, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_IMAGE_FROZEN", (void *)_cffi_const_GW_IMAGE_FROZEN, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_IMAGE_LIVE", (void *)_cffi_const_GW_IMAGE_LIVE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_INJECT_RANGE_COUNT_MAX", (void *)_cffi_const_GW_INJECT_RANGE_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -2727,7 +2805,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "uffds", offsetof(struct gw_arrival_config, uffds),
              sizeof(((struct gw_arrival_config *)0)->uffds),
-             _CFFI_OP(_CFFI_OP_NOOP, 109) },
+             _CFFI_OP(_CFFI_OP_NOOP, 110) },
   { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
                   sizeof(((struct gw_arrival_config *)0)->uffd_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2754,7 +2832,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 113) },
+               _CFFI_OP(_CFFI_OP_NOOP, 114) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2829,13 +2907,37 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 120) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 124) },
   { "prefetch", offsetof(struct gw_arrival_status, prefetch),
                 sizeof(((struct gw_arrival_status *)0)->prefetch),
-                _CFFI_OP(_CFFI_OP_NOOP, 122) },
+                _CFFI_OP(_CFFI_OP_NOOP, 126) },
+  { "hold_count", offsetof(struct gw_arrival_status, hold_count),
+                  sizeof(((struct gw_arrival_status *)0)->hold_count),
+                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "held_total_ns", offsetof(struct gw_arrival_status, held_total_ns),
+                     sizeof(((struct gw_arrival_status *)0)->held_total_ns),
+                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "holds", offsetof(struct gw_arrival_status, holds),
+             sizeof(((struct gw_arrival_status *)0)->holds),
+             _CFFI_OP(_CFFI_OP_NOOP, 118) },
+  { "hold_now", offsetof(struct gw_arrival_status, hold_now),
+                sizeof(((struct gw_arrival_status *)0)->hold_now),
+                _CFFI_OP(_CFFI_OP_NOOP, 117) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
               _CFFI_OP(_CFFI_OP_NOOP, 103) },
+  { "cause", offsetof(struct gw_hold, cause),
+             sizeof(((struct gw_hold *)0)->cause),
+             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "reserved", offsetof(struct gw_hold, reserved),
+                sizeof(((struct gw_hold *)0)->reserved),
+                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "outage_ns", offsetof(struct gw_hold, outage_ns),
+                 sizeof(((struct gw_hold *)0)->outage_ns),
+                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "held_ns", offsetof(struct gw_hold, held_ns),
+               sizeof(((struct gw_hold *)0)->held_ns),
+               _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "host_addr", offsetof(struct gw_inject_range, host_addr),
                  sizeof(((struct gw_inject_range *)0)->host_addr),
                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2865,7 +2967,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 117) },
+              _CFFI_OP(_CFFI_OP_NOOP, 121) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2946,7 +3048,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 126) },
+               _CFFI_OP(_CFFI_OP_NOOP, 130) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2992,45 +3094,49 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 111, _CFFI_F_OPAQUE,
+  { "gw_arrival", 112, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 112, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_config", 113, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 21 },
-  { "gw_arrival_region", 114, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_region", 115, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 21, 5 },
-  { "gw_arrival_status", 115, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 20 },
-  { "gw_inject_range", 116, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 46, 3 },
-  { "gw_inject_result", 119, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 49, 7 },
-  { "gw_latency_summary", 120, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 56, 5 },
-  { "gw_pacer", 121, _CFFI_F_OPAQUE,
+  { "gw_arrival_status", 116, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 24 },
+  { "gw_hold", 117, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 50, 4 },
+  { "gw_inject_range", 120, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 54, 3 },
+  { "gw_inject_result", 123, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 57, 7 },
+  { "gw_latency_summary", 124, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 64, 5 },
+  { "gw_pacer", 125, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_prefetch_summary", 122, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 61, 6 },
-  { "gw_serve", 123, _CFFI_F_OPAQUE,
+  { "gw_prefetch_summary", 126, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 69, 6 },
+  { "gw_serve", 127, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 124, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 67, 5 },
-  { "gw_serve_image", 125, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 72, 11 },
-  { "gw_serve_region", 127, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 83, 5 },
-  { "gw_serve_stats", 128, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 88, 9 },
+  { "gw_serve_config", 128, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 75, 5 },
+  { "gw_serve_image", 129, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 80, 11 },
+  { "gw_serve_region", 131, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 91, 5 },
+  { "gw_serve_stats", 132, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 96, 9 },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
   { "gw_arrival_phase", 105, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
-    "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION" },
-  { "gw_image_state", 106, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+    "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION,GW_ARRIVAL_NO_MEMORY" },
+  { "gw_hold_cause", 106, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
+    "GW_HOLD_NONE,GW_HOLD_LINK_LOST,GW_HOLD_PAGE_SERVER,GW_HOLD_AGENT_RESTART,GW_HOLD_NO_MEMORY" },
+  { "gw_image_state", 107, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 107, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 108, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
-  { "gw_page_state", 108, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+  { "gw_page_state", 109, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
 };
@@ -3042,12 +3148,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  71,  /* num_globals */
-  14,  /* num_struct_unions */
-  4,  /* num_enums */
+  78,  /* num_globals */
+  15,  /* num_struct_unions */
+  5,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  131,  /* num_types */
+  135,  /* num_types */
   0,  /* flags */
 };
 

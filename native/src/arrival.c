@@ -313,6 +313,8 @@ int gw_arrival_create(const struct gw_arrival_config *config, struct gw_arrival 
 		return err;
 	}
 	atomic_store(&arrival->demand_down_ns, gw_sys_now_ns());
+	if (config->adopt)
+		hold_adopt(arrival);
 	if (gw_page_map_is_violated(arrival->map)) {
 		arrival_set_final_reason(arrival,
 					 "a predecessor saw a violation: the guest is held");
@@ -520,6 +522,7 @@ int gw_arrival_status(const struct gw_arrival *arrival, struct gw_arrival_status
 					: 0,
 	};
 
+	hold_status(arrival, &status);
 	gw_histogram_summarise(&arrival->latency, &status.fault_latency);
 	prefetch_summarise(&arrival->prefetch, &status.prefetch);
 	(void)pthread_mutex_lock(text_lock);

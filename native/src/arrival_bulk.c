@@ -114,6 +114,8 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 		rate_refund(arrival, count * arrival->page_size);
 		outcome = gw_install_zero_run(&arrival->install, first, count, &bulk->again);
 	}
+	if (data)
+		hold_tried(arrival, outcome);
 	if (outcome != GW_INSTALL_DONE) {
 		/* Those that were not installed are ABSENT, or still REQUESTED by this want. */
 		give_back(arrival, first, count);
@@ -207,6 +209,9 @@ static uint64_t allowance(struct arrival_bulk *bulk, uint64_t now_ns, uint64_t *
 		*ret_due_ns = bulk->pause_ns;
 		return 0;
 	}
+	/* A page at a time until one finds room. */
+	if (atomic_load_explicit(&arrival->no_room, memory_order_relaxed))
+		return bulk->link.want_count > 0 ? 0 : rate_want_len(arrival, arrival->page_size);
 	if (arrival_gate_is_closed(arrival, now_ns, &gate_ns)) {
 		bulk->window_len = ARRIVAL_BULK_STEP_LEN;
 		if (bulk->link.in_flight_bytes > 0) {

@@ -54,6 +54,10 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 		data ? gw_install_run(&arrival->install, first, count, data, &demand->again)
 		     : gw_install_zero_run(&arrival->install, first, count, &demand->again);
 
+	if (data)
+		hold_tried(arrival, outcome);
+	if (outcome == GW_INSTALL_FULL)
+		hold_turn(demand); /* who waits for it is about to be forgotten */
 	if (outcome != GW_INSTALL_DONE)
 		arrival_on_outcome(arrival, outcome);
 	demand_answered(demand, first, count);
@@ -125,8 +129,10 @@ static uint32_t phase_now(struct gw_arrival *arrival)
 		return GW_ARRIVAL_COMPLETE;
 	if (atomic_load(&arrival->refused_mask) != 0)
 		return GW_ARRIVAL_REFUSED;
+	if (gw_page_map_generation(arrival->map) != 0 && (up_mask & 1U) == 0)
+		return GW_ARRIVAL_LINK_LOST;
 	if (gw_page_map_generation(arrival->map) != 0)
-		return up_mask & 1U ? GW_ARRIVAL_FETCHING : GW_ARRIVAL_LINK_LOST;
+		return atomic_load(&arrival->no_room) ? GW_ARRIVAL_NO_MEMORY : GW_ARRIVAL_FETCHING;
 	if (up_mask == all)
 		return GW_ARRIVAL_ARMED;
 	/* The gate is closed: LINK_LOST is for what was once there. */
@@ -301,6 +307,7 @@ void *demand_main(void *argument)
 		demand_wake_dropped(demand, now_ns);
 		due_ns = on_time(demand, now_ns);
 		tell_phase(arrival);
+		hold_turn(demand);
 	}
 	return NULL;
 }

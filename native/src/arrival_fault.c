@@ -87,6 +87,24 @@ static void table_remove(struct fault_table *table, struct fault *fault)
 	atomic_store_explicit(&table->count, table_count(table) - 1, memory_order_relaxed);
 }
 
+uint64_t demand_oldest_fault(const struct arrival_demand *demand, uint64_t *ret_read_ns)
+{
+	const struct fault *oldest = NULL;
+
+	if (table_count(&demand->faults) == 0)
+		return 0;
+	for (uint32_t i = 0; i < SLOT_COUNT; i++) {
+		const struct fault *const fault = &demand->faults.slots[i];
+
+		if (fault->page_plus_1 != 0 && (!oldest || fault->read_ns < oldest->read_ns))
+			oldest = fault;
+	}
+	if (!oldest)
+		return 0;
+	*ret_read_ns = oldest->read_ns;
+	return oldest->page_plus_1;
+}
+
 /* --- reading ---------------------------------------------------------------------------------- */
 
 static void look_at_removal(struct arrival_demand *demand, uint64_t first, uint64_t count)

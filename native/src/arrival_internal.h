@@ -66,10 +66,11 @@
 #define ARRIVAL_SESSION_LEN_MAX	    64
 #define ARRIVAL_TRACEPARENT_LEN_MAX 255
 #define ARRIVAL_HOST_LEN_MAX	    63
-#define ARRIVAL_WAIT_MS_MAX	    1000
-#define ARRIVAL_SPIN_NS_MIN	    UINT64_C(12500)
-#define ARRIVAL_SPIN_NS_MAX	    UINT64_C(100000)
-#define ARRIVAL_WANT_COUNT_MAX	    8192U /* of a demand link: a 2 MiB page is two wants */
+/* Also how old a sign of life may be: what a successor cannot know of a hold (arrival_hold.c). */
+#define ARRIVAL_WAIT_MS_MAX    100
+#define ARRIVAL_SPIN_NS_MIN    UINT64_C(12500)
+#define ARRIVAL_SPIN_NS_MAX    UINT64_C(100000)
+#define ARRIVAL_WANT_COUNT_MAX 8192U /* of a demand link: a 2 MiB page is two wants */
 
 struct gw_arrival;
 struct arrival_link;
@@ -187,9 +188,10 @@ struct arrival_demand {
 	uint32_t event_count;
 	struct removal removals[ARRIVAL_REMOVAL_COUNT_MAX];
 	uint32_t removal_count;
-	bool phase_untold; /* the eventfd could not be written */
-	uint64_t spin_ns;  /* how long it looks before it sleeps; 0 = not */
-	bool wake_bulk;	   /* there are hints: once the wants are out */
+	bool phase_untold;	   /* the eventfd could not be written */
+	uint64_t spin_ns;	   /* how long it looks before it sleeps; 0 = not */
+	bool wake_bulk;		   /* there are hints: once the wants are out */
+	uint64_t held_page_plus_1; /* whose fault holds the guest (arrival_hold.c); 0: none */
 };
 
 /* A page that somebody waited for, and bulk has brought. */
@@ -259,6 +261,8 @@ struct gw_arrival {
 	_Atomic bool gone;	   /* the guest's process */
 	_Atomic uint64_t demand_down_ns; /* since when; 0 = up */
 	_Atomic bool demand_was_up;
+	_Atomic bool nobody_listens;   /* at the page server's address, when it was last tried */
+	_Atomic bool no_room;	       /* the last page with content found none */
 	_Atomic uint32_t up_mask;      /* bit = link index */
 	_Atomic uint32_t refused_mask; /* bit = link index */
 	_Atomic int32_t grpc_status;
@@ -348,6 +352,17 @@ void demand_answered(struct arrival_demand *demand, uint64_t first, uint64_t cou
 void demand_take_settled(struct arrival_demand *demand);
 /* Who was dropped, or could not be given room, faults again. */
 void demand_wake_dropped(struct arrival_demand *demand, uint64_t now_ns);
+/* The fault that has waited longest: its page + 1; 0: nobody waits. */
+uint64_t demand_oldest_fault(const struct arrival_demand *demand, uint64_t *ret_read_ns);
+
+/* arrival_hold.c: how long no page can be had, and how long the guest is held by it. */
+/* Before there are threads: what a predecessor left. */
+void hold_adopt(struct gw_arrival *arrival);
+/* At each turn of the demand thread, its last. */
+void hold_turn(struct arrival_demand *demand);
+/* Pages with content were tried. */
+void hold_tried(struct gw_arrival *arrival, int outcome);
+void hold_status(const struct gw_arrival *arrival, struct gw_arrival_status *ret_status);
 
 /* arrival_demand.c, arrival_bulk.c */
 int demand_init(struct arrival_demand *demand, struct gw_arrival *arrival);

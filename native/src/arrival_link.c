@@ -144,6 +144,8 @@ static void set_up(struct arrival_link *link, bool up)
 	} else {
 		atomic_fetch_and(&arrival->up_mask, ~bit);
 	}
+	if (up)
+		atomic_store(&arrival->nobody_listens, false);
 	if (link->lane == GW_PAGE_LANE_DEMAND) {
 		if (up)
 			atomic_store(&arrival->demand_was_up, true);
@@ -205,6 +207,8 @@ void link_close(struct arrival_link *link, enum link_cause cause, uint64_t now_n
 /* After a call into the connection: register what it waits for, or close what has failed. */
 static void settle(struct arrival_link *link, int err, uint64_t now_ns)
 {
+	if (err < 0)
+		atomic_store(&link->arrival->nobody_listens, err == -ECONNREFUSED);
 	if (err < 0 && link->cause == LINK_UP) {
 		arrival_set_reason(link->arrival, "%s lane: %s", lane_name(link), strerror(-err));
 		link_fail(link, LINK_BROKEN);

@@ -172,9 +172,13 @@ int gw_page_map_adopt(const char *path, const struct gw_page_map_identity *ident
 	if (err < 0)
 		return err;
 	/* Before anything is written: a map of somebody else stays as it is. */
-	if (!header_is_of(map->header, identity)) {
+	if (map->header->magic == GW_PAGE_MAP_MAGIC && map->header->version > GW_PAGE_MAP_VERSION)
+		err = -EPROTONOSUPPORT;
+	else if (!header_is_of(map->header, identity))
+		err = -ESTALE;
+	if (err < 0) {
 		gw_page_map_destroy(map);
-		return -ESTALE;
+		return err;
 	}
 	gw_bitmap_init(&map->bitmap, (void *)map->bitmap.words, identity->page_count);
 	*ret_map = map;

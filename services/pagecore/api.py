@@ -25,6 +25,8 @@ class ArrivalPhase(enum.IntEnum):
     ENDED = 6
     REFUSED = 7
     VIOLATION = 8
+    NO_MEMORY = 9
+    """Pages come and find no room: tried again by itself."""
 
 
 class InstallMethod(enum.IntEnum):
@@ -94,6 +96,33 @@ class LatencySummary:
     max_ns: int
 
 
+class HoldCause(enum.IntEnum):
+    """enum gw_hold_cause: why no page could be had."""
+
+    NONE = 0
+    LINK_LOST = 1
+    PAGE_SERVER = 2
+    AGENT_RESTART = 3
+    NO_MEMORY = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """struct gw_hold: an outage, and how much of it the guest waited."""
+
+    number: int
+    """Counts the outages of an arrival, from 1."""
+    cause: HoldCause
+    outage_ns: int
+    held_ns: int
+    """0: nobody waited."""
+
+
+NO_HOLD = Hold(number=1, cause=HoldCause.NONE, outage_ns=0, held_ns=0)
+HOLDS_MAX = 8
+"""How many past outages a status tells; GW_ARRIVAL_HOLD_COUNT_MAX."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefetchSummary:
     """struct gw_prefetch_summary: how well it is guessed which pages are wanted next."""
@@ -131,6 +160,13 @@ class ArrivalStatus:
     fault_latency: LatencySummary
     reason: str
     prefetch: PrefetchSummary = PrefetchSummary()
+    hold_count: int = 0
+    held_total_ns: int = 0
+    """Of all outages, the one that is not over included."""
+    holds: tuple[Hold, ...] = ()
+    """The last ones that are over, ascending."""
+    hold_now: Hold = NO_HOLD
+    """cause NONE: pages can be had."""
 
 
 class Pacer(Protocol):

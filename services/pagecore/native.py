@@ -21,11 +21,14 @@ from typing import Any
 
 from services.pagecore import uffd_names
 from services.pagecore.api import (
+    HOLDS_MAX,
     Arrival,
     ArrivalConfig,
     ArrivalPhase,
     ArrivalRegion,
     ArrivalStatus,
+    Hold,
+    HoldCause,
     Injection,
     LatencySummary,
     Pacer,
@@ -152,6 +155,15 @@ class NativePacer:
         self._handle.close()
 
 
+def _hold(native: Any, number: int) -> Hold:
+    return Hold(
+        number=number,
+        cause=HoldCause(native.cause),
+        outage_ns=native.outage_ns,
+        held_ns=native.held_ns,
+    )
+
+
 class NativeArrival:
     """One arriving guest; see native/include/godwit/arrival.h."""
 
@@ -269,6 +281,15 @@ class NativeArrival:
             violation_count=native.violation_count,
             link_lost_ns=native.link_lost_ns,
             fault_latency=_latency(native.fault_latency),
+            hold_count=native.hold_count,
+            held_total_ns=native.held_total_ns,
+            holds=tuple(
+                _hold(native.holds[(number - 1) % HOLDS_MAX], number)
+                for number in range(
+                    max(native.hold_count - HOLDS_MAX, 0) + 1, native.hold_count + 1
+                )
+            ),
+            hold_now=_hold(native.hold_now, native.hold_count + 1),
             reason=ffi.string(native.reason).decode(errors="replace"),
             prefetch=PrefetchSummary(
                 window_count=native.prefetch.window_count,

@@ -32,6 +32,7 @@
 #define GW_ARRIVAL_UFFD_COUNT_MAX	     16
 #define GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX 8
 #define GW_ARRIVAL_REASON_LEN_MAX	     192
+#define GW_ARRIVAL_HOLD_COUNT_MAX	     8
 
 /* Opaque. One per guest being received. */
 struct gw_arrival;
@@ -46,6 +47,16 @@ enum gw_arrival_phase {
 	GW_ARRIVAL_REFUSED = 7,	   /* the server refused for good: see reason */
 	GW_ARRIVAL_VIOLATION =
 		8, /* an invariant broke: nothing more is installed, the guest is held */
+	GW_ARRIVAL_NO_MEMORY = 9, /* pages come and there is no room for them: tried again */
+};
+
+/* Why no page could be had for a while: docs/recovery.md. */
+enum gw_hold_cause {
+	GW_HOLD_NONE = 0,
+	GW_HOLD_LINK_LOST = 1,	   /* the page server is silent, or cannot be reached */
+	GW_HOLD_PAGE_SERVER = 2,   /* nobody listens there, or it refuses the image */
+	GW_HOLD_AGENT_RESTART = 3, /* the engine was gone */
+	GW_HOLD_NO_MEMORY = 4,	   /* pages came and found no room */
 };
 
 /* How pages are put in place. */
@@ -107,6 +118,20 @@ struct gw_prefetch_summary {
 	uint32_t reserved;
 };
 
+/*
+ * A time in which no page could be had, while the guest ran, and how much of it the guest was
+ * held: somebody waited for an absent page. Held begins with the first fault that waits (or with the
+ * outage, if one waits already) and ends when that fault is served; so it may outlast the outage
+ * by one fetch. After AGENT_RESTART it counts from the last sign of life of the engine
+ * before, if anybody waits: an upper bound, as nobody knows when in between the fault was.
+ */
+struct gw_hold {
+	uint32_t cause;	   /* enum gw_hold_cause */
+	uint32_t reserved; /* zero */
+	uint64_t outage_ns;
+	uint64_t held_ns; /* 0: nobody waited */
+};
+
 struct gw_arrival_status {
 	uint32_t phase;	     /* enum gw_arrival_phase */
 	uint32_t bulk_done;  /* 1: the bulk lanes have nothing left to ask for */
@@ -120,6 +145,11 @@ struct gw_arrival_status {
 	uint64_t link_lost_ns; /* how long the demand lane has been down, now; 0 = up */
 	struct gw_latency_summary fault_latency;
 	struct gw_prefetch_summary prefetch;
+	/* Outages of this arrival that are over, across adoptions: the last ones, by number - 1 modulo. */
+	uint64_t hold_count;
+	uint64_t held_total_ns; /* the one that is not over included */
+	struct gw_hold holds[GW_ARRIVAL_HOLD_COUNT_MAX];
+	struct gw_hold hold_now;		/* cause 0: pages can be had */
 	char reason[GW_ARRIVAL_REASON_LEN_MAX]; /* why, in words; NUL-terminated */
 };
 
@@ -131,8 +161,9 @@ struct gw_arrival_status {
  *
  * Returns 0; -EINVAL a field is out of range; -ENOTEMPTY the memory has data that
  * no map accounts for: it is not the guest's, do not run it; -ESTALE the adopted
- * map is of another epoch or geometry; -ENOENT nothing to adopt; -ENXIO the
- * memory is not registered (any more); -ENOMEM; or the -errno of a failing call.
+ * map is of another epoch or geometry; -EPROTONOSUPPORT a newer release made it;
+ * -ENOENT nothing to adopt; -ENXIO the memory is not registered (any more); -ENOMEM;
+ * or the -errno of a failing call.
  */
 int gw_arrival_create(const struct gw_arrival_config *config, struct gw_arrival **ret_arrival);
 

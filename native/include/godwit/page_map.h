@@ -87,7 +87,8 @@ int gw_page_map_create(const char *path, const struct gw_page_map_identity *iden
 /*
  * Map a predecessor's files. States are as they were; reading them together with the page
  * cache is gw_install_adopt's work.
- * Returns 0; -ENOENT; -ESTALE it is not a map of this identity; -errno of a failing call.
+ * Returns 0; -ENOENT; -ESTALE it is not a map of this identity; -EPROTONOSUPPORT a newer release
+ * made it; -errno of a failing call.
  */
 int gw_page_map_adopt(const char *path, const struct gw_page_map_identity *identity,
 		      struct gw_page_map **ret_map);

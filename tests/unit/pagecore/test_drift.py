@@ -28,8 +28,8 @@ RENAMED = {
     "file_offset": "offset",
 }
 C_ONLY = {"struct_size", "reserved", "region_count", "range_count", "uffd_count"}
-PYTHON_ONLY = {"struct gw_inject_range": {"uffd_index"}}
-"""An injection makes one userfaultfd."""
+PYTHON_ONLY = {"struct gw_inject_range": {"uffd_index"}, "struct gw_hold": {"number"}}
+"""An injection makes one userfaultfd; holds have their numbers by their place."""
 
 PAIRS = {
     "struct gw_arrival_config": api.ArrivalConfig,
@@ -38,12 +38,14 @@ PAIRS = {
     "struct gw_latency_summary": api.LatencySummary,
     "struct gw_serve_image": api.ServeImage,
     "struct gw_serve_region": api.ServeRegion,
+    "struct gw_hold": api.Hold,
     "struct gw_serve_stats": api.ServeStats,
     "struct gw_inject_result": api.Injection,
     "struct gw_inject_range": api.ArrivalRegion,
 }
 ENUMS = {
     "enum gw_arrival_phase": ("GW_ARRIVAL_", api.ArrivalPhase),
+    "enum gw_hold_cause": ("GW_HOLD_", api.HoldCause),
     "enum gw_install_method": ("GW_INSTALL_", api.InstallMethod),
     "enum gw_image_state": ("GW_IMAGE_", api.ImageState),
 }

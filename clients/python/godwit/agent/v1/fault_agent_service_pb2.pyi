@@ -146,6 +146,8 @@ class _ArrivalPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ArrivalP
     """Every page is here, fsynced as MEMORY_COMPLETE."""
     ARRIVAL_PHASE_ENDED: _ArrivalPhase.ValueType  # 5
     """The guest has shut itself down, or its VMM is gone."""
+    ARRIVAL_PHASE_NO_MEMORY: _ArrivalPhase.ValueType  # 6
+    """Pages come and find no room at the destination; the guest waits on what it touches. Tried again."""
 
 class ArrivalPhase(_ArrivalPhase, metaclass=_ArrivalPhaseEnumTypeWrapper):
     """Where an arrival stands."""
@@ -162,6 +164,8 @@ ARRIVAL_PHASE_COMPLETE: ArrivalPhase.ValueType  # 4
 """Every page is here, fsynced as MEMORY_COMPLETE."""
 ARRIVAL_PHASE_ENDED: ArrivalPhase.ValueType  # 5
 """The guest has shut itself down, or its VMM is gone."""
+ARRIVAL_PHASE_NO_MEMORY: ArrivalPhase.ValueType  # 6
+"""Pages come and find no room at the destination; the guest waits on what it touches. Tried again."""
 Global___ArrivalPhase: _TypeAlias = ArrivalPhase  # noqa: Y015
 
 @_typing.final
@@ -437,6 +441,7 @@ class Evidence(_message.Message):
     RETAINED_BYTES_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
     RETURNABLE_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """The guest."""
     node: _builtins.str
@@ -479,6 +484,8 @@ class Evidence(_message.Message):
     """True: the whole guest is here as it was at its pause, and has not run since: its VMM is paused, or its
     memory and device state are kept. Resume can let it run. False also where it runs.
     """
+    frozen: _builtins.bool
+    """True: the policy on a lost link has frozen the VMM; `vmm_state` is what it did before, and goes on to do."""
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """The image exported for the departure. Unset if there is none."""
@@ -512,10 +519,11 @@ class Evidence(_message.Message):
         retained_bytes: _builtins.int = ...,
         spec_json: _builtins.str = ...,
         returnable: _builtins.bool = ...,
+        frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "counters", b"counters", "decision", b"decision", "epoch_activating", b"epoch_activating", "epoch_loaded", b"epoch_loaded", "epoch_memory_complete", b"epoch_memory_complete", "epoch_owned", b"epoch_owned", "epoch_prepared", b"epoch_prepared", "epoch_sealed", b"epoch_sealed", "epoch_seen", b"epoch_seen", "image", b"image", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "retained_bytes", b"retained_bytes", "returnable", b"returnable", "role", b"role", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "counters", b"counters", "decision", b"decision", "epoch_activating", b"epoch_activating", "epoch_loaded", b"epoch_loaded", "epoch_memory_complete", b"epoch_memory_complete", "epoch_owned", b"epoch_owned", "epoch_prepared", b"epoch_prepared", "epoch_sealed", b"epoch_sealed", "epoch_seen", b"epoch_seen", "frozen", b"frozen", "image", b"image", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "retained_bytes", b"retained_bytes", "returnable", b"returnable", "role", b"role", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -756,6 +764,7 @@ class PrepareArrival(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
     PRIVATE_MAP_FIELD_NUMBER: _builtins.int
+    ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
     """The VM's spec (docs/vm-spec.md) as JSON."""
     spec_hash: _builtins.str
@@ -777,6 +786,10 @@ class PrepareArrival(_message.Message):
         import them, INVALID_ARGUMENT PRIVATE_MAP_INVALID.
         """
 
+    @_builtins.property
+    def on_link_loss(self) -> _common_pb2.LinkLossPolicy:
+        """What to do with a guest whose pages cannot be fetched. Unset: wait."""
+
     def __init__(
         self,
         *,
@@ -787,10 +800,11 @@ class PrepareArrival(_message.Message):
         traceparent: _builtins.str = ...,
         bulk_bytes_per_s_max: _builtins.int = ...,
         private_map: Global___PrivateMap | None = ...,
+        on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "private_map", b"private_map"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "on_link_loss", b"on_link_loss", "private_map", b"private_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "image", b"image", "page_address", b"page_address", "private_map", b"private_map", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "image", b"image", "on_link_loss", b"on_link_loss", "page_address", b"page_address", "private_map", b"private_map", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -90,6 +90,38 @@ and only under a higher epoch.
 """
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
+class _HoldCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HoldCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HoldCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOLD_CAUSE_UNSPECIFIED: _HoldCause.ValueType  # 0
+    """Pages can be had."""
+    HOLD_CAUSE_LINK_LOST: _HoldCause.ValueType  # 1
+    """The page server is silent, or cannot be reached."""
+    HOLD_CAUSE_PAGE_SERVER: _HoldCause.ValueType  # 2
+    """Nobody listens at the page server's address, or it refuses the image."""
+    HOLD_CAUSE_AGENT_RESTART: _HoldCause.ValueType  # 3
+    """The destination's agent was gone."""
+    HOLD_CAUSE_NO_MEMORY: _HoldCause.ValueType  # 4
+    """Pages came and found no room at the destination."""
+
+class HoldCause(_HoldCause, metaclass=_HoldCauseEnumTypeWrapper):
+    """Why no page could be had for a while. docs/recovery.md."""
+
+HOLD_CAUSE_UNSPECIFIED: HoldCause.ValueType  # 0
+"""Pages can be had."""
+HOLD_CAUSE_LINK_LOST: HoldCause.ValueType  # 1
+"""The page server is silent, or cannot be reached."""
+HOLD_CAUSE_PAGE_SERVER: HoldCause.ValueType  # 2
+"""Nobody listens at the page server's address, or it refuses the image."""
+HOLD_CAUSE_AGENT_RESTART: HoldCause.ValueType  # 3
+"""The destination's agent was gone."""
+HOLD_CAUSE_NO_MEMORY: HoldCause.ValueType  # 4
+"""Pages came and found no room at the destination."""
+Global___HoldCause: _TypeAlias = HoldCause  # noqa: Y015
+
 @_typing.final
 class Region(_message.Message):
     """A contiguous range of guest-physical memory. The regions of an image, in order, are laid end to end to
@@ -319,6 +351,68 @@ class LatencySummary(_message.Message):
 Global___LatencySummary: _TypeAlias = LatencySummary  # noqa: Y015
 
 @_typing.final
+class LinkLossPolicy(_message.Message):
+    """What becomes of a guest that touches pages which cannot be fetched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FREEZE_AFTER_MS_FIELD_NUMBER: _builtins.int
+    freeze_after_ms: _builtins.int
+    """Freeze the whole VMM once the guest has been held for this long, and thaw it when what it waits for is
+    there, so that its vCPUs never see each other stand still. Milliseconds, at most 86400000; 0: never, each
+    vCPU waits on what it touches. docs/recovery.md says what the guest's clock sees.
+    """
+    def __init__(
+        self,
+        *,
+        freeze_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freeze_after_ms", b"freeze_after_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkLossPolicy: _TypeAlias = LinkLossPolicy  # noqa: Y015
+
+@_typing.final
+class Hold(_message.Message):
+    """A time in which no page could be had while the guest ran."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    OUTAGE_NS_FIELD_NUMBER: _builtins.int
+    HELD_NS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the outages of an arrival, from 1, across agent restarts."""
+    cause: Global___HoldCause.ValueType
+    """Why. The last cause where it changed."""
+    outage_ns: _builtins.int
+    """How long no page could be had. Nanoseconds."""
+    held_ns: _builtins.int
+    """How long the guest was held by it: from the first fault that waited (from the outage's begin if one
+    waited already) until that fault was served. 0: nobody waited. An upper bound after AGENT_RESTART.
+    Nanoseconds.
+    """
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        cause: Global___HoldCause.ValueType = ...,
+        outage_ns: _builtins.int = ...,
+        held_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "held_ns", b"held_ns", "number", b"number", "outage_ns", b"outage_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hold: _TypeAlias = Hold  # noqa: Y015
+
+@_typing.final
 class ArrivalCounters(_message.Message):
     """How a guest's memory arrives. Counters only rise within an epoch, across agent restarts of the same map."""
 
@@ -336,6 +430,9 @@ class ArrivalCounters(_message.Message):
     RECONNECT_COUNT_FIELD_NUMBER: _builtins.int
     VIOLATION_COUNT_FIELD_NUMBER: _builtins.int
     FAULT_LATENCY_FIELD_NUMBER: _builtins.int
+    HELD_TOTAL_NS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    HOLD_NOW_FIELD_NUMBER: _builtins.int
     page_count: _builtins.int
     """Pages of the guest."""
     absent_count: _builtins.int
@@ -358,9 +455,19 @@ class ArrivalCounters(_message.Message):
     """Times a connection to the page server was made again."""
     violation_count: _builtins.int
     """Broken invariants seen (I4, I10, I11). Not 0 means: page somebody."""
+    held_total_ns: _builtins.int
+    """How long the guest was held by outages, the present one included. Nanoseconds."""
     @_builtins.property
     def fault_latency(self) -> Global___LatencySummary:
         """From the fault event to the wake."""
+
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hold]:
+        """Outages that are over. The last 8, ascending by number."""
+
+    @_builtins.property
+    def hold_now(self) -> Global___Hold:
+        """The outage that lasts. Unset: pages can be had."""
 
     def __init__(
         self,
@@ -377,10 +484,13 @@ class ArrivalCounters(_message.Message):
         reconnect_count: _builtins.int = ...,
         violation_count: _builtins.int = ...,
         fault_latency: Global___LatencySummary | None = ...,
+        held_total_ns: _builtins.int = ...,
+        holds: _abc.Iterable[Global___Hold] | None = ...,
+        hold_now: Global___Hold | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fault_latency", b"fault_latency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fault_latency", b"fault_latency", "hold_now", b"hold_now"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_count", b"absent_count", "bulk_page_count", b"bulk_page_count", "checksum_error_count", b"checksum_error_count", "demand_page_count", b"demand_page_count", "fault_count", b"fault_count", "fault_latency", b"fault_latency", "page_count", b"page_count", "received_bytes", b"received_bytes", "reconnect_count", b"reconnect_count", "removed_page_count", b"removed_page_count", "violation_count", b"violation_count", "zero_page_count", b"zero_page_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_count", b"absent_count", "bulk_page_count", b"bulk_page_count", "checksum_error_count", b"checksum_error_count", "demand_page_count", b"demand_page_count", "fault_count", b"fault_count", "fault_latency", b"fault_latency", "held_total_ns", b"held_total_ns", "hold_now", b"hold_now", "holds", b"holds", "page_count", b"page_count", "received_bytes", b"received_bytes", "reconnect_count", b"reconnect_count", "removed_page_count", b"removed_page_count", "violation_count", b"violation_count", "zero_page_count", b"zero_page_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,48 +22,49 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from godwit.common.v1 import common_pb2 as godwit_dot_common_dot_v1_dot_common__pb2
 from godwit.fleet.v1 import types_pb2 as godwit_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'godwit/fleet/v1/migration_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1bgodwit/fleet/v1/types.proto\"s\n\x16\x43reateMigrationRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1c\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04\"H\n\x17\x43reateMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"M\n\x15ListMigrationsRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x16ListMigrationsResponse\x12.\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"-\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"/\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"[\n\x18RecoverMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"O\n\x17\x41\x62\x61ndonMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\x08\"I\n\x18\x41\x62\x61ndonMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"q\n\x11\x42reakGlassRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x65nced_vm_id\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x05 \x01(\t\"C\n\x12\x42reakGlassResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration2\xac\x06\n\x10MigrationService\x12\x64\n\x0f\x43reateMigration\x12\'.godwit.fleet.v1.CreateMigrationRequest\x1a(.godwit.fleet.v1.CreateMigrationResponse\x12[\n\x0cGetMigration\x12$.godwit.fleet.v1.GetMigrationRequest\x1a%.godwit.fleet.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.godwit.fleet.v1.ListMigrationsRequest\x1a\'.godwit.fleet.v1.ListMigrationsResponse\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.godwit.fleet.v1.CancelMigrationRequest\x1a(.godwit.fleet.v1.CancelMigrationResponse\x12g\n\x10RecoverMigration\x12(.godwit.fleet.v1.RecoverMigrationRequest\x1a).godwit.fleet.v1.RecoverMigrationResponse\x12g\n\x10\x41\x62\x61ndonMigration\x12(.godwit.fleet.v1.AbandonMigrationRequest\x1a).godwit.fleet.v1.AbandonMigrationResponse\x12U\n\nBreakGlass\x12\".godwit.fleet.v1.BreakGlassRequest\x1a#.godwit.fleet.v1.BreakGlassResponse\x12\x63\n\x0eWatchMigration\x12&.godwit.fleet.v1.WatchMigrationRequest\x1a\'.godwit.fleet.v1.WatchMigrationResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'godwit/fleet/v1/migration_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1dgodwit/common/v1/common.proto\x1a\x1bgodwit/fleet/v1/types.proto\"\xab\x01\n\x16\x43reateMigrationRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1c\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04\x12\x36\n\x0con_link_loss\x18\x05 \x01(\x0b\x32 .godwit.common.v1.LinkLossPolicy\"H\n\x17\x43reateMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"M\n\x15ListMigrationsRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x16ListMigrationsResponse\x12.\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"-\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"/\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"[\n\x18RecoverMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"O\n\x17\x41\x62\x61ndonMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\x08\"I\n\x18\x41\x62\x61ndonMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"q\n\x11\x42reakGlassRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x65nced_vm_id\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x05 \x01(\t\"C\n\x12\x42reakGlassResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration2\xac\x06\n\x10MigrationService\x12\x64\n\x0f\x43reateMigration\x12\'.godwit.fleet.v1.CreateMigrationRequest\x1a(.godwit.fleet.v1.CreateMigrationResponse\x12[\n\x0cGetMigration\x12$.godwit.fleet.v1.GetMigrationRequest\x1a%.godwit.fleet.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.godwit.fleet.v1.ListMigrationsRequest\x1a\'.godwit.fleet.v1.ListMigrationsResponse\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.godwit.fleet.v1.CancelMigrationRequest\x1a(.godwit.fleet.v1.CancelMigrationResponse\x12g\n\x10RecoverMigration\x12(.godwit.fleet.v1.RecoverMigrationRequest\x1a).godwit.fleet.v1.RecoverMigrationResponse\x12g\n\x10\x41\x62\x61ndonMigration\x12(.godwit.fleet.v1.AbandonMigrationRequest\x1a).godwit.fleet.v1.AbandonMigrationResponse\x12U\n\nBreakGlass\x12\".godwit.fleet.v1.BreakGlassRequest\x1a#.godwit.fleet.v1.BreakGlassResponse\x12\x63\n\x0eWatchMigration\x12&.godwit.fleet.v1.WatchMigrationRequest\x1a\'.godwit.fleet.v1.WatchMigrationResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'godwit.fleet.v1.migration_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATEMIGRATIONREQUEST']._serialized_start=89
-  _globals['_CREATEMIGRATIONREQUEST']._serialized_end=204
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=206
-  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=278
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=280
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=323
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=325
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=394
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=396
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=473
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=475
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=572
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=574
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=620
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=622
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=694
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=696
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=741
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=743
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=814
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=816
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=863
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=865
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=956
-  _globals['_ABANDONMIGRATIONREQUEST']._serialized_start=958
-  _globals['_ABANDONMIGRATIONREQUEST']._serialized_end=1037
-  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_start=1039
-  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_end=1112
-  _globals['_BREAKGLASSREQUEST']._serialized_start=1114
-  _globals['_BREAKGLASSREQUEST']._serialized_end=1227
-  _globals['_BREAKGLASSRESPONSE']._serialized_start=1229
-  _globals['_BREAKGLASSRESPONSE']._serialized_end=1296
-  _globals['_MIGRATIONSERVICE']._serialized_start=1299
-  _globals['_MIGRATIONSERVICE']._serialized_end=2111
+  _globals['_CREATEMIGRATIONREQUEST']._serialized_start=121
+  _globals['_CREATEMIGRATIONREQUEST']._serialized_end=292
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_start=294
+  _globals['_CREATEMIGRATIONRESPONSE']._serialized_end=366
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=368
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=411
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=413
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=482
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=484
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=561
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=563
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=660
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=662
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=708
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=710
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=782
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=784
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=829
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=831
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=902
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=904
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=951
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=953
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=1044
+  _globals['_ABANDONMIGRATIONREQUEST']._serialized_start=1046
+  _globals['_ABANDONMIGRATIONREQUEST']._serialized_end=1125
+  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_start=1127
+  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_end=1200
+  _globals['_BREAKGLASSREQUEST']._serialized_start=1202
+  _globals['_BREAKGLASSREQUEST']._serialized_end=1315
+  _globals['_BREAKGLASSRESPONSE']._serialized_start=1317
+  _globals['_BREAKGLASSRESPONSE']._serialized_end=1384
+  _globals['_MIGRATIONSERVICE']._serialized_start=1387
+  _globals['_MIGRATIONSERVICE']._serialized_end=2199
 # @@protoc_insertion_point(module_scope)

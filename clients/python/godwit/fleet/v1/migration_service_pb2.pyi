@@ -4,6 +4,7 @@ isort:skip_file
 Moves virtual machines. REST offers the same under /v1/migrations."""
 
 from collections import abc as _abc
+from godwit.common.v1 import common_pb2 as _common_pb2
 from godwit.fleet.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -29,6 +30,7 @@ class CreateMigrationRequest(_message.Message):
     DESTINATION_NODE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
+    ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """The guest."""
     destination_node: _builtins.str
@@ -37,6 +39,10 @@ class CreateMigrationRequest(_message.Message):
     """Drawn by the caller, so that a retry is not a second move. May be empty: then every call is a new one."""
     bulk_bytes_per_s_max: _builtins.int
     """Limit of the bulk lane. Bytes a second; 0 = none."""
+    @_builtins.property
+    def on_link_loss(self) -> _common_pb2.LinkLossPolicy:
+        """What to do with the guest when its pages cannot be fetched. Unset: each vCPU waits on what it touches."""
+
     def __init__(
         self,
         *,
@@ -44,10 +50,11 @@ class CreateMigrationRequest(_message.Message):
         destination_node: _builtins.str = ...,
         request_id: _builtins.str = ...,
         bulk_bytes_per_s_max: _builtins.int = ...,
+        on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_link_loss", b"on_link_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "destination_node", b"destination_node", "request_id", b"request_id", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "destination_node", b"destination_node", "on_link_loss", b"on_link_loss", "request_id", b"request_id", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -161,6 +161,8 @@ class Migration(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     RETURN_EPOCH_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """Drawn by the orchestrator, 26 characters, sorts by time."""
     vm_id: _builtins.str
@@ -211,6 +213,16 @@ class Migration(_message.Message):
     def transitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseTransition]:
         """Every phase it entered, in order."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___MigrationEvent]:
+        """What happened to it, in order, in words. The first 20 and the last 80 are kept; a gap in `sequence` says
+        how many were left out. Empty in lists.
+        """
+
+    @_builtins.property
+    def on_link_loss(self) -> _common_pb2.LinkLossPolicy:
+        """What is done with the guest when its pages cannot be fetched."""
+
     def __init__(
         self,
         *,
@@ -235,14 +247,78 @@ class Migration(_message.Message):
         traceparent: _builtins.str = ...,
         version: _builtins.int = ...,
         return_epoch: _builtins.int = ...,
+        events: _abc.Iterable[Global___MigrationEvent] | None = ...,
+        on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at", "on_link_loss", b"on_link_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "pause_ns", b"pause_ns", "phase", b"phase", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "events", b"events", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "on_link_loss", b"on_link_loss", "pause_ns", b"pause_ns", "phase", b"phase", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Migration: _TypeAlias = Migration  # noqa: Y015
+
+@_typing.final
+class MigrationEvent(_message.Message):
+    """Something that an operator will want explained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    DURATION_NS_FIELD_NUMBER: _builtins.int
+    HELD_NS_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Counts the events of a migration, from 1."""
+    kind: _builtins.str
+    """Stable code, e.g. "LINK_LOST". docs/recovery.md lists them."""
+    node: _builtins.str
+    """The node that it is about. Empty if it is about none."""
+    message: _builtins.str
+    """What happened."""
+    action: _builtins.str
+    """What Godwit does about it by itself. May be empty."""
+    hint: _builtins.str
+    """What an operator can do. May be empty."""
+    duration_ns: _builtins.int
+    """How long it lasted, where the event says that something is over. Nanoseconds."""
+    held_ns: _builtins.int
+    """How long the guest was held by it (godwit.common.v1.Hold). Nanoseconds."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When it was noticed. The orchestrator's clock, for people alone: nothing is decided by it."""
+
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What each node could prove, in words. Only where a person is needed."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
+        node: _builtins.str = ...,
+        message: _builtins.str = ...,
+        action: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        duration_ns: _builtins.int = ...,
+        held_ns: _builtins.int = ...,
+        evidence: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "at", b"at", "duration_ns", b"duration_ns", "evidence", b"evidence", "held_ns", b"held_ns", "hint", b"hint", "kind", b"kind", "message", b"message", "node", b"node", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrationEvent: _TypeAlias = MigrationEvent  # noqa: Y015
 
 @_typing.final
 class PhaseTransition(_message.Message):
