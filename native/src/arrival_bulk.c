@@ -114,14 +114,14 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 		rate_refund(arrival, count * arrival->page_size);
 		outcome = gw_install_zero_run(&arrival->install, first, count, &bulk->again);
 	}
-	if (data)
-		hold_tried(arrival, outcome);
 	if (outcome != GW_INSTALL_DONE) {
 		/* Those that were not installed are ABSENT, or still REQUESTED by this want. */
 		give_back(arrival, first, count);
 		bulk->pause_ns = gw_sys_now_ns() + ARRIVAL_FULL_RETRY_NS;
 		arrival_on_outcome(arrival, outcome);
 	}
+	if (data)
+		hold_tried(arrival, outcome);
 	if (waited_count > 0) {
 		const uint64_t now_ns = gw_sys_now_ns();
 

@@ -54,12 +54,12 @@ static void on_pages(void *owner, uint64_t first, uint64_t count, const uint8_t 
 		data ? gw_install_run(&arrival->install, first, count, data, &demand->again)
 		     : gw_install_zero_run(&arrival->install, first, count, &demand->again);
 
-	if (data)
-		hold_tried(arrival, outcome);
-	if (outcome == GW_INSTALL_FULL)
-		hold_turn(demand); /* who waits for it is about to be forgotten */
 	if (outcome != GW_INSTALL_DONE)
 		arrival_on_outcome(arrival, outcome);
+	if (data)
+		hold_tried(arrival, outcome); /* behind the reason: the phase follows from it */
+	if (outcome == GW_INSTALL_FULL)
+		hold_turn(demand); /* who waits for it is about to be forgotten */
 	demand_answered(demand, first, count);
 }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -26,6 +27,19 @@ _PAGES = (
     ("zero", "zero_page_count"),
     ("removed", "removed_page_count"),
 )
+
+HELD_SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+def guest_held_seconds(registry: CollectorRegistry) -> Histogram:
+    """How long guests waited for pages that could not be had; docs/recovery.md."""
+    return Histogram(
+        "godwit_guest_held_seconds",
+        "How long a guest was held in an outage of its page supply, by the outage's cause",
+        ["cause"],
+        buckets=HELD_SECONDS_BUCKETS,
+        registry=registry,
+    )
 
 
 class AgentCollector(Collector):
@@ -89,6 +103,14 @@ class AgentCollector(Collector):
             "1 while prefetch is off because it did not pay",
             labels=["vm", "policy"],
         )
+        held_now = GaugeMetricFamily(
+            "godwit_guest_held_now_seconds",
+            "How long a guest has been held by an outage that lasts",
+            labels=["vm", "cause"],
+        )
+        frozen = GaugeMetricFamily(
+            "godwit_agent_vmm_frozen", "1: the policy on a lost link has frozen it", labels=["vm"]
+        )
         counters: dict[str, Counters] = {}
         for vm in self._node.known_vms():
             if vm.watch is None:
@@ -98,11 +120,15 @@ class AgentCollector(Collector):
             absent.add_metric([vm.vm_id], status.absent_count)
             held.add_metric([vm.vm_id], status.held_fault_count)
             lost.add_metric([vm.vm_id], status.link_lost_ns / 1e9)
+            if status.hold_now.cause:
+                cause = status.hold_now.cause.name.lower()
+                held_now.add_metric([vm.vm_id, cause], status.hold_now.held_ns / 1e9)
+            frozen.add_metric([vm.vm_id], int(vm.frozen_in is not None))
             counters[vm.vm_id] = vm.watch.counters
             prefetch.add_metric([vm.vm_id, "window", "hit"], status.prefetch.hit_count)
             prefetch.add_metric([vm.vm_id, "window", "miss"], status.prefetch.miss_count)
             prefetch_off.add_metric([vm.vm_id, "window"], int(status.prefetch.off))
-        yield from (phase, absent, held, lost, prefetch, prefetch_off)
+        yield from (phase, absent, held, lost, held_now, frozen, prefetch, prefetch_off)
         for name, text, field in _ARRIVAL_COUNTERS:
             family = CounterMetricFamily(f"godwit_agent_arrival_{name}", text, labels=["vm"])
             for vm_id, values in counters.items():

@@ -16,7 +16,7 @@ from dataclasses import replace
 from services.common.errors import FailedPreconditionError, GodwitError, UnavailableError
 from services.common.listen import Address, parse_address
 from services.common.vm_spec import PAGE_BYTES
-from services.fault_agent import processes
+from services.fault_agent import hold_policy, processes
 from services.fault_agent.arrival_watch import ArrivalWatch
 from services.fault_agent.drivers.api import (
     Armed,
@@ -47,6 +47,17 @@ class ArmError(FailedPreconditionError):
             "ARM_FAILED",
             f"{step}: {detail}",
             hint="QEMU needs CAP_SYS_PTRACE and userfaultfd; preflight says what is missing",
+        )
+
+
+class PageMapNewerError(FailedPreconditionError):
+    """A newer agent made the page map. The guest is kept, and held on its absent pages."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            "PAGE_MAP_NEWER",
+            f"{path} was made by a newer release",
+            hint="start the newer agent again: until then the guest waits on what it touches",
         )
 
 
@@ -131,6 +142,8 @@ class ArrivalEngines:
 
     async def stop(self, vm: Vm) -> None:
         """End the engine. The guest stays blocked on what is absent. Idempotent."""
+        if self._node.freezer is not None:
+            hold_policy.thaw(self._node.freezer, vm)
         watch, vm.watch = vm.watch, None
         if watch is not None:
             await watch.close()
@@ -197,21 +210,44 @@ class ArrivalEngines:
         try:
             arrival = self._node.pagecore.create_arrival(config)
         except OSError as error:
+            if error.errno == errno.EPROTONOSUPPORT:
+                raise PageMapNewerError(arriving.page_map_path) from error
             if error.errno in (errno.ENOTEMPTY, errno.ESTALE):
                 self._node.violations.labels(invariant="I4").inc()
             raise ArmError("arrival engine", error) from error
         try:
+            # Before it runs: an outage that ends from now on is ours to tell.
+            holds_seen = arrival.status().hold_count
             arrival.start()
             vm.watch = ArrivalWatch(
-                arrival, epoch=epoch, on_change=lambda status: self._on_change(vm, status)
+                arrival,
+                epoch=epoch,
+                on_change=lambda status: self._on_change(vm, status),
+                holds_seen=holds_seen,
             )
         except BaseException:
             arrival.close()
             raise
+        if arriving.freeze_after_ms and self._node.freezer is not None:
+            self._node.start_task(
+                hold_policy.keep(self._node.freezer, vm, vm.watch, arriving.freeze_after_ms),
+                f"freeze {vm.vm_id}",
+            )
 
     def _on_change(self, vm: Vm, status: ArrivalStatus) -> None:
+        for hold in vm.watch.new_holds() if vm.watch is not None else ():
+            cause = hold.cause.name.lower()
+            log.warning(
+                "arrival of %s: no page could be had for %.3f s (%s), the guest was held %.3f s",
+                vm.vm_id,
+                hold.outage_ns / 1e9,
+                cause,
+                hold.held_ns / 1e9,
+            )
+            if self._node.held is not None:
+                self._node.held.labels(cause=cause).observe(hold.held_ns / 1e9)
         level = logging.INFO
-        if status.phase in (ArrivalPhase.REFUSED, ArrivalPhase.LINK_LOST):
+        if status.phase in (ArrivalPhase.REFUSED, ArrivalPhase.LINK_LOST, ArrivalPhase.NO_MEMORY):
             level = logging.WARNING
         if status.phase is ArrivalPhase.VIOLATION:
             level = logging.ERROR
@@ -234,8 +270,9 @@ class ArrivalEngines:
             try:
                 async with vm.lock:
                     await self.settle(vm)
-            except VmmUnreachableError as error:
-                # Nothing is lost: every page is here. It holds its registrations a while longer.
+            except (GodwitError, OSError) as error:
+                # Nothing is lost: every page is here. The VMM holds its registrations a while
+                # longer, or the source its memory until MEMORY_COMPLETE can be written.
                 log.warning("%s: %s", vm.vm_id, error)
             else:
                 return

@@ -15,11 +15,18 @@ from collections.abc import Callable
 
 from services.fault_agent.evidence import final_counters
 from services.fault_agent.journal import Counters
-from services.pagecore.api import Arrival, ArrivalPhase, ArrivalStatus
+from services.pagecore.api import Arrival, ArrivalPhase, ArrivalStatus, Hold
 
 log = logging.getLogger(__name__)
 
-UP = frozenset({ArrivalPhase.ARMED, ArrivalPhase.FETCHING, ArrivalPhase.COMPLETE})
+UP = frozenset(
+    {
+        ArrivalPhase.ARMED,
+        ArrivalPhase.FETCHING,
+        ArrivalPhase.NO_MEMORY,
+        ArrivalPhase.COMPLETE,
+    }
+)
 """Phases in which both lanes were up."""
 STUCK = frozenset({ArrivalPhase.REFUSED, ArrivalPhase.VIOLATION, ArrivalPhase.ENDED})
 """Phases that the engine does not leave by itself."""
@@ -29,8 +36,15 @@ class ArrivalWatch:
     """One engine, watched. Made inside the running loop."""
 
     def __init__(
-        self, arrival: Arrival, *, epoch: int, on_change: Callable[[ArrivalStatus], None]
+        self,
+        arrival: Arrival,
+        *,
+        epoch: int,
+        on_change: Callable[[ArrivalStatus], None],
+        holds_seen: int = 0,
     ) -> None:
+        """`holds_seen`: how many outages a predecessor has accounted for already."""
+        self._holds_seen = holds_seen
         self.arrival = arrival
         self.epoch = epoch
         self._on_change = on_change
@@ -51,6 +65,12 @@ class ArrivalWatch:
     def counters(self) -> Counters:
         """The cached ones."""
         return final_counters(self.status)
+
+    def new_holds(self) -> list[Hold]:
+        """Outages that are over and were not told of before: each once."""
+        new = [hold for hold in self.status.holds if hold.number > self._holds_seen]
+        self._holds_seen = max(self._holds_seen, self.status.hold_count)
+        return new
 
     def refresh(self) -> ArrivalStatus:
         """Look at the engine now; after `close`, what was seen last."""

@@ -43,6 +43,7 @@ from services.fault_agent.vms import Vm
 log = logging.getLogger(__name__)
 
 ARM_TIMEOUT_S = 15.0
+FREEZE_AFTER_MS_MAX = 86_400_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,7 @@ class ArrivalOrder:
     page_address: str
     traceparent: str
     bulk_bytes_per_s_max: int
+    freeze_after_ms: int
 
     @classmethod
     def read(cls, fence: Fence, message: pb.PrepareArrival) -> ArrivalOrder:
@@ -81,6 +83,9 @@ class ArrivalOrder:
             raise FailedPreconditionError(
                 "SPEC_MISMATCH", f"the image has regions {regions}, the spec makes {own}"
             )
+        freeze_after_ms = message.on_link_loss.freeze_after_ms
+        if freeze_after_ms > FREEZE_AFTER_MS_MAX:
+            raise _field("on_link_loss.freeze_after_ms", f"must be 0..{FREEZE_AFTER_MS_MAX}")
         refuse_private_pages(message.private_map, spec.memory_bytes // PAGE_BYTES)
         return cls(
             spec=spec,
@@ -88,6 +93,7 @@ class ArrivalOrder:
             page_address=message.page_address,
             traceparent=message.traceparent,
             bulk_bytes_per_s_max=message.bulk_bytes_per_s_max,
+            freeze_after_ms=freeze_after_ms,
         )
 
 
@@ -308,7 +314,7 @@ class Arrivals:
             if needs_nobody and arriving is not None:
                 await self._engines.stop(vm)
                 complete_epoch = record.epoch_memory_complete
-                resident = replace(fenced, role=Role.RESIDENT, arriving=None)
+                resident = replace(fenced, version=1, role=Role.RESIDENT, arriving=None)
                 await vm.write(replace(resident, epoch_memory_complete=complete_epoch))
                 remove_page_map(arriving.page_map_path)
             else:
@@ -338,11 +344,13 @@ class Arrivals:
             page_map_path=str(path.with_suffix(".map")),
             traceparent=order.traceparent,
             bulk_bytes_per_s_max=order.bulk_bytes_per_s_max,
+            freeze_after_ms=order.freeze_after_ms,
         )
         # Names first: what is made from here on can be found and removed after a crash.
         await vm.write(
             replace(
                 fenced,
+                version=2 if order.freeze_after_ms else 1,
                 role=Role.ARRIVING,
                 boot_id=node.boot_id,
                 epoch_prepared=0,

@@ -16,8 +16,8 @@ from services.fault_agent.drivers.api import VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Fence
 from services.fault_agent.images import image_message
-from services.fault_agent.journal import Counters, Decision, ExportState, Record, Role
-from services.pagecore.api import ArrivalStatus
+from services.fault_agent.journal import Counters, Decision, ExportState, Held, Record, Role
+from services.pagecore.api import ArrivalStatus, Hold
 
 _ROLES = {
     Role.UNKNOWN: pb.VM_ROLE_UNKNOWN,
@@ -97,6 +97,24 @@ def final_counters(status: ArrivalStatus) -> Counters:
         fault_p99_ns=latency.p99_ns,
         fault_p999_ns=latency.p999_ns,
         fault_max_ns=latency.max_ns,
+        held_total_ns=status.held_total_ns,
+        holds=tuple(_held(hold) for hold in status.holds),
+        hold_now=_held(status.hold_now) if status.hold_now.cause else None,
+    )
+
+
+def _held(hold: Hold) -> Held:
+    return Held(
+        number=hold.number, cause=int(hold.cause), outage_ns=hold.outage_ns, held_ns=hold.held_ns
+    )
+
+
+def _hold_message(held: Held) -> common_pb2.Hold:
+    return common_pb2.Hold(
+        number=held.number,
+        cause=common_pb2.HoldCause.ValueType(held.cause),
+        outage_ns=held.outage_ns,
+        held_ns=held.held_ns,
     )
 
 
@@ -121,6 +139,9 @@ def counters_message(counters: Counters) -> common_pb2.ArrivalCounters:
             p999_ns=counters.fault_p999_ns,
             max_ns=counters.fault_max_ns,
         ),
+        held_total_ns=counters.held_total_ns,
+        holds=[_hold_message(held) for held in counters.holds],
+        hold_now=_hold_message(counters.hold_now) if counters.hold_now else None,
     )
 
 
@@ -152,6 +173,7 @@ def evidence(
     incarnation: str,
     vmm_state: VmmState,
     counters: Counters | None,
+    frozen: bool = False,
 ) -> pb.Evidence:
     """What this node can prove about a VM."""
     message = pb.Evidence(
@@ -173,6 +195,7 @@ def evidence(
         decision=_DECISIONS[record.decision],
         retained_bytes=retained_bytes(record, boot_id),
         returnable=returnable(record, boot_id, vmm_state),
+        frozen=frozen,
     )
     if record.spec_json:
         spec = VmSpec.parse(record.spec_json)

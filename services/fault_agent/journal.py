@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from typing import ClassVar, Literal
 import pydantic
 from pydantic import ConfigDict
 
-from services.common.errors import FailedPreconditionError
+from services.common.errors import FailedPreconditionError, UnavailableError
 from services.fault_agent import journal_file
 from services.fault_agent.journal_file import DamagedError, Place, fsync_directory
 from services.fault_agent.processes import Process
@@ -80,6 +82,17 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """An outage of an arrival; godwit.common.v1.Hold."""
+
+    number: int
+    cause: int
+    """godwit.common.v1.HoldCause; 0 where none is meant."""
+    outage_ns: int
+    held_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
     """Last counters of an arrival that is over; godwit.common.v1.ArrivalCounters."""
 
@@ -99,6 +112,10 @@ class Counters:
     fault_p99_ns: int
     fault_p999_ns: int
     fault_max_ns: int
+    held_total_ns: int = 0
+    holds: tuple[Held, ...] = ()
+    hold_now: Held | None = None
+    """None: pages can be had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +128,8 @@ class Arriving:
     page_map_path: str
     traceparent: str = ""
     bulk_bytes_per_s_max: int = 0
+    freeze_after_ms: int = 0
+    """The guest's VMM is frozen when it has been held for that long; 0: never."""
     remote_fd: int = -1
     """Number of the userfaultfd in the VMM; -1: not injected yet."""
     unregistered: bool = False
@@ -140,7 +159,8 @@ class Record:
     vm_id: str
     boot_id: str
     """The boot under which `process` and the RAM file exist. After another they do not."""
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
+    """2: the VMM may be frozen. An agent that reads 1 alone must not take it: it would not thaw."""
     role: Role = Role.UNKNOWN
     epoch_seen: int = 0
     epoch_owned: int = 0
@@ -185,15 +205,57 @@ class JournalCorruptError(FailedPreconditionError):
         )
 
 
+class JournalNewerError(JournalCorruptError):
+    """A newer agent wrote the record. Nothing is wrong with it."""
+
+    def __init__(self, path: Path, version: int) -> None:
+        super().__init__(path, f"it has version {version}, this agent reads up to {VERSION_MAX}")
+        self.reason = "JOURNAL_NEWER"
+        self.hint = "nothing is done with this VM, it lives on: start the newer agent again"
+
+
+class JournalWriteError(UnavailableError):
+    """A record could not be made durable, so that nothing it names was done. Try again."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        reason, hint = _WRITE_ERRORS.get(
+            error.errno or 0, ("JOURNAL_FAILED", "see the health of the disk under --state-dir")
+        )
+        super().__init__(
+            reason,
+            f"{path} cannot be written: {error.strerror or error}",
+            hint=f"{hint}; it is tried again",
+            metadata={"path": str(path)},
+        )
+
+
+_FULL = ("JOURNAL_FULL", "free space on the file system of --state-dir")
+_WRITE_ERRORS: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: (
+        "JOURNAL_READ_ONLY",
+        "make the file system of --state-dir writable; one that had errors is remounted read-only",
+    ),
+}
+
+VERSION_MAX = 2
 _RECORD = pydantic.TypeAdapter(Record)
+_VERSION = re.compile(rb'^\s*"version": (\d+),?$', re.MULTILINE)
+"""In a whole record as `encode` lays it out, one field a line; no later release may change that."""
 
 
 def decode(data: bytes, path: Path) -> Record:
     """Read a record.
 
     Raises:
-        JournalCorruptError: it is torn, of another version, or of another VM than its directory.
+        JournalCorruptError: it is torn, or of another VM than its directory.
+        JournalNewerError: a newer agent wrote it.
     """
+    # Before the fields: a newer record may have any.
+    version = _VERSION.search(data)
+    if version is not None and int(version[1]) > VERSION_MAX:
+        raise JournalNewerError(path, int(version[1]))
     try:
         record = _RECORD.validate_json(data, strict=False)
     except pydantic.ValidationError as error:
@@ -287,12 +349,16 @@ class Journal:
         which ends with the node. It goes into the page cache at once, without a thread.
 
         Raises:
-            OSError: the disk is full or broken: nothing that the record names may be done.
+            JournalWriteError: the disk is full, read-only or broken: nothing that the record names
+                may be done.
         """
-        if durable or record.vm_id not in self._places:
-            await asyncio.to_thread(self._write, record, durable)
-        else:
-            self._write(record, durable)
+        try:
+            if durable or record.vm_id not in self._places:
+                await asyncio.to_thread(self._write, record, durable)
+            else:
+                self._write(record, durable)
+        except OSError as error:
+            raise JournalWriteError(self.vm_dir(record.vm_id) / FILE, error) from error
 
     def _write(self, record: Record, durable: bool) -> None:
         # A caller that was cancelled has let go of the VM's lock, but not its thread of the file.

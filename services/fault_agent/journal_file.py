@@ -31,6 +31,7 @@ in memory only, and will be acted on from then on.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import zlib
@@ -95,16 +96,28 @@ def read(data: bytes) -> tuple[bytes, Place]:
 def open_for_writing(path: Path) -> tuple[bytes, Place]:
     """Read a file of which we are the writer from now on. Blocks.
 
+    On a file system that is read-only it is only read: what it says may not be durable, and
+    nothing that needs a mark is done before a write has succeeded, which then makes it so.
+
     Raises:
         OSError: it cannot be read, or not be made durable.
         DamagedError: as `read`.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    writable = True
     try:
-        os.fdatasync(fd)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        writable = False
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if writable:
+            os.fdatasync(fd)
         with open(fd, "rb", closefd=False) as file:
             text, place = read(file.read())
-        _pwrite(fd, _head(place.seq), 0)
+        if writable:
+            _pwrite(fd, _head(place.seq), 0)
         return text, place
     finally:
         os.close(fd)
@@ -124,6 +137,9 @@ def create(path: Path, text: bytes, *, seq: int = 1) -> Place:
     try:
         _pwrite(fd, bytes(data), 0)
         os.fsync(fd)
+    except OSError:
+        scratch.unlink()  # on a full disk it would be what fills it
+        raise
     finally:
         os.close(fd)
     scratch.rename(path)

@@ -35,12 +35,13 @@ from services.common.errors import GodwitError, InvalidArgumentError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_listen
 from services.fault_agent import registration
-from services.fault_agent.agent_metrics import AgentCollector
+from services.fault_agent.agent_metrics import AgentCollector, guest_held_seconds
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.drivers.api import Driver
 from services.fault_agent.drivers.microvm import PROGRAM as MICROVM
 from services.fault_agent.drivers.microvm import MicrovmDriver
 from services.fault_agent.drivers.qemu import QemuDriver
+from services.fault_agent.freezer import Freezer, find_cgroup2
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node, NodeConfig, open_node
 from services.fault_agent.recovery import recover
@@ -152,6 +153,8 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
             pagecore=core,
             drivers=drivers,
             violations=metrics.invariant_violations(registry),
+            held=guest_held_seconds(registry),
+            freezer=Freezer(find_cgroup2()),
         ) as node,
     ):
         registry.register(AgentCollector(node))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from services.common.vm_spec import VM_ID_PATTERN
 from services.fault_agent import processes
 from services.fault_agent.drivers.api import Driver, VmmState
 from services.fault_agent.evidence import evidence
+from services.fault_agent.freezer import Freezer
 from services.fault_agent.images import Images
 from services.fault_agent.journal import Journal, JournalCorruptError, Record
 from services.fault_agent.obeyed_store import ObeyedStore
@@ -61,7 +63,15 @@ class Node:
         drivers: Mapping[str, Driver],
         violations: Counter,
         tasks: asyncio.TaskGroup,
+        held: Histogram | None = None,
+        freezer: Freezer | None = None,
     ) -> None:
+        """`held`: gets each time that a guest was held; None: nobody counts them.
+
+        `freezer`: None: VMMs are never frozen.
+        """
+        self.held = held
+        self.freezer = freezer
         self.config = config
         self.pagecore = pagecore
         self.drivers = drivers
@@ -158,6 +168,7 @@ class Node:
             incarnation=self.incarnation,
             vmm_state=state,
             counters=vm.counters,
+            frozen=vm.frozen_in is not None,
         )
 
     def start_task(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Future[_T]:
@@ -205,6 +216,16 @@ class Node:
         return vm
 
 
+def _open_lock(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # Guests wait for their pages: those need no journal that can be written.
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 @contextlib.contextmanager
 def state_dir_lock(state_dir: Path) -> Iterator[None]:
     """Hold the state directory: two agents on one journal would each believe their own.
@@ -213,7 +234,7 @@ def state_dir_lock(state_dir: Path) -> Iterator[None]:
         FailedPreconditionError: STATE_DIR_LOCKED.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
-    fd = os.open(state_dir / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _open_lock(state_dir / "agent.lock")
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,6 +254,8 @@ async def open_node(
     pagecore: PageCore,
     drivers: Mapping[str, Driver],
     violations: Counter,
+    held: Histogram | None = None,
+    freezer: Freezer | None = None,
 ) -> AsyncIterator[Node]:
     """An agent's state for the length of the block. At its end its VMMs run on.
 
@@ -248,6 +271,8 @@ async def open_node(
                 drivers=drivers,
                 violations=violations,
                 tasks=tasks,
+                held=held,
+                freezer=freezer,
             )
             node.load_journal()
             try:

@@ -40,6 +40,7 @@ _PHASES = {
     # The guest waits, as on a lost link; `reason` and `violation_count` say why.
     ArrivalPhase.REFUSED: pb.ARRIVAL_PHASE_LINK_LOST,
     ArrivalPhase.VIOLATION: pb.ARRIVAL_PHASE_LINK_LOST,
+    ArrivalPhase.NO_MEMORY: pb.ARRIVAL_PHASE_NO_MEMORY,
 }
 
 
@@ -161,7 +162,7 @@ def _phase(vm: Vm, epoch: int) -> tuple[pb.ArrivalPhase.ValueType, str]:
         reason = f"REFUSED: {reason}"
     elif status.phase is ArrivalPhase.ENDED:
         reason = reason or "the VMM is gone"
-    elif status.phase is not ArrivalPhase.LINK_LOST:
+    elif status.phase not in (ArrivalPhase.LINK_LOST, ArrivalPhase.NO_MEMORY):
         reason = ""
     return _PHASES[status.phase], reason
 

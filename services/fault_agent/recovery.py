@@ -10,6 +10,8 @@
 | ARRIVING, ARRIVED | its faults are taken again, the page map adopted, until it works |
 | GONE | what is left of its memory is removed |
 
+A VMM that the policy on a lost link has frozen is thawed first.
+
 A process that was spawned and not journaled is found by its driver; it never ran: it goes.
 """
 
@@ -21,7 +23,7 @@ import logging
 from dataclasses import replace
 
 from services.common.errors import GodwitError
-from services.fault_agent import processes
+from services.fault_agent import hold_policy, processes
 from services.fault_agent.arrival_engine import ArrivalEngines
 from services.fault_agent.drivers.api import VmmState, VmmUnreachableError
 from services.fault_agent.drivers.memory_map import memory_regions
@@ -41,7 +43,9 @@ async def recover(node: Node, engines: ArrivalEngines) -> None:
     vms = [vm for vm in node.known_vms() if _of_this_boot(vm)]
     # Arrivals first: a guest may be waiting for a page, and its monitor with it.
     vms.sort(key=lambda vm: vm.record.role not in (Role.ARRIVING, Role.ARRIVED))
-    await asyncio.gather(*(_recover(node, engines, vm) for vm in vms))
+    if node.freezer is not None:
+        node.freezer.sweep()
+    await asyncio.gather(*(_recover_or_retry(node, engines, vm) for vm in vms))
 
 
 def _of_this_boot(vm: Vm) -> bool:
@@ -55,8 +59,30 @@ def _of_this_boot(vm: Vm) -> bool:
     return vm.same_boot
 
 
+async def _recover_or_retry(node: Node, engines: ArrivalEngines, vm: Vm) -> None:
+    try:
+        await _recover(node, engines, vm)
+    except (GodwitError, OSError) as error:
+        log.error("%s cannot be taken up yet: %s", vm.vm_id, error)
+        node.start_task(_recover_until_done(node, engines, vm), f"recover {vm.vm_id}")
+
+
+async def _recover_until_done(node: Node, engines: ArrivalEngines, vm: Vm) -> None:
+    while True:
+        await asyncio.sleep(RETRY_S)
+        try:
+            await _recover(node, engines, vm)
+        except (GodwitError, OSError) as error:
+            log.warning("%s cannot be taken up yet: %s", vm.vm_id, error)
+        else:
+            return
+
+
 async def _recover(node: Node, engines: ArrivalEngines, vm: Vm) -> None:
     async with vm.lock:
+        if node.freezer is not None:
+            # Whatever froze it: pages come again, or its vCPUs wait for them.
+            hold_policy.thaw(node.freezer, vm)
         await _kill_orphan(vm)
         record = vm.record
         if record.role is Role.ARRIVING and not record.epoch_prepared:

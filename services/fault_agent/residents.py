@@ -68,7 +68,15 @@ async def remove_memory(vm: Vm) -> None:
     if record.arriving is not None:
         remove_page_map(record.arriving.page_map_path)
     await vm.write(
-        replace(record, ram_path="", ram_inode=0, process=None, arriving=None, export=None)
+        replace(
+            record,
+            version=1,
+            ram_path="",
+            ram_inode=0,
+            process=None,
+            arriving=None,
+            export=None,
+        )
     )
 
 

@@ -46,6 +46,8 @@ class Vm:
         """Monotonic, of the last order to stop its vCPUs here."""
         self.runs_since_ns = 0
         """Monotonic, of its VMM's last word that they run."""
+        self.frozen_in: VmmState | None = None
+        """What its VMM did when the policy on a lost link froze it; None: it is not frozen."""
         self.loading = False
         """A device state is on its way into the VMM."""
         self.peer: Peer | None = None
@@ -146,6 +148,8 @@ class Vm:
         process = self.record.process
         if process is None or not self.same_boot or not processes.is_alive(process):
             return VmmState.DEAD
+        if self.frozen_in is not None:
+            return self.frozen_in  # it cannot answer; nor can it have gone on
         if self.vmm is None and not self.connecting.locked():
             with contextlib.suppress(VmmUnreachableError):
                 await self.hold()
@@ -203,6 +207,7 @@ class Vm:
         self.let_go()
         if process is not None and self.same_boot:
             await processes.kill(process)
+        self.frozen_in = None
 
     def let_go(self) -> None:
         """Let go of its VMM, which runs on."""

@@ -22,6 +22,7 @@ from services.fault_agent.journal import (
     Decision,
     Export,
     ExportState,
+    Held,
     Journal,
     JournalCorruptError,
     Record,
@@ -33,6 +34,7 @@ from services.fault_agent.processes import Process
 _EPOCHS = st.integers(min_value=0, max_value=2**63 - 1)
 _COUNTS = st.integers(min_value=0, max_value=2**64 - 1)
 
+_HELD = st.builds(Held, number=_COUNTS, cause=st.integers(0, 4), outage_ns=_COUNTS, held_ns=_COUNTS)
 _RECORDS = st.builds(
     Record,
     vm_id=st.just("web-1"),
@@ -71,7 +73,16 @@ _RECORDS = st.builds(
         remote_fd=st.integers(-1, 2**20),
         unregistered=st.booleans(),
         counters=st.none()
-        | st.builds(Counters, **dict.fromkeys(Counters.__annotations__, _COUNTS)),
+        | st.builds(
+            Counters,
+            **(
+                dict.fromkeys(Counters.__annotations__, _COUNTS)
+                | {
+                    "holds": st.lists(_HELD, max_size=8).map(tuple),
+                    "hold_now": st.none() | _HELD,
+                }
+            ),
+        ),
     ),
     transferred=st.none()
     | st.builds(
@@ -102,7 +113,7 @@ def test_a_torn_record_is_refused(record: Record, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 0}, "version"),
         ({"role": "elsewhere"}, "role"),
         ({"epoch_seen": "many"}, "epoch_seen"),
         ({"process": {"pid": 1}}, "start_ticks"),
@@ -115,6 +126,36 @@ def test_a_record_that_is_not_ours_is_refused(change: dict[str, object], why: st
     data = json.dumps({**fields, **change}).encode()
     with pytest.raises(JournalCorruptError, match=why):
         journal.decode(data, Path("/x/web-1/journal"))
+
+
+def _of_before(record: Record) -> bytes:
+    """As the release before wrote it."""
+    fields = json.loads(journal.encode(record))
+    arriving = fields["arriving"]
+    del arriving["freeze_after_ms"]
+    for name in ("held_total_ns", "holds", "hold_now"):
+        arriving["counters"].pop(name, None)
+    return json.dumps(fields | {"version": 1}, indent=1).encode() + b"\n"
+
+
+def test_a_record_of_the_release_before_is_read() -> None:
+    """An agent that was upgraded in mid arrival takes it over as it is."""
+    counters = Counters(**dict.fromkeys(list(Counters.__annotations__)[:-3], 7))
+    arriving = Arriving(
+        image_id="i", page_address="h:1", session_id="s", page_map_path="/m", counters=counters
+    )
+    record = Record(vm_id="web-1", boot_id="b", role=Role.ARRIVED, arriving=arriving)
+    assert journal.decode(_of_before(record), Path("/x/web-1/journal")) == record
+
+
+def test_a_record_of_a_later_release_is_refused_as_such() -> None:
+    """Whatever fields it has: it is not called corrupt, and what to do is said."""
+    fields = json.loads(journal.encode(Record(vm_id="web-1", boot_id="b")))
+    data = json.dumps({**fields, "version": 3, "unheard_of": 1}, indent=1).encode()
+    with pytest.raises(journal.JournalNewerError, match="version 3") as refused:
+        journal.decode(data, Path("/x/web-1/journal"))
+    assert refused.value.reason == "JOURNAL_NEWER"
+    assert "newer agent" in refused.value.hint
 
 
 async def test_what_a_crash_left_beside_the_record_is_ignored(tmp_path: Path) -> None:
