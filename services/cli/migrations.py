@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli import quantities
+from services.cli import quantities, story
 from services.cli.exit_status import ExitStatus
 from services.cli.output import OutputFormat, columns, fields, print_answer
 from services.cli.session import Options, OutputOption, Session, UrlOption, session
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from godwit.models import Migration
 
 app = typer.Typer(invoke_without_command=True, help="List the migrations, show or cancel one.")
+
+FREEZE_AFTER_S_DEFAULT = 2.0
 
 MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="Id of the migration.")]
 
@@ -38,15 +40,24 @@ def migrate(
             show_default=False,
         ),
     ] = None,
+    on_link_loss: Annotated[
+        str,
+        typer.Option(
+            "--on-link-loss",
+            metavar="wait|freeze[:SECONDS]",
+            help="What becomes of a guest whose pages cannot be fetched: each vCPU waits on what it"
+            " touches, or all are frozen once the guest has been held that long (2 s).",
+        ),
+    ] = "wait",
     output: OutputOption = None,
     orchestrator: UrlOption = None,
 ) -> None:
     """Move a VM to another node while it runs."""
     from godwit import calls
 
-    limit = _rate(bandwidth)
+    limit, freeze_after_ms = _rate(bandwidth), _freeze_after_ms(on_link_loss)
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.create_migration(vm, to, limit))
+        answer = now.client.send(calls.create_migration(vm, to, limit, freeze_after_ms))
         if watch:
             _watch(now, answer.value.migration_id)
             return
@@ -100,7 +111,7 @@ def show(
     output: OutputOption = None,
     orchestrator: UrlOption = None,
 ) -> None:
-    """Show one migration with its history."""
+    """Tell what happened to one migration, and what can be done."""
     from godwit import calls
 
     with session(ctx, output, orchestrator) as now:
@@ -133,6 +144,22 @@ def _rate(text: str | None) -> int:
         return quantities.parse_rate(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--bandwidth") from error
+
+
+def _freeze_after_ms(text: str) -> int:
+    """0: wait."""
+    policy, _, seconds = text.partition(":")
+    try:
+        after_ms = round(float(seconds or FREEZE_AFTER_S_DEFAULT) * 1000)
+    except (ValueError, OverflowError):
+        after_ms = 0
+    if policy == "wait" and not seconds:
+        return 0
+    if policy != "freeze" or after_ms < 1:
+        raise typer.BadParameter(
+            f"must be wait, freeze or freeze:SECONDS, got {text!r}", param_hint="--on-link-loss"
+        )
+    return after_ms
 
 
 def _watch(now: Session, migration_id: str) -> None:
@@ -200,13 +227,11 @@ def print_one(form: OutputFormat, answer: Answer[Migration]) -> None:
             f"{counters.fault_count}, p50 {quantities.duration(latency.p50_ns)}, "
             f"p99 {quantities.duration(latency.p99_ns)}"
         )
-        shown += [("pages", pages), ("faults", faults)]
-    history = [
-        f"  {step.at.strftime('%H:%M:%S.%f')[:-3] if step.at else '-':12}  {step.phase:16} "
-        f"{step.message}".rstrip()
-        for step in one.transitions
-    ]
-    table = "\n".join([fields(shown), *(["history:", *history] if history else [])])
+        shown += [("pages", pages), ("faults", faults), ("held", story.held(counters))]
+    if one.on_link_loss.freeze_after_ms:
+        after = quantities.duration(one.on_link_loss.freeze_after_ms * 1_000_000)
+        shown.append(("on link loss", f"freeze after {after}"))
+    table = "\n".join([fields(shown), *story.lines(one)])
     print_answer(form, answer=answer.json, table=table, names=[one.migration_id])
 
 

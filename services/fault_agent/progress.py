@@ -138,6 +138,7 @@ async def watch_progress(
                 counters=counters_message(counters) if counters else None,
                 bitmap_delta=delta,
                 reason=reason,
+                frozen=vm.frozen_in is not None,
             )
             if not deltas.pending:
                 break

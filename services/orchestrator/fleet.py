@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import sqlalchemy as sa
 from godwit.fleet.v1 import (
@@ -49,6 +50,7 @@ WATCH_S_MIN = 0.1
 """Shortest time between two messages of a watch."""
 KEY_LEN_MAX = 255
 BYTES_PER_S_MAX = 1 << 50
+FREEZE_AFTER_MS_MAX = 86_400_000
 
 
 def field_invalid(name: str, must: str, got: object) -> InvalidArgumentError:
@@ -178,7 +180,13 @@ class Fleet:
     # --- migrations ---
 
     async def create_migration(
-        self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0, key: str = ""
+        self,
+        vm_id: str,
+        destination_node: str,
+        *,
+        bulk_bytes_per_s_max: int = 0,
+        freeze_after_ms: int = 0,
+        key: str = "",
     ) -> types_pb2.Migration:
         """Admit a move. It goes on by itself."""
         _check_name("vm_id", vm_id)
@@ -187,15 +195,22 @@ class Fleet:
             raise field_invalid(
                 "bulk_bytes_per_s_max", f"must be 0..{BYTES_PER_S_MAX}", bulk_bytes_per_s_max
             )
+        if not 0 <= freeze_after_ms <= FREEZE_AFTER_MS_MAX:
+            raise field_invalid(
+                "on_link_loss.freeze_after_ms", f"must be 0..{FREEZE_AFTER_MS_MAX}", freeze_after_ms
+            )
         request = migration_service_pb2.CreateMigrationRequest(
             vm_id=vm_id,
             destination_node=destination_node,
             bulk_bytes_per_s_max=bulk_bytes_per_s_max,
         )
+        if freeze_after_ms:  # else it hashes as it did before there was the field
+            request.on_link_loss.freeze_after_ms = freeze_after_ms
         if answer := await self._answered(key, request):
             return types_pb2.Migration.FromString(answer)
         try:
             row = await self._admissible(vm_id, destination_node, bulk_bytes_per_s_max)
+            row = replace(row, freeze_after_ms=freeze_after_ms)
             view = migration_view(row, ())
             await self._context.store.migrations.create(row, self._idempotency(key, request, view))
         except (AlreadyExistsError, sa.exc.IntegrityError) as error:
@@ -249,7 +264,8 @@ class Fleet:
         if row is None:
             raise migration_unknown(migration_id)
         history = await self._context.store.migrations.transitions([migration_id])
-        return row, migration_view(row, history[migration_id])
+        events = await self._context.store.migrations.events(migration_id)
+        return row, migration_view(row, history[migration_id], events)
 
     async def list_migrations(
         self, vm_id: str = "", *, page_size: int = 0, page_token: str = ""

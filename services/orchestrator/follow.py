@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.common.v1 import common_pb2
 
 from services.common.errors import GodwitError
 from services.orchestrator.migration import (
@@ -28,8 +29,47 @@ from services.orchestrator.migration import (
 )
 from services.orchestrator.move import Move
 from services.orchestrator.store import PhaseLostError
+from services.orchestrator.store.rows import EventRow
+from services.orchestrator.timeline import of_hold
 
 _OVER = (agent_pb2.ARRIVAL_PHASE_COMPLETE, agent_pb2.ARRIVAL_PHASE_ENDED)
+_PAUSED = (agent_pb2.ARRIVAL_PHASE_LINK_LOST, agent_pb2.ARRIVAL_PHASE_NO_MEMORY)
+
+_FROZEN = EventRow(
+    kind="GUEST_FROZEN",
+    message="the guest has been held for as long as the policy on a lost link allows: its whole "
+    "VMM is frozen",
+    action="thawed as soon as the faults that wait are served",
+)
+_THAWED = EventRow(kind="GUEST_THAWED", message="the guest's VMM goes on")
+
+
+def _lost(node: str, message: agent_pb2.WatchProgressResponse) -> LinkLost:
+    """Why no page can be had, from what the destination's agent says."""
+    if message.phase == agent_pb2.ARRIVAL_PHASE_NO_MEMORY:
+        return LinkLost(
+            reason="NO_MEMORY",
+            message=f"{node} has no room for the guest's pages: {message.reason}",
+            hint=f"free memory on {node}: its --ram-dir is full, or its memory limit is reached",
+        )
+    cause = message.counters.hold_now.cause
+    if message.reason.startswith("REFUSED"):
+        return LinkLost(
+            reason="PAGE_SERVER_REFUSES",
+            message=message.reason,
+            hint="look at the source's agent and page server: does it still serve the image?",
+        )
+    if cause == common_pb2.HOLD_CAUSE_PAGE_SERVER:
+        return LinkLost(
+            reason="PAGE_SERVER_AWAY",
+            message=message.reason or "nobody listens at the page server's address",
+            hint="start the page server of the source again; it needs no state but its images",
+        )
+    return LinkLost(
+        reason="LINK_LOST",
+        message=message.reason or "the page server cannot be reached",
+        hint="check the network between the nodes, and the page server of the source",
+    )
 
 
 class Follower:
@@ -42,6 +82,9 @@ class Follower:
         self._absent_count: int | None = None
         self._written_at = 0.0
         self._stuck_reason = ""
+        counters = common_pb2.ArrivalCounters.FromString(move.row.counters)
+        self._hold_number = max((hold.number for hold in counters.holds), default=0)
+        self._frozen = False
 
     async def next_event(self) -> Event:
         """The next thing that happened."""
@@ -118,6 +161,7 @@ class Follower:
         bitmap = await move.context.bitmaps.apply(
             row.vm_id, row.epoch, row.page_size_bytes, message.bitmap_delta
         )
+        await self._tell(message)
         changed = message.phase != self._phase
         now = asyncio.get_running_loop().time()
         if changed or now - self._written_at >= move.limits.progress_write_s:
@@ -132,12 +176,11 @@ class Follower:
         if message.phase in _OVER:
             await move.context.bitmaps.write(row.vm_id)
             return
-        if message.phase == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+        if message.phase in _PAUSED:
             if changed:
-                reason = message.reason or "the page server cannot be reached"
-                self._report(LinkLost(reason="LINK_LOST", message=reason))
+                self._report(_lost(row.destination_node, message))
             return
-        if before == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+        if before in _PAUSED:
             self._report(LinkRestored())
         if (
             row.phase in AWAITING
@@ -149,10 +192,22 @@ class Follower:
             self._stuck_reason = ""
         self._absent_count = bitmap.absent_count
 
+    async def _tell(self, message: agent_pb2.WatchProgressResponse) -> None:
+        """What the stream says of outages and of the policy on them."""
+        timeline, node = self._move.timeline, self._move.row.destination_node
+        await timeline.goes_on()
+        for hold in message.counters.holds:
+            if hold.number > self._hold_number:
+                self._hold_number = hold.number
+                await timeline.tell(of_hold(node, hold))
+        if message.frozen != self._frozen:
+            self._frozen = message.frozen
+            await timeline.tell(_FROZEN if message.frozen else _THAWED)
+
     async def _watch_source(self) -> None:
         while True:
             await asyncio.sleep(self._move.limits.source_check_s)
-            if self._phase == agent_pb2.ARRIVAL_PHASE_LINK_LOST:
+            if self._phase in _PAUSED:
                 judgement = await self._move.ask()
                 if judgement.event:
                     self._report(judgement.event)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.common.v1 import common_pb2
 
 from services.common.errors import FailedPreconditionError
 from services.common.hooks import reach
@@ -120,6 +121,7 @@ async def prepare_both_sides(move: Move) -> Event:
         page_address=exported.page_address,
         traceparent=row.traceparent,
         bulk_bytes_per_s_max=row.bulk_bytes_per_s_max,
+        on_link_loss=common_pb2.LinkLossPolicy(freeze_after_ms=row.freeze_after_ms),
     )
     await move.attempt(
         lambda: move.destination.prepare(

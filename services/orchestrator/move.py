@@ -19,11 +19,12 @@ from services.orchestrator.agents import AgentClient, AgentPool
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
-from services.orchestrator.evidence import Judgement, Verdict, judge, wire_decision
+from services.orchestrator.evidence import Evidence, Judgement, Verdict, judge, wire_decision
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
 from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
+from services.orchestrator.timeline import Timeline, of_incarnation
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,10 @@ class Move:
         self.activation_tried = asyncio.Event()
         """The destination has answered, or not, or it is past that: the source may be sealed."""
         self._counted: set[str] = set()
+        self.last_evidence: dict[str, Evidence | None] = {}
+        """By node, from the last time both were asked; None: it did not answer."""
+        self._incarnations: dict[str, str] = {}
+        self.timeline = Timeline(context.store, row.migration_id, context.now_ns, self._told)
 
     @property
     def limits(self) -> Limits:
@@ -157,6 +162,10 @@ class Move:
             agents.describe(row.source_node, row.vm_id),
             agents.describe(row.destination_node, row.vm_id),
         )
+        self.last_evidence = {row.source_node: source, row.destination_node: destination}
+        for evidence in (source, destination):
+            if evidence is not None:
+                await self._hear_incarnation(evidence)
         last_epoch = await self.context.store.fleet.last_epoch(row.vm_id)
         judgement = judge(row, source, destination, last_epoch=last_epoch)
         if judgement.verdict is Verdict.FREEZE:
@@ -170,6 +179,16 @@ class Move:
         for invariant in judgement.invariants:
             self.violated(invariant, judgement.message or f"evidence in phase {row.phase}")
         return judgement
+
+    async def _hear_incarnation(self, evidence: Evidence) -> None:
+        before = self._incarnations.get(evidence.node)
+        self._incarnations[evidence.node] = evidence.incarnation
+        if before not in (None, evidence.incarnation):
+            await self.timeline.tell(of_incarnation(self.row, evidence))
+
+    def _told(self, row: MigrationRow) -> None:
+        self.take(row)
+        self.context.changes.publish(row.migration_id)
 
     def violated(self, invariant: str, what: str) -> None:
         """Count a broken invariant, once for each migration and process."""
@@ -226,7 +245,7 @@ class Move:
             await asyncio.sleep(delay_s)
         raise AssertionError
 
-    async def wait_for(self, reason: str, message: str, hint: str = "") -> None:
+    async def wait_for(self, reason: str, message: str, hint: str = "", node: str = "") -> None:
         """Say what the present step waits for."""
         if (self.row.wait_reason, self.row.wait_message) != (reason, message):
             log.warning("migration %s waits: %s: %s", self.row.migration_id, reason, message)
@@ -234,6 +253,13 @@ class Move:
                 await self.record(wait_reason=reason, wait_message=message, wait_hint=hint)
             except StoreError as error:  # a note never stops a move
                 log.warning("migration %s: not noted: %s", self.row.migration_id, error)
+        await self.timeline.waits(reason, message, hint, node or self._node_of(reason))
+
+    def _node_of(self, reason: str) -> str:
+        """The node that a wait of the evidence table is about."""
+        if reason.startswith("DESTINATION"):
+            return self.row.destination_node
+        return self.row.source_node if reason.startswith("SOURCE") else ""
 
     async def record(self, **fields: Any) -> None:
         """Write fields that do not change the phase."""

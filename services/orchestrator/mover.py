@@ -61,7 +61,8 @@ from services.orchestrator.migration import (
 )
 from services.orchestrator.move import Context, HappenedError, Move
 from services.orchestrator.store import PhaseLostError, StoreError, identity
-from services.orchestrator.store.rows import MigrationRow
+from services.orchestrator.store.rows import EventRow, MigrationRow
+from services.orchestrator.timeline import describe, of_transition
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Mover:
         self._scope: asyncio.Timeout | None = None
         self._group: asyncio.TaskGroup | None = None
         self._sealing: asyncio.Task[None] | None = None
+        self._alarmed: Phase | None = None
         self._follower: Follower | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -135,6 +137,14 @@ class Mover:
                         task.cancel()
 
     async def _drive(self) -> None:
+        if self._rejoined and _has_time(self.row.phase):
+            await self.move.timeline.tell(
+                EventRow(
+                    kind="REJOINED",
+                    message=f"an orchestrator took the migration up in {self.row.phase}",
+                    action="both nodes are asked what they can prove; it goes on from there",
+                )
+            )
         if self._rejoined and self.row.phase in UNDECIDED:
             await self._thawed()
         actions = deque(entry(self.phase))
@@ -197,6 +207,7 @@ class Mover:
                 phase,
                 now_ns=self._context.now_ns(),
                 note=event if isinstance(event, Noted) else None,
+                event=self.move.timeline.stamp(of_transition(phase, event, self._evidence())),
                 **await self._fields(phase, event),
             )
             self.move.take(entered)
@@ -212,7 +223,13 @@ class Mover:
         )
         if phase not in AWAITING:
             self._stop_following()
+        if _has_time(phase):
+            await self.move.timeline.goes_on()
         await reach(f"orchestrator.{phase}.entered")
+
+    def _evidence(self) -> list[str]:
+        """What both nodes said last."""
+        return [describe(node, said) for node, said in self.move.last_evidence.items()]
 
     async def _fields(self, phase: Phase, event: Event) -> dict[str, Any]:
         """What else is true with the phase."""
@@ -327,6 +344,7 @@ class Mover:
                     return await undo.undo(self.move, self._alarm)
                 case RaiseAlarm():
                     self._context.metrics.alarms.labels(self.row.phase).inc()
+                    await self._tell_alarm()
                     log.error(
                         "migration %s has been %s for too long: %s %s",
                         self.row.migration_id,
@@ -336,6 +354,22 @@ class Mover:
                     )
                     return None
         raise AssertionError(action)
+
+    async def _tell_alarm(self) -> None:
+        """Once for each phase: it goes on for as long as it takes."""
+        if self.row.phase is self._alarmed:
+            return
+        self._alarmed = self.row.phase
+        why = self.row.wait_message or self.row.message
+        await self.move.timeline.tell(
+            EventRow(
+                kind="ALARM",
+                message=f"{self.row.phase} takes longer than it should"
+                + (f": {why}" if why else ""),
+                action="tried again for as long as it takes; nothing is given up by a timer",
+                hint=self.row.wait_hint or self.row.hint,
+            )
+        )
 
     async def _undecided(self, step: Callable[[], Awaitable[Event]], budget_s: float) -> Event:
         """A step before the decision: it ends in time, on a cancel, or with what went wrong."""
@@ -450,6 +484,11 @@ class Mover:
         if self._following:
             self._following.cancel()
         self._follower = self._following = None
+
+
+def _has_time(phase: Phase) -> bool:
+    """False while a guest stands still: that a wait is over is told behind it."""
+    return phase not in GUEST_STANDS_STILL
 
 
 def _just(event: Event) -> Callable[[], Awaitable[Event]]:

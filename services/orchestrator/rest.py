@@ -108,6 +108,7 @@ def _migrations(fleet: Fleet) -> APIRouter:
             body.vm,
             body.destination_node,
             bulk_bytes_per_s_max=body.bulk_bytes_per_s_max,
+            freeze_after_ms=body.on_link_loss.freeze_after_ms,
             key=idempotency_key,
         )
         response.headers["Location"] = f"/v1/migrations/{migration.migration_id}"

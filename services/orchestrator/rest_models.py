@@ -33,6 +33,17 @@ class VmRequest(Strict):
     spec: dict[str, Any] = Field(description="docs/vm-spec.md")
 
 
+class LinkLossPolicy(Strict):
+    """What becomes of a guest that touches pages which cannot be fetched; docs/recovery.md."""
+
+    freeze_after_ms: int = Field(
+        default=0,
+        ge=0,
+        le=86_400_000,
+        description="freeze the whole VMM once the guest has been held this long; 0 = never",
+    )
+
+
 class MigrationRequest(Strict):
     """A VM to move."""
 
@@ -41,6 +52,7 @@ class MigrationRequest(Strict):
     bulk_bytes_per_s_max: int = Field(
         default=0, ge=0, le=1 << 50, description="limit of the bulk lane; 0 = none"
     )
+    on_link_loss: LinkLossPolicy = LinkLossPolicy()
 
 
 class AbandonRequest(Strict):
@@ -181,6 +193,25 @@ class FaultLatency(BaseModel):
     max_ns: int
 
 
+class Hold(BaseModel):
+    """A time in which no page could be had while the guest ran."""
+
+    number: int = Field(description="counts the outages of an arrival")
+    cause: str = Field(description="link_lost, page_server, agent_restart or no_memory")
+    outage_ns: int
+    held_ns: int = Field(description="how long the guest waited; 0: nobody did")
+
+    @classmethod
+    def of(cls, hold: common_pb2.Hold) -> Hold:
+        """From the message."""
+        return cls(
+            number=hold.number,
+            cause=_word(common_pb2.HoldCause.Name(hold.cause), "HOLD_CAUSE_"),
+            outage_ns=hold.outage_ns,
+            held_ns=hold.held_ns,
+        )
+
+
 class Counters(BaseModel):
     """How the memory arrives."""
 
@@ -196,6 +227,9 @@ class Counters(BaseModel):
     reconnect_count: int
     violation_count: int
     fault_latency: FaultLatency
+    held_total_ns: int = Field(description="how long the guest was held by outages")
+    holds: list[Hold] = Field(description="the last outages that are over")
+    hold_now: Hold | None = Field(description="the outage that lasts")
 
     @classmethod
     def of(cls, counters: common_pb2.ArrivalCounters) -> Counters:
@@ -203,10 +237,14 @@ class Counters(BaseModel):
         latency = FaultLatency(
             **{name: getattr(counters.fault_latency, name) for name in FaultLatency.model_fields}
         )
-        rest = {
-            name: getattr(counters, name) for name in cls.model_fields if name != "fault_latency"
-        }
-        return cls(**rest, fault_latency=latency)
+        built = ("fault_latency", "holds", "hold_now")
+        rest = {name: getattr(counters, name) for name in cls.model_fields if name not in built}
+        return cls(
+            **rest,
+            fault_latency=latency,
+            holds=[Hold.of(hold) for hold in counters.holds],
+            hold_now=Hold.of(counters.hold_now) if counters.HasField("hold_now") else None,
+        )
 
 
 class PhaseTransition(BaseModel):
@@ -215,6 +253,21 @@ class PhaseTransition(BaseModel):
     phase: str
     at: datetime
     message: str
+
+
+class MigrationEvent(BaseModel):
+    """Something that an operator will want explained; docs/recovery.md lists the kinds."""
+
+    sequence: int = Field(description="a gap says how many were left out")
+    at: datetime
+    kind: str
+    node: str
+    message: str = Field(description="what happened")
+    action: str = Field(description="what is done about it by itself")
+    hint: str = Field(description="what an operator can do")
+    duration_ns: int = Field(description="how long it lasted, where something is over")
+    held_ns: int = Field(description="how long the guest was held by it")
+    evidence: list[str] = Field(description="what each node could prove")
 
 
 class Migration(BaseModel):
@@ -243,6 +296,8 @@ class Migration(BaseModel):
     traceparent: str
     version: int = Field(description="changes with every write")
     return_epoch: int = Field(description="under which its source gets it back; 0 = it does not")
+    events: list[MigrationEvent] = Field(description="empty in lists")
+    on_link_loss: LinkLossPolicy
 
     @classmethod
     def of(cls, migration: types_pb2.Migration) -> Migration:
@@ -274,6 +329,19 @@ class Migration(BaseModel):
             traceparent=migration.traceparent,
             version=migration.version,
             return_epoch=migration.return_epoch,
+            events=[
+                MigrationEvent(
+                    **{
+                        name: getattr(each, name)
+                        for name in MigrationEvent.model_fields
+                        if name not in ("at", "evidence")
+                    },
+                    at=_time(each.at),
+                    evidence=list(each.evidence),
+                )
+                for each in migration.events
+            ],
+            on_link_loss=LinkLossPolicy(freeze_after_ms=migration.on_link_loss.freeze_after_ms),
         )
 
 

@@ -37,6 +37,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
             request.vm_id,
             request.destination_node,
             bulk_bytes_per_s_max=request.bulk_bytes_per_s_max,
+            freeze_after_ms=request.on_link_loss.freeze_after_ms,
             key=request.request_id,
         )
         return migration_service_pb2.CreateMigrationResponse(migration=migration)

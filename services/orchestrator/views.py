@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
-from services.orchestrator.store.rows import MigrationRow, NodeRow, TransitionRow, VmRow
+from services.orchestrator.store.rows import EventRow, MigrationRow, NodeRow, TransitionRow, VmRow
 
 WIRE_PHASE: dict[Phase, types_pb2.MigrationPhase.ValueType] = {
     phase: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase.name}") for phase in Phase
@@ -26,7 +26,9 @@ def _timestamp(at_ns: int) -> Timestamp:
     return stamp
 
 
-def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types_pb2.Migration:
+def migration_view(
+    row: MigrationRow, history: Iterable[TransitionRow], events: Iterable[EventRow] = ()
+) -> types_pb2.Migration:
     """A migration. What it waits for now comes before why it is in its phase."""
     waits = bool(row.wait_reason)
     view = types_pb2.Migration(
@@ -53,6 +55,8 @@ def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types
         traceparent=row.traceparent,
         version=row.version,
         return_epoch=row.return_epoch,
+        events=[_event(each) for each in events],
+        on_link_loss=common_pb2.LinkLossPolicy(freeze_after_ms=row.freeze_after_ms),
     )
     if row.ended_at_ns:
         view.ended_at.CopyFrom(_timestamp(row.ended_at_ns))
@@ -61,6 +65,21 @@ def migration_view(row: MigrationRow, history: Iterable[TransitionRow]) -> types
     if row.counters:
         view.counters.CopyFrom(common_pb2.ArrivalCounters.FromString(row.counters))
     return view
+
+
+def _event(event: EventRow) -> types_pb2.MigrationEvent:
+    return types_pb2.MigrationEvent(
+        sequence=event.sequence,
+        at=_timestamp(event.at_ns),
+        kind=event.kind,
+        node=event.node,
+        message=event.message,
+        action=event.action,
+        hint=event.hint,
+        duration_ns=event.duration_ns,
+        held_ns=event.held_ns,
+        evidence=event.evidence,
+    )
 
 
 def node_view(

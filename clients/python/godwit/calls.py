@@ -88,10 +88,16 @@ def get_userfault_bitmap(vm_id: str) -> Call[UserfaultBitmap]:
 
 
 def create_migration(
-    vm_id: str, destination_node: str, bulk_bytes_per_s_max: int = 0
+    vm_id: str, destination_node: str, bulk_bytes_per_s_max: int = 0, freeze_after_ms: int = 0
 ) -> Call[Migration]:
-    """Ask for a move; 0 = the bulk lane has no limit. The answer comes before the move is done."""
+    """Ask for a move. The answer comes before the move is done.
+
+    `bulk_bytes_per_s_max`: 0 = the bulk lane has no limit. `freeze_after_ms`: freeze the guest once
+    it has been held that long; 0 = never.
+    """
     body: dict[str, Any] = {"vm": vm_id, "destination_node": destination_node}
+    if freeze_after_ms:
+        body["on_link_loss"] = {"freeze_after_ms": freeze_after_ms}
     if bulk_bytes_per_s_max:
         body["bulk_bytes_per_s_max"] = bulk_bytes_per_s_max
     return Call(method="POST", path="/v1/migrations", body=body, read=Migration.from_json)

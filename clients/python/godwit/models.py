@@ -85,6 +85,23 @@ class LatencySummary(_Model):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hold(_Model):
+    """A time in which no page could be had while the guest ran.
+
+    Attributes:
+        number: counts the outages of an arrival, from 1.
+        cause: a word: link_lost, page_server, agent_restart, no_memory.
+        outage_ns: how long no page could be had.
+        held_ns: how long the guest waited; 0: nobody did.
+    """
+
+    number: int = 0
+    cause: str = ""
+    outage_ns: int = 0
+    held_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalCounters(_Model):
     """How a guest's memory arrives. Pages unless the name says otherwise.
 
@@ -101,6 +118,9 @@ class ArrivalCounters(_Model):
         reconnect_count: connections made again.
         violation_count: broken invariants; anything but 0 wants a person.
         fault_latency: from a fault to its wake.
+        held_total_ns: how long the guest was held by outages.
+        holds: the last outages that are over.
+        hold_now: the outage that lasts; None: pages can be had.
     """
 
     page_count: int = 0
@@ -115,10 +135,13 @@ class ArrivalCounters(_Model):
     reconnect_count: int = 0
     violation_count: int = 0
     fault_latency: LatencySummary = LatencySummary()
+    held_total_ns: int = 0
+    holds: tuple[Hold, ...] = ()
+    hold_now: Hold | None = None
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _with(values, fault_latency=LatencySummary)
+        return _with_many(_with(values, fault_latency=LatencySummary, hold_now=Hold), holds=Hold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +155,42 @@ class PhaseTransition(_Model):
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
         return _with_times(values, "at")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationEvent(_Model):
+    """Something that happened to a migration; docs/recovery.md lists the kinds.
+
+    Attributes:
+        sequence: counts from 1; a gap says how many were left out.
+        at: by the orchestrator's clock.
+        message: what happened; `action` what is done about it by itself, `hint` what you can do.
+        duration_ns: how long it lasted, where something is over.
+        held_ns: how long the guest was held by it.
+        evidence: what each node could prove, where a person is needed.
+    """
+
+    sequence: int = 0
+    at: datetime | None = None
+    kind: str = ""
+    node: str = ""
+    message: str = ""
+    action: str = ""
+    hint: str = ""
+    duration_ns: int = 0
+    held_ns: int = 0
+    evidence: tuple[str, ...] = ()
+
+    @classmethod
+    def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**_with_times(values, "at"), "evidence": tuple(values.get("evidence", ()))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLossPolicy(_Model):
+    """Freeze a guest once it has been held that long; 0: never."""
+
+    freeze_after_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +208,8 @@ class Migration(_Model):
         progress: 0..1, never falls.
         version: rises with every write.
         return_epoch: under which its source gets the guest back; 0 = it does not.
+        events: what happened, in words; empty in lists.
+        on_link_loss: what is done with the guest when its pages cannot be fetched.
     """
 
     migration_id: str = ""
@@ -172,6 +233,8 @@ class Migration(_Model):
     traceparent: str = ""
     version: int = 0
     return_epoch: int = 0
+    events: tuple[MigrationEvent, ...] = ()
+    on_link_loss: LinkLossPolicy = LinkLossPolicy()
 
     @property
     def is_terminal(self) -> bool:
@@ -180,8 +243,9 @@ class Migration(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = _with_times(_with(values, counters=ArrivalCounters), "created_at", "ended_at")
-        return _with_many(values, transitions=PhaseTransition)
+        values = _with(values, counters=ArrivalCounters, on_link_loss=LinkLossPolicy)
+        values = _with_times(values, "created_at", "ended_at")
+        return _with_many(values, transitions=PhaseTransition, events=MigrationEvent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from services.orchestrator.store.fleet import (
 from services.orchestrator.store.identity import refuse_in_doubt
 from services.orchestrator.store.records import put_idempotency
 from services.orchestrator.store.rows import (
+    EventRow,
     IdempotencyRow,
     MigrationRow,
     TransitionRow,
@@ -30,6 +32,10 @@ from services.orchestrator.store.rows import (
 )
 
 _m = schema.migrations.c
+
+EVENTS_FIRST = 20
+EVENTS_LAST = 80
+"""How many events of a migration are kept: a link that flaps for a week must not fill the store."""
 
 _NO_WAIT = {"wait_reason": "", "wait_message": "", "wait_hint": ""}
 
@@ -128,6 +134,27 @@ class MigrationTable:
         await self._database.read(work)
         return found
 
+    async def events(self, migration_id: str) -> list[EventRow]:
+        """What happened to it, in order, as far as it is kept."""
+        table = schema.events
+        query = (
+            sa.select(table).where(table.c.migration_id == migration_id).order_by(table.c.sequence)
+        )
+
+        def work(connection: sa.Connection) -> list[EventRow]:
+            return [_event_of(row) for row in connection.execute(query)]
+
+        return await self._database.read(work)
+
+    async def add_event(self, migration_id: str, event: EventRow) -> MigrationRow:
+        """Add an event. The first EVENTS_FIRST are kept for good, and the last EVENTS_LAST."""
+
+        def work(connection: sa.Connection) -> MigrationRow:
+            add_event(connection, migration_id, event)
+            return _update(connection, migration_id, {})
+
+        return await self._database.write(work)
+
     # --- admission ---
 
     async def create(self, row: MigrationRow, idempotency: IdempotencyRow | None) -> None:
@@ -177,9 +204,12 @@ class MigrationTable:
         *,
         now_ns: int,
         note: Noted | None = None,
+        event: EventRow | None = None,
         **fields: Any,
     ) -> MigrationRow:
         """Move `row` to `phase`, with what else is then true. Not for the decisions' own phases.
+
+        `event`: what is told of it.
 
         Raises:
             PhaseLostError: it is not in `row.phase` any more.
@@ -212,6 +242,8 @@ class MigrationTable:
             add_transition(
                 connection, row.migration_id, phase, now_ns, note.message if note else ""
             )
+            if event is not None:
+                add_event(connection, row.migration_id, event)
             return MigrationRow.of(entered)
 
         return await self._database.write(work)
@@ -565,6 +597,36 @@ def add_transition(
         _ADD_TRANSITION,
         {"of": migration_id, "entered": phase, "now_ns": at_ns, "note": message},
     )
+
+
+def add_event(connection: sa.Connection, migration_id: str, event: EventRow) -> None:
+    """Add an event after all others, and let go of those in the middle."""
+    table = schema.events
+    last = connection.execute(
+        sa.select(sa.func.coalesce(sa.func.max(table.c.sequence), 0)).where(
+            table.c.migration_id == migration_id
+        )
+    ).scalar_one()
+    values = dataclasses.asdict(event) | {
+        "migration_id": migration_id,
+        "sequence": last + 1,
+        "evidence": "\n".join(event.evidence),
+    }
+    connection.execute(sa.insert(table).values(values))
+    connection.execute(
+        sa.delete(table).where(
+            table.c.migration_id == migration_id,
+            table.c.sequence > EVENTS_FIRST,
+            table.c.sequence <= last + 1 - EVENTS_LAST,
+        )
+    )
+
+
+def _event_of(row: Any) -> EventRow:
+    values = row._asdict()
+    del values["migration_id"]
+    evidence = tuple(values["evidence"].split("\n")) if values["evidence"] else ()
+    return EventRow(**(values | {"evidence": evidence}))
 
 
 def row_values(row: MigrationRow) -> dict[str, Any]:

@@ -64,6 +64,24 @@ class TransitionRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    """Something that happened to a migration; godwit.fleet.v1.MigrationEvent."""
+
+    kind: str
+    message: str
+    node: str = ""
+    action: str = ""
+    hint: str = ""
+    duration_ns: int = 0
+    held_ns: int = 0
+    evidence: tuple[str, ...] = ()
+    at_ns: int = 0
+    """Wall clock, for people."""
+    sequence: int = 0
+    """Given by the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRow:
     """A migration, as last written."""
 
@@ -72,6 +90,8 @@ class MigrationRow:
     source_node: str
     destination_node: str
     bulk_bytes_per_s_max: int
+    freeze_after_ms: int
+    """The policy on a lost link: freeze a guest that has been held that long; 0: never."""
     traceparent: str
     phase: Phase
     terminal: bool
@@ -143,6 +163,7 @@ class MigrationRow:
         bulk_bytes_per_s_max: int,
         traceparent: str,
         now_ns: int,
+        freeze_after_ms: int = 0,
     ) -> Self:
         """As it is admitted."""
         return cls(
@@ -151,6 +172,7 @@ class MigrationRow:
             source_node=vm.node,
             destination_node=destination_node,
             bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+            freeze_after_ms=freeze_after_ms,
             traceparent=traceparent,
             phase=Phase.PENDING,
             terminal=Phase.PENDING in TERMINAL,

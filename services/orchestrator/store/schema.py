@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = sa.MetaData()
 
@@ -60,6 +60,7 @@ migrations = sa.Table(
     sa.Column("source_node", sa.Text, nullable=False),
     sa.Column("destination_node", sa.Text, nullable=False),
     sa.Column("bulk_bytes_per_s_max", sa.BigInteger, nullable=False),
+    sa.Column("freeze_after_ms", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("traceparent", sa.Text, nullable=False),
     sa.Column("phase", sa.Text, nullable=False),
     sa.Column("terminal", sa.Boolean, nullable=False),
@@ -116,6 +117,23 @@ transitions = sa.Table(
     sa.Column("at_ns", sa.BigInteger, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
 )
+
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("migration_id", sa.Text, sa.ForeignKey("migrations.migration_id"), primary_key=True),
+    sa.Column("sequence", sa.BigInteger, primary_key=True),
+    sa.Column("at_ns", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("node", sa.Text, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("hint", sa.Text, nullable=False),
+    sa.Column("duration_ns", sa.BigInteger, nullable=False),
+    sa.Column("held_ns", sa.BigInteger, nullable=False),
+    sa.Column("evidence", sa.Text, nullable=False),
+)
+"""What happened to a migration, in words. Bounded: see migrations.add_event."""
 
 bitmaps = sa.Table(
     "bitmaps",
@@ -176,6 +194,8 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE migrations ADD COLUMN source_owed BOOLEAN NOT NULL DEFAULT 0",
         _GIVEN_BACK_IS_FINAL,
         _PHASES_OF_A_RETURN,
-    )
+    ),
+    2: ("ALTER TABLE migrations ADD COLUMN freeze_after_ms BIGINT NOT NULL DEFAULT 0",),
 }
-"""Statements that turn the schema of version N into N + 1, by N. One transaction each."""
+"""Statements that turn the schema of version N into N + 1, by N. One transaction for all of them;
+tables that are new are made before."""

@@ -1485,12 +1485,15 @@ class WatchProgressResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _builtins.int
     BITMAP_DELTA_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Counts up by one within a stream, from 1."""
     phase: Global___ArrivalPhase.ValueType
     """Where the arrival stands."""
     reason: _builtins.str
-    """Why, in words, where `phase` is LINK_LOST or ENDED. Else empty."""
+    """Why, in words, where `phase` is LINK_LOST, NO_MEMORY or ENDED. Else empty."""
+    frozen: _builtins.bool
+    """True: the policy on a lost link has frozen the VMM."""
     @_builtins.property
     def counters(self) -> _common_pb2.ArrivalCounters:
         """Counters."""
@@ -1507,10 +1510,11 @@ class WatchProgressResponse(_message.Message):
         counters: _common_pb2.ArrivalCounters | None = ...,
         bitmap_delta: Global___BitmapDelta | None = ...,
         reason: _builtins.str = ...,
+        frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bitmap_delta", b"bitmap_delta", "counters", b"counters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitmap_delta", b"bitmap_delta", "counters", b"counters", "phase", b"phase", "reason", b"reason", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bitmap_delta", b"bitmap_delta", "counters", b"counters", "frozen", b"frozen", "phase", b"phase", "reason", b"reason", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
