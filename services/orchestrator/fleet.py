@@ -345,13 +345,13 @@ class Fleet:
             return b""
         if len(key) > KEY_LEN_MAX:
             raise field_invalid("request_id", f"has at most {KEY_LEN_MAX} characters", len(key))
-        row = await self._context.store.idempotency.get(key, now_ns=self._context.now_ns())
+        row = await self._context.store.idempotency.get(key)
         if row is None:
             return b""
         if row.request_hash != _hash(request):
             raise InvalidArgumentError(
                 "IDEMPOTENCY_KEY_REUSED",
-                "this key was given with another request within the last 24 hours",
+                "this key was given with another request lately",
                 hint="draw a new key for each request; repeat it only with the same one",
             )
         return row.response

@@ -100,7 +100,7 @@ def of_incarnation(row: MigrationRow, evidence: agent_pb2.Evidence) -> EventRow:
         kind="AGENT_RESTARTED",
         node=evidence.node,
         message=f"the agent of {evidence.node} was restarted"
-        + (", and has taken up the arrival" if arriving and evidence.HasField("counters") else ""),
+        + (", and takes the arrival up again" if arriving else ""),
         action="the faults that waited are served first" if arriving else "",
     )
 

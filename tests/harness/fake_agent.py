@@ -77,6 +77,10 @@ class Record:
     link_lost: bool = False
     kept: bool = False
     """The device state of its last departure is there."""
+    no_room: bool = False
+    """Pages come and find no memory, until it is False again."""
+    holds: list[common_pb2.Hold] = field(default_factory=list)
+    """Outages that are over."""
     counters: Counter[str] = field(default_factory=Counter)
 
 
@@ -701,6 +705,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
             return pb.ARRIVAL_PHASE_ENDED
         if record.role == pb.VM_ROLE_ARRIVING:
             return pb.ARRIVAL_PHASE_ARMED
+        if record.no_room:
+            return pb.ARRIVAL_PHASE_NO_MEMORY
         return pb.ARRIVAL_PHASE_LINK_LOST if record.link_lost else pb.ARRIVAL_PHASE_FETCHING
 
     def _counters(self, record: Record) -> common_pb2.ArrivalCounters:
@@ -710,6 +716,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
             demand_page_count=min(len(record.memory), 1),
             bulk_page_count=max(len(record.memory) - 1, 0),
             received_bytes=len(record.memory) * PAGE_BYTES,
+            held_total_ns=sum(hold.held_ns for hold in record.holds),
+            holds=record.holds,
         )
 
     def evidence(self, vm_id: str) -> pb.Evidence:
@@ -776,9 +784,20 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
             if not absent:
                 record.epoch_memory_complete = epoch
                 return
+            before = record.link_lost
             record.link_lost = not (source.page_server_up and offered.exported and offered.memory)
-            if record.link_lost:
+            if record.link_lost or record.no_room:
                 continue
+            if before:
+                number = len(record.holds) + 1
+                record.holds.append(
+                    common_pb2.Hold(
+                        number=number,
+                        cause=common_pb2.HOLD_CAUSE_LINK_LOST,
+                        outage_ns=number * 2_000_000_000,
+                        held_ns=number * 1_500_000_000,
+                    )
+                )
             if not offered.frozen:
                 self.world.broken.append("a LIVE page was installed")
             for page in absent[: self.pages_per_tick]:

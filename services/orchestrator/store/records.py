@@ -10,28 +10,43 @@ from services.orchestrator.store import schema
 from services.orchestrator.store.database import Database
 from services.orchestrator.store.rows import BitmapRow, IdempotencyRow
 
-IDEMPOTENCY_NS = 24 * 3600 * 10**9
-"""How long an answer is kept."""
+ANSWERS_MAX = 10_000
+"""How many answers are kept. A number, not a time: by a clock that jumps a year ahead a request
+that is repeated within a second would be done twice."""
+
+
+def _make_room(connection: sa.Connection, row: IdempotencyRow) -> dict[str, object]:
+    """Forget the oldest answers but ANSWERS_MAX - 1; the values of the next one.
+
+    Their order is that of `created_at_ns`, which therefore never falls, whatever the clock does.
+    """
+    table = schema.idempotency
+    last = connection.execute(
+        sa.select(sa.func.coalesce(sa.func.max(table.c.created_at_ns), 0))
+    ).scalar_one()
+    oldest_kept = (
+        sa.select(table.c.created_at_ns)
+        .order_by(table.c.created_at_ns.desc())
+        .offset(ANSWERS_MAX - 1)
+        .limit(1)
+        .scalar_subquery()
+    )
+    connection.execute(sa.delete(table).where(table.c.created_at_ns <= oldest_kept))
+    return {
+        "key": row.key,
+        "request_hash": row.request_hash,
+        "response": row.response,
+        "created_at_ns": max(row.created_at_ns, last + 1),
+    }
 
 
 def put_idempotency(connection: sa.Connection, row: IdempotencyRow) -> None:
-    """Keep an answer, and forget those that are a day old.
+    """Keep an answer, and forget the oldest if there are too many.
 
     Raises:
         sqlalchemy.exc.IntegrityError: the key was used meanwhile.
     """
-    table = schema.idempotency
-    connection.execute(
-        sa.delete(table).where(table.c.created_at_ns < row.created_at_ns - IDEMPOTENCY_NS)
-    )
-    connection.execute(
-        sa.insert(table).values(
-            key=row.key,
-            request_hash=row.request_hash,
-            response=row.response,
-            created_at_ns=row.created_at_ns,
-        )
-    )
+    connection.execute(sa.insert(schema.idempotency).values(_make_room(connection, row)))
 
 
 class IdempotencyTable:
@@ -40,12 +55,10 @@ class IdempotencyTable:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def get(self, key: str, *, now_ns: int) -> IdempotencyRow | None:
-        """The answer, if it was given within a day."""
+    async def get(self, key: str) -> IdempotencyRow | None:
+        """The answer, if it is one of the last ANSWERS_MAX."""
         table = schema.idempotency
-        query = sa.select(table).where(
-            table.c.key == key, table.c.created_at_ns >= now_ns - IDEMPOTENCY_NS
-        )
+        query = sa.select(table).where(table.c.key == key)
 
         def work(connection: sa.Connection) -> IdempotencyRow | None:
             row = (connection.execute(query)).one_or_none()
@@ -57,18 +70,9 @@ class IdempotencyTable:
         """Keep an answer; the first one stays."""
 
         def work(connection: sa.Connection) -> None:
-            table = schema.idempotency
             connection.execute(
-                sa.delete(table).where(table.c.created_at_ns < row.created_at_ns - IDEMPOTENCY_NS)
-            )
-            connection.execute(
-                sqlite.insert(table)
-                .values(
-                    key=row.key,
-                    request_hash=row.request_hash,
-                    response=row.response,
-                    created_at_ns=row.created_at_ns,
-                )
+                sqlite.insert(schema.idempotency)
+                .values(_make_room(connection, row))
                 .on_conflict_do_nothing()
             )
 

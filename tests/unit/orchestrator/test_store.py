@@ -35,16 +35,18 @@ from services.orchestrator.store import (
     StoreReadOnlyError,
     database,
     open_store,
+    records,
 )
-from services.orchestrator.store.records import IDEMPOTENCY_NS
 from services.orchestrator.store.rows import (
     BitmapRow,
+    EventRow,
     IdempotencyRow,
     MigrationRow,
     VmRow,
     VmState,
 )
 
+YEAR_NS = 365 * 86400 * 10**9
 SPEC = VmSpec(vm_id="vm-1", memory_bytes=64 << 20, kernel="/boot/vmlinuz")
 
 
@@ -456,15 +458,39 @@ async def test_vm_that_is_stopping_is_not_moved(store: Store) -> None:
 # --- records ---
 
 
-async def test_answers_are_kept_for_a_day(store: Store) -> None:
-    row = IdempotencyRow(key="k", request_hash="h", response=b"r", created_at_ns=10)
+async def test_the_last_answers_are_kept_whatever_the_clock_does(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was answered a moment ago is known, though the clock has jumped for a year."""
+    monkeypatch.setattr(records, "ANSWERS_MAX", 3)
+    row = IdempotencyRow(key="0", request_hash="h", response=b"r", created_at_ns=10 * YEAR_NS)
     await store.idempotency.put(row)
     await store.idempotency.put(replace(row, response=b"other"))
-    assert await store.idempotency.get("k", now_ns=10 + IDEMPOTENCY_NS) == row
-    assert await store.idempotency.get("k", now_ns=11 + IDEMPOTENCY_NS) is None
-    later = replace(row, created_at_ns=11 + IDEMPOTENCY_NS, response=b"new")
-    await store.idempotency.put(later)
-    assert await store.idempotency.get("k", now_ns=later.created_at_ns) == later
+    assert await store.idempotency.get("0") == row
+    for number, year in enumerate((9, 11, 1), start=1):
+        last = replace(row, key=str(number), created_at_ns=year * YEAR_NS)
+        await store.idempotency.put(last)
+        kept = await store.idempotency.get(last.key)
+        assert kept is not None
+        assert kept.response == b"r"
+    assert await store.idempotency.get("0") is None
+    assert await store.idempotency.get("1") is not None
+
+
+async def test_events_are_bounded_and_say_what_is_left_out(store: Store) -> None:
+    """The first ones tell how it began, the last ones how it is; a gap in the numbers is a gap."""
+    await admit(store)
+    for number in range(1, 301):
+        version = (await store.migrations.get("m1") or pytest.fail("gone")).version
+        event = EventRow(kind="K", message=str(number), evidence=("a: x", "b: y"), at_ns=5)
+        row = await store.migrations.add_event("m1", event)
+        assert row.version > version, "watchers look again"
+    kept = await store.migrations.events("m1")
+    assert [event.sequence for event in kept] == [*range(1, 21), *range(221, 301)]
+    assert all(event.message == str(event.sequence) for event in kept)
+    assert kept[0] == EventRow(
+        kind="K", message="1", evidence=("a: x", "b: y"), at_ns=5, sequence=1
+    )
 
 
 async def test_bitmap_of_an_older_epoch_does_not_overwrite(store: Store) -> None:
