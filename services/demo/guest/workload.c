@@ -32,6 +32,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/reboot.h>
 #include <sys/resource.h>
 #include <termios.h>
 #include <unistd.h>
@@ -236,6 +237,15 @@ static void *heartbeat_run(void *argument)
 	return NULL;
 }
 
+/* What this guest takes for the time. */
+static void clock_say(void)
+{
+	struct timespec real;
+
+	clock_gettime(CLOCK_REALTIME, &real);
+	say("CLOCK mono_ns=%ld real_ns=%ld\n", now_ns(), real.tv_sec * 1000000000 + real.tv_nsec);
+}
+
 static void commands_run(void)
 {
 	char line[32];
@@ -250,6 +260,10 @@ static void commands_run(void)
 		}
 		if (length == 5 && memcmp(line, "sweep", 5) == 0)
 			sweep_restart();
+		if (length == 5 && memcmp(line, "clock", 5) == 0)
+			clock_say();
+		if (length == 3 && memcmp(line, "end", 3) == 0)
+			reboot(RB_POWER_OFF);
 		length = 0;
 	}
 }

@@ -247,6 +247,7 @@ async def prepare(
     orders: Orders,
     bulk_bytes_per_s_max: int = 0,
     page_address: str = "",
+    freeze_after_ms: int = 0,
 ) -> pb.Evidence:
     """Prepare on both sides; the destination's evidence."""
     departure = await grpc_client.call(
@@ -266,6 +267,7 @@ async def prepare(
                 image=departure.evidence.image,
                 page_address=page_address or departure.page_address,
                 bulk_bytes_per_s_max=bulk_bytes_per_s_max,
+                on_link_loss=common_pb2.LinkLossPolicy(freeze_after_ms=freeze_after_ms),
             ),
         ),
         timeout_s=CALL_S,
