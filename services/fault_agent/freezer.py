@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stops every thread of a VMM at once, and lets them go on. docs/adr/0024-freeze-on-link-loss.md.
+"""Stops every thread of a VMM at once, and lets them go on. docs/adr/0008-freeze.md.
 
 By the freezer of a cgroup of its own where a cgroup v2 hierarchy can be written, else by SIGSTOP.
 Whether a VMM is frozen is the kernel's knowledge alone: no record says it, so that none can be

@@ -7,8 +7,15 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
+import struct
+import termios
 from types import TracebackType
 from typing import Self
+
+DRAIN_POLL_S_MIN = 0.0002
+DRAIN_POLL_S_MAX = 0.02
+"""A pipe does not tell when it is empty; a guest stands still meanwhile."""
 
 
 class _Pipe:
@@ -93,3 +100,18 @@ class PipeWriter(_Pipe):
                     await writable.wait()
                 finally:
                     loop.remove_writer(self._ours)
+
+    async def drained(self) -> None:
+        """Return once the VMM has read all of it.
+
+        Raises:
+            BrokenPipeError: the VMM has closed its end.
+        """
+        poll = select.poll()
+        poll.register(self._ours, 0)
+        delay_s = DRAIN_POLL_S_MIN
+        while struct.unpack("i", fcntl.ioctl(self._ours, termios.FIONREAD, bytes(4)))[0]:
+            if poll.poll(0):
+                raise BrokenPipeError
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, DRAIN_POLL_S_MAX)

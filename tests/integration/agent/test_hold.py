@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import time
@@ -174,3 +175,26 @@ async def test_the_clock_of_a_frozen_guest_goes_on(
         assert mono - mono_then <= (after - before_then) * 1.01 + 2e8
         await console.wait_beat(beats + 10)
         assert console.errors() == []
+
+
+async def test_a_guest_that_powers_off_ends_the_watch(
+    a: Agent, host_b: Host, core: CopyingPageCore, make_spec: MakeSpec
+) -> None:
+    """In mid post-copy, with nothing lost: nobody but a look at the VMM would notice."""
+    async with running_agent(host_b, core) as b:
+        await arrive(a, b, core, make_spec())
+        with contextlib.closing(
+            os.fdopen(
+                os.open(b.vm_dir("guest") / f"{CONSOLE_PIPE}.in", os.O_WRONLY | os.O_NONBLOCK), "wb"
+            )
+        ) as fifo:
+            fifo.write(b"end\n")
+        step = await nodes.wait_phase(b, ORDERS, pb.ARRIVAL_PHASE_ENDED)
+        assert step.counters.absent_count > 0
+        evidence = await nodes.describe(b, "guest")
+        assert evidence.vmm_state == pb.VMM_STATE_GUEST_ENDED
+        await nodes.release(a, ORDERS, pb.SIDE_SOURCE)
+        gone = await nodes.release(b, ORDERS, pb.SIDE_DESTINATION)
+        assert (gone.role, gone.vmm_state) == (pb.VM_ROLE_GONE, pb.VMM_STATE_DEAD)
+        for agent in (a, b):
+            assert list(agent.serving.node.config.ram_dir.iterdir()) == []
