@@ -42,7 +42,7 @@ def fill(disk: Path) -> Path:
 
 
 def remount(disk: Path, how: str) -> None:
-    """ "ro" or "rw"."""
+    """Remount it, "ro" or "rw"."""
     subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
 
 
