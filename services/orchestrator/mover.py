@@ -225,6 +225,7 @@ class Mover:
             self._stop_following()
         if _has_time(phase):
             await self.move.timeline.goes_on()
+            await self.move.timeline.flush()
         await reach(f"orchestrator.{phase}.entered")
 
     def _evidence(self) -> list[str]:

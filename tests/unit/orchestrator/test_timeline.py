@@ -163,6 +163,7 @@ async def test_events_wait_for_a_store_that_is_full(
     await fleet.in_phase(migration_id, "postcopy_paused")
     fleet.a.page_server_up = True
     await fleet.until(migration_id, lambda each: bool(each["counters"]["holds"]))
+    await fleet.in_phase(migration_id, "postcopy")
     full = False
     fleet.a.page_server_up = False
     await fleet.in_phase(migration_id, "postcopy_paused")
