@@ -98,6 +98,7 @@ async def test_another_orchestrator_says_that_it_rejoined(fleet: FakeFleet) -> N
     fleet.a.page_server_up = True
     await fleet.until(migration_id, lambda each: "RECOVERED" in kinds(each))
     await fleet.until(migration_id, lambda each: bool(each["counters"]["holds"]))
+    await fleet.in_phase(migration_id, "postcopy")
     await fleet.restart()
     ended = await fleet.ended(migration_id)
     assert kinds(ended) == ["LINK_LOST", "RECOVERED", "REJOINED"]
