@@ -148,6 +148,8 @@ class Timeline:
         self._now_ns = now_ns
         self._told = told
         self._pending: deque[EventRow] = deque()
+        self._flushing = asyncio.Lock()
+        """The mover and its follower tell: one writes what is pending, in order, each event once."""
         self._wait: tuple[str, str] | None = None
         self._waits_since = 0.0
 
@@ -163,14 +165,16 @@ class Timeline:
 
     async def flush(self) -> None:
         """Write what is still to be written."""
-        while self._pending:
-            try:
-                row = await self._store.migrations.add_event(self._migration_id, self._pending[0])
-            except StoreError as error:
-                log.warning("migration %s: event not written: %s", self._migration_id, error)
-                return
-            self._pending.popleft()
-            self._told(row)
+        async with self._flushing:
+            while self._pending:
+                event = self._pending[0]
+                try:
+                    row = await self._store.migrations.add_event(self._migration_id, event)
+                except StoreError as error:
+                    log.warning("migration %s: event not written: %s", self._migration_id, error)
+                    return
+                self._pending.popleft()
+                self._told(row)
 
     async def waits(self, reason: str, message: str, hint: str, node: str) -> None:
         """A step cannot go on. Told once for each reason, however often it is said."""
