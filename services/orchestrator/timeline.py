@@ -149,7 +149,7 @@ class Timeline:
         self._told = told
         self._pending: deque[EventRow] = deque()
         self._flushing = asyncio.Lock()
-        """The mover and its follower tell: one writes what is pending, in order, each event once."""
+        """The mover and its follower tell; what is pending is written in order, once."""
         self._wait: tuple[str, str] | None = None
         self._waits_since = 0.0
 
