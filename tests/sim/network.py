@@ -111,11 +111,6 @@ async def wait_connected(channel: Channel, *, timeout_s: float, peer: str = "") 
         await asyncio.sleep(min(0.2, max(until - loop.time(), 0.001)))
 
 
-async def beat(channel: Channel, *, timeout_s: float, peer: str = "") -> None:
-    """grpc_client.beat: here a peer that can be connected to answers."""
-    await wait_connected(channel, timeout_s=timeout_s, peer=peer)
-
-
 async def call(
     channel: Channel,
     method: tuple[Channel, str],
