@@ -43,7 +43,7 @@ struct client {
 	void *user;
 	bool in_order;	/* check next_offset */
 	bool read_only; /* send no heartbeats: the default */
-	uint8_t plain[128 * 1024];
+	uint8_t plain[GW_PAGE_WANT_LEN_MAX];
 };
 
 static inline void client_message(void *user, struct gw_grpc_call *call, const uint8_t *data,
