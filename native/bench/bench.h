@@ -27,7 +27,7 @@
 #define NS_PER_US	   1000ul
 #define BENCH_GENERATION   1ul
 #define BENCH_THREAD_MAX   8u
-#define BENCH_SAMPLE_MAX   65536u
+#define BENCH_SAMPLE_MAX   131072u
 #define BENCH_WINDOW_COUNT 4u /* wants of 1 MiB in flight */
 
 /* What the memory of the source holds. */

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from tests.bench.bars import Bar
 from tests.bench.estimate import Statistic, estimate, median, ratio
 from tests.bench.grpcio_client import grpcio_fetch
-from tests.bench.page_path import Kind, page_path
+from tests.bench.page_path import Kind, PagePath, page_path
 from tests.bench.section import Result, Rows, Scale, figure, in_turns
 
 name = "streams"
@@ -30,6 +30,7 @@ LABELS = {
     "grpcio": "grpcio, the same Fetch, nothing installed",
     "raw": "installed, incompressible",
     "raw_2": "installed, incompressible, 2 connections",
+    "faulting": "installed, incompressible, while a guest faults without a pause",
     "zero_heavy": "installed, 90 % zero",
     "text": "installed, compressible 3 to 1",
 }
@@ -56,11 +57,18 @@ def run(scale: Scale) -> Result:
                 ("grpcio", lambda: grpcio.stream(_GRPCIO_MIB)),
                 ("raw", lambda: ours.rate("bulk", 1)),
                 ("raw_2", lambda: ours.rate("bulk", 2)),
+                ("faulting", lambda: _while_faulting(ours)),
                 ("zero_heavy", lambda: zero_heavy.rate("bulk", 1)),
                 ("text", lambda: text.rate("bulk", 1)),
             ],
         )
     return {"mbs": taken}
+
+
+def _while_faulting(ours: PagePath) -> float:
+    """MB/s, by a guest that goes over all of its memory in far jumps: bulk must not starve."""
+    elapsed_ns = ours.demand(bulk=0, count=MEMORY_MIB * 256)["elapsed_ns"]
+    return float((MEMORY_MIB << 20) / elapsed_ns * 1000)
 
 
 def bars(result: Result) -> list[Bar]:

@@ -61,7 +61,9 @@ RESULTS: dict[str, dict[str, Any]] = {
         "mbs": {
             key: [at] * 7
             for key, at in zip(
-                streams.LABELS, (2000, 900, 2000, 1600, 200, 1100, 1200, 3000, 1500), strict=True
+                streams.LABELS,
+                (2000, 900, 2000, 1600, 200, 1100, 1200, 800, 3000, 1500),
+                strict=True,
             )
         }
     },
