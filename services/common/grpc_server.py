@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, cast
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from services.common import grpc_status, health, telemetry
 from services.common.errors import GodwitError, InternalError, UnavailableError
@@ -180,6 +179,10 @@ async def serving(
     for service in services:
         service.add(server)
     health_pb2_grpc.add_HealthServicer_to_server(status.servicer, server)
+    # Imported late: a client of ours needs none of it, and an agent not before it has taken up what
+    # its predecessor left behind.
+    from grpc_reflection.v1alpha import reflection
+
     reflection.enable_server_reflection(
         (*names, health.SERVICE_NAME, str(reflection.SERVICE_NAME)), server
     )

@@ -77,6 +77,7 @@ def spare_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.enable()  # off since the first line of a process that is in a hurry
 
 
 def run(service: str, main: Callable[[], Coroutine[Any, Any, ExitStatus]]) -> ExitStatus:

@@ -21,12 +21,16 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 
-import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from services.common.lean import without
+
+with without("rich"):  # a quarter of a second at every start, for tracebacks in colour
+    import structlog
 
 TRACEPARENT = "traceparent"
 """Key of the trace context in gRPC metadata and HTTP headers."""

@@ -25,7 +25,8 @@ VmId = Annotated[str, Field(pattern=VM_ID_PATTERN)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when first used, as a part of the whole: a guest may be waiting for our start.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Disk(_Strict):
