@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +130,7 @@ async def running_cluster(
     hooked: bool = False,
     places: Mapping[str, Place] | None = None,
     rest_at: str = "",
+    made: Callable[[Path], None] | None = None,
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -141,12 +142,15 @@ async def running_cluster(
         hooked: their hook points are on, which costs some system calls in the guest's pause.
         places: where a node, or "orchestrator", is, if it is not here.
         rest_at: HOST:PORT at which we reach REST, if it is not where the orchestrator listens.
+        made: called with `directory` when it is there and still empty.
 
     Raises:
         FileExistsError: `directory` exists.
         UnavailableError: a part did not start.
     """
     directory.mkdir(parents=True)  # noqa: ASYNC240 - local and quick, here and below
+    if made is not None:
+        made(directory)
     base, places = base_environment(environment), places or {}
     await leftovers.remove_stale(ram_parent)
     async with leftovers.claimed(ram_parent, directory) as claim:

@@ -27,16 +27,17 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from godwit.client import AsyncClient
-
 from services.common.errors import GodwitError
-from services.demo.cluster import RAM_PARENT, running_cluster
+from services.demo.cluster import RAM_PARENT
 from services.demo.microvm_run import why_no_kvm
 from tests.chaos.case import Case, Kind, Outcome, Result, World
+from tests.chaos.ground import own_mounts, standing
 from tests.chaos.guests import BACKENDS, Guest
 from tests.chaos.keeper import keeping
 from tests.chaos.kinds import KINDS
+from tests.harness.link import NEEDS
 from tests.harness.microvm import why_not
+from tests.harness.require import missing
 
 CASES_A_CLUSTER = 50
 """Then another: what a case leaves where the table says that a guest is gone adds up."""
@@ -64,6 +65,16 @@ def plan(count: int, seed: int, kinds: Sequence[Kind], *, each: bool) -> list[Pl
     ]
 
 
+def possible(args: argparse.Namespace) -> set[str]:
+    """What kinds may need, as far as this machine has it."""
+    has = {"clock"} if shutil.which("cc") or shutil.which("gcc") else set()
+    if args.mounts:
+        has.add("mounts")
+    if args.links and not any(missing(need) for need in NEEDS):
+        has.add("links")
+    return has
+
+
 def backends(wanted: Sequence[str]) -> list[tuple[str, str]]:
     """Accelerators and fault backends that are possible here."""
     no_kvm = why_no_kvm()
@@ -84,8 +95,9 @@ async def run_cases(
         beats = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-", dir=RAM_PARENT))
         )
-        cluster = await stack.enter_async_context(running_cluster(directory, hooked=True))
-        client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
+        cluster, client, ground = await stack.enter_async_context(
+            standing(directory, mounts=args.mounts, links=args.links)
+        )
         guests = [
             await Guest.start(
                 accel, backend, "ab"[index % 2], cluster=cluster, client=client, logs=beats
@@ -93,7 +105,7 @@ async def run_cases(
             for index, (accel, backend) in enumerate(backends(args.backend))
         ]
         keeper = await stack.enter_async_context(keeping(cluster))
-        world = World(cluster=cluster, client=client, keeper=keeper, guests=guests)
+        world = World(cluster=cluster, client=client, keeper=keeper, guests=guests, ground=ground)
         for each in plans:
             rng = random.Random(each.seed)
             index = rng.randrange(len(guests))
@@ -104,10 +116,14 @@ async def run_cases(
                 random=rng,
                 world=world,
                 guest=guests[index],
+                brief=args.brief,
             )
             result = await case.run()
             found.append(result)
             tell(result)
+            if args.results:
+                with args.results.open("a") as file:
+                    file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             if not result.recovered:
                 return  # the next case begins on clean ground, and this one's logs stay
             if result.outcome in GONE:
@@ -156,7 +172,7 @@ def quantiles(values: Iterable[float | None]) -> dict[str, Any]:
     }
 
 
-def summary(results: Sequence[Result], wanted: int, seed: int) -> dict[str, Any]:
+def summary(results: Sequence[Result], wanted: int, seed: int, has: set[str]) -> dict[str, Any]:
     """The last line."""
     struck = [result for result in results if result.struck]
     return {
@@ -164,6 +180,7 @@ def summary(results: Sequence[Result], wanted: int, seed: int) -> dict[str, Any]
         "wanted": wanted,
         "faults": dict(sorted(Counter(result.kind for result in struck).items())),
         "never_struck": len(results) - len(struck),
+        "impossible_here": sorted(kind.name for kind in KINDS if not kind.needs <= has),
         "outcomes": dict(sorted(Counter(result.outcome for result in results).items())),
         "corrupt": sum(result.corrupt for result in results),
         "doubled": sum(result.doubled for result in results),
@@ -183,7 +200,15 @@ def summary(results: Sequence[Result], wanted: int, seed: int) -> dict[str, Any]
 
 async def run(args: argparse.Namespace) -> int:
     """Run all cases; the exit status."""
-    kinds = [kind for kind in KINDS if not args.kind or kind.name in args.kind]
+    has = possible(args)
+    kinds = [
+        kind for kind in KINDS if kind.needs <= has and (not args.kind or kind.name in args.kind)
+    ]
+    if not kinds:
+        print(f"no such kind of fault is possible here; there are {sorted(has)}", file=sys.stderr)
+        return 2
+    if args.each and not args.n:
+        args.n = len(kinds)
     todo = plan(args.n, args.seed, kinds, each=args.each)
     results: list[Result] = []
     # Not the directory for temporary files: that may be tmpfs, and a journal wants a disk.
@@ -214,7 +239,7 @@ async def run(args: argparse.Namespace) -> int:
             )
     if not kept:
         shutil.rmtree(place, ignore_errors=True)
-    report = summary(results, args.n, args.seed)
+    report = summary(results, args.n, args.seed, has)
     print(json.dumps(report))
     whole = report["n"] == args.n == report["recovered"]
     return 0 if whole and not (report["corrupt"] or report["doubled"] or report["lost"]) else 1
@@ -223,13 +248,18 @@ async def run(args: argparse.Namespace) -> int:
 def main() -> None:
     """Run; exit with the verdict."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("-n", type=int, default=300, help="cases")
+    parser.add_argument("-n", type=int, default=0, help="cases; with --each: one of each kind")
     parser.add_argument("--seed", type=int, default=None, help="of the first case; default: new")
     parser.add_argument("--each", action="store_true", help="the kinds one after the other")
     parser.add_argument("--kind", action="append", help="only this kind; repeat it")
     parser.add_argument("--backend", action="append", help="accel/backend; default: all")
     parser.add_argument("--dir", type=Path, help="where state and logs go")
+    parser.add_argument("--brief", action="store_true", help="faults last a third as long")
+    parser.add_argument("--results", type=Path, help="append a line of JSON a case")
+    parser.add_argument("--no-links", dest="links", action="store_false", help="on one host")
     args = parser.parse_args()
+    args.mounts = own_mounts()
+    args.n = args.n or (0 if args.each else 300)
     if args.seed is None:
         args.seed = time.time_ns() // 1_000_000 % 1_000_000_000
     sys.exit(asyncio.run(run(args)))

@@ -19,6 +19,7 @@ from godwit.models import Migration, MigrationPhase
 from services.common.errors import GodwitError
 from services.demo.cluster import Cluster, NodeParts
 from services.demo.part import Part
+from tests.chaos.ground import Ground
 from tests.chaos.guests import Guest
 from tests.chaos.keeper import Down, Keeper
 
@@ -54,6 +55,7 @@ class Kind:
         strike: does it, at its moment; runs beside the migration, and is cancelled at its end.
         right: outcomes that are right.
         arm: prepares it before the move is asked for.
+        needs: what of the world it takes: "links", "mounts", "clock".
         slow: limits of bulk, MiB/s, so that the post-copy lasts for a while; one is drawn.
     """
 
@@ -62,6 +64,7 @@ class Kind:
     right: frozenset[Outcome]
     arm: Callable[[Case], None] | None = None
     slow: tuple[int, ...] = (0,)
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,6 +75,7 @@ class World:
     client: AsyncClient
     keeper: Keeper
     guests: list[Guest]
+    ground: Ground
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +116,7 @@ class Case:
     Attributes:
         detail: what the fault was, more exactly: a point, a time.
         struck_ns, back_ns: CLOCK_MONOTONIC when the fault struck, and when it was over.
+        brief: what lasts for a while lasts a third of it.
         seen: (time, what was seen) of each change of the migration.
     """
 
@@ -121,6 +126,7 @@ class Case:
     random: random.Random
     world: World
     guest: Guest
+    brief: bool = False
     detail: str = ""
     began_ns: int = 0
     struck_ns: int = 0
@@ -226,7 +232,7 @@ class Case:
                     resting_since = 0
                 elif not resting_since:
                     resting_since = now
-                elif now - resting_since > STUCK_S * 1e9:
+                elif now - resting_since > (STUCK_S / 3 if self.brief else STUCK_S) * 1e9:
                     return Outcome.ATTENTION
             await asyncio.sleep(POLL_S)
 
@@ -266,6 +272,7 @@ class Case:
             except (GodwitError, OSError) as error:
                 self.trouble.append(f"the fault could not strike: {error}")
         self._clear_hooks()
+        self.world.ground.set_clocks_right(self.world.cluster)
         try:
             async with asyncio.timeout(END_S_MAX):
                 await self.world.keeper.wait_up()

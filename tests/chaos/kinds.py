@@ -13,12 +13,17 @@ from services.demo.cluster import NodeParts
 from services.demo.part import Part
 from services.fault_agent import processes
 from tests.chaos.case import Case, Kind, Outcome
+from tests.chaos.ground import Mount
 
 MOVED = frozenset({Outcome.MOVED})
 STAYED = frozenset({Outcome.STAYED})
 EITHER = MOVED | STAYED
 ATTENTION = frozenset({Outcome.ATTENTION})
 ENDED = frozenset({Outcome.ENDED})
+
+LINKS = frozenset({"links"})
+MOUNTS = frozenset({"mounts"})
+CLOCK = frozenset({"clock"})
 
 SLOW = (16, 32)
 CRAWL = (2,)
@@ -56,10 +61,15 @@ async def reached(part: Part, point: str) -> None:
 
 
 async def some_time(case: Case, s_max: float) -> None:
-    """A random time from now."""
+    """Return after a random time."""
     delay_s = case.random.uniform(0, s_max)
     case.detail += f"+{delay_s * 1000:.0f} ms"
     await asyncio.sleep(delay_s)
+
+
+async def a_while(case: Case, s_max: float) -> None:
+    """As long as the fault lasts."""
+    await some_time(case, s_max / 3 if case.brief else s_max)
 
 
 async def anytime(case: Case) -> None:
@@ -131,7 +141,7 @@ def stopped(choose: Choose, moment: Strike, s_max: float) -> Strike:
         part.signal(signal.SIGSTOP)
         case.struck()
         try:
-            await some_time(case, s_max)
+            await a_while(case, s_max)
         finally:
             case.back()
             part.signal(signal.SIGCONT)
@@ -210,6 +220,107 @@ async def power_off(case: Case) -> None:
     async with case.guest.control(case.destination_name) as control:
         await control.ask("power-off")
         case.struck()
+
+
+# --- the network ---
+
+
+def worse(
+    moment: Strike, make: Callable[[Case], Coroutine[Any, Any, object]], s_max: float
+) -> Strike:
+    """Links are made worse for a random time, then perfect again."""
+
+    async def strike(case: Case) -> None:
+        await moment(case)
+        try:
+            await make(case)
+            case.struck()
+            await a_while(case, s_max)
+        finally:
+            await case.world.ground.network.reset()
+            case.back()
+
+    return strike
+
+
+async def cut(case: Case) -> None:
+    """Between the nodes, both ways: packets vanish, nobody is told."""
+    await case.world.ground.network.links["a-b"].cut()
+
+
+async def cut_one_way(case: Case) -> None:
+    """Between the nodes, one way."""
+    sender = case.random.choice("ab")
+    case.detail += f" from {sender}"
+    await case.world.ground.network.links["a-b"].cut(sender)
+
+
+async def lossy(case: Case) -> None:
+    """Slow, late and lossy between the nodes."""
+    loss = case.random.choice((0.02, 0.1))
+    case.detail += f" loss {loss}"
+    await case.world.ground.network.links["a-b"].shape(
+        delay_ms=5, jitter_ms=3, loss=loss, rate_bytes_per_s=20_000_000
+    )
+
+
+async def orchestrator_cut_off(case: Case) -> None:
+    """The orchestrator reaches nobody."""
+    await case.world.ground.network.cut_off("o")
+
+
+async def one_node_unheard(case: Case) -> None:
+    """Between the orchestrator and one node, both ways or one."""
+    node, sender = case.random.choice("ab"), case.random.choice(("", "node", "o"))
+    case.detail += f" o-{node} {sender}"
+    await case.world.ground.network.links[f"o-{node}"].cut(node if sender == "node" else sender)
+
+
+# --- disks, memory, clocks ---
+
+
+def full(moment: Strike, choose: Callable[[Case], Mount], s_max: float) -> Strike:
+    """A file system has no room for a random time."""
+
+    async def strike(case: Case) -> None:
+        await moment(case)
+        mount = choose(case)
+        mount.fill()
+        case.struck()
+        try:
+            await a_while(case, s_max)
+        finally:
+            mount.free()
+            case.back()
+
+    return strike
+
+
+def store_disk(case: Case) -> Mount:
+    """Under the orchestrator's store."""
+    return case.world.ground.mounts["store"]
+
+
+def node_disk(case: Case) -> Mount:
+    """Under an agent's journal."""
+    node = case.random.choice("ab")
+    case.detail += f" {node}"
+    return case.world.ground.mounts[node]
+
+
+def memory(case: Case) -> Mount:
+    """Under the guests' memory."""
+    return case.world.ground.mounts["ram"]
+
+
+async def clock_jumps(case: Case) -> None:
+    """The wall clock of one part jumps, and back at the end of the case."""
+    await anytime(case)
+    part = case.random.choice(case.world.cluster.parts)
+    jump_s = case.random.choice((-86400, -3600, -30, 30, 3600, 86400))
+    case.detail += f" {part.name} {jump_s} s"
+    case.world.ground.set_clock(part, jump_s)
+    case.struck()
 
 
 # --- the table ---
@@ -387,8 +498,72 @@ KINDS = (
     Kind(
         name="destination-vmm-killed-running",
         strike=vmm_killed(destination, running_there),
-        right=ATTENTION,
+        # Gone: all of its memory had arrived by then, and the migration was over.
+        right=ATTENTION | {Outcome.GONE},
         slow=SLOW,
+    ),
+    Kind(
+        name="link-cut",
+        strike=worse(anytime, cut, 3.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=LINKS,
+    ),
+    Kind(
+        name="link-cut-one-way",
+        strike=worse(anytime, cut_one_way, 3.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=LINKS,
+    ),
+    Kind(
+        name="link-lossy",
+        strike=worse(anytime, lossy, 3.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=LINKS,
+    ),
+    Kind(
+        name="orchestrator-cut-off",
+        strike=worse(anytime, orchestrator_cut_off, 4.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=LINKS,
+    ),
+    Kind(
+        name="orchestrator-node-cut",
+        strike=worse(anytime, one_node_unheard, 4.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=LINKS,
+    ),
+    Kind(
+        name="store-disk-full",
+        strike=full(anytime, store_disk, 2.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=MOUNTS,
+    ),
+    Kind(
+        name="agent-disk-full",
+        strike=full(anytime, node_disk, 2.0),
+        right=EITHER,
+        slow=SLOW,
+        needs=MOUNTS,
+    ),
+    Kind(
+        name="no-memory-for-pages",
+        strike=full(running_there, memory, 2.0),
+        right=MOVED,
+        slow=SLOW,
+        needs=MOUNTS,
+    ),
+    Kind(
+        name="clock-jumps",
+        strike=clock_jumps,
+        right=MOVED,
+        slow=SLOW,
+        needs=CLOCK,
     ),
     Kind(
         name="guest-powers-off",

@@ -26,14 +26,14 @@ The whole costs about 4 s to start: share it in a module-scoped fixture and `res
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from godwit.client import AsyncClient
 
-from services.demo.cluster import Cluster, Place, running_cluster
+from services.demo.cluster import RAM_PARENT, Cluster, Place, running_cluster
 from services.demo.microvm_guest import MicrovmGuest, make_spec
 from tests.harness import link
 
@@ -95,8 +95,10 @@ async def linked_cluster(
     environment: Mapping[str, str] | None = None,
     hooked: bool = True,
     mtu: int = link.MTU,
+    ram_parent: Path = RAM_PARENT,
+    made: Callable[[Path], None] | None = None,
 ) -> AsyncIterator[LinkedCluster]:
-    """Start it below `directory`, which must not exist; see the module."""
+    """Start it below `directory`, which must not exist; see the module, and `running_cluster`."""
     async with AsyncExitStack() as stack:
         net = await stack.enter_async_context(link.network(HOSTS, PAIRS, mtu=mtu))
         orchestrator = net.hosts["o"]
@@ -113,7 +115,13 @@ async def linked_cluster(
         }
         cluster = await stack.enter_async_context(
             running_cluster(
-                directory, environment=environment, hooked=hooked, places=places, rest_at=rest_at
+                directory,
+                ram_parent=ram_parent,
+                environment=environment,
+                hooked=hooked,
+                places=places,
+                rest_at=rest_at,
+                made=made,
             )
         )
         # The cluster takes its leave of the guests over REST.
