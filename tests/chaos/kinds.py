@@ -473,13 +473,13 @@ KINDS = (
         source,
         MOVED,
     ),
-    # Half of its state is: the guest dies with its VMM, as it would have without a migration.
+    # The guest dies with its VMM, as it would have without a migration, unless its state was saved.
     _vmm_kind(
         "source-vmm-killed-saving",
         source_agent,
         "agent.pause.after",
         source,
-        frozenset({Outcome.GONE, Outcome.MOVED}),
+        EITHER | {Outcome.GONE},
     ),
     _vmm_kind("source-vmm-killed-after-decision", orchestrator, DECIDED, source, MOVED),
     _vmm_kind(
@@ -490,11 +490,10 @@ KINDS = (
         destination_agent,
         "agent.load.after_loaded",
         destination,
-        STAYED | ATTENTION,
+        STAYED,
     ),
-    _vmm_kind(
-        "destination-vmm-killed-after-decision", orchestrator, DECIDED, destination, ATTENTION
-    ),
+    # It never ran there: it is given back (ADR 7).
+    _vmm_kind("destination-vmm-killed-after-decision", orchestrator, DECIDED, destination, STAYED),
     Kind(
         name="destination-vmm-killed-running",
         strike=vmm_killed(destination, running_there),
