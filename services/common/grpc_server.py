@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -161,6 +162,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
+def preload() -> ModuleType:
+    """Import what is imported late, and return the reflection service.
+
+    Late, since a client of ours needs none of it, and an agent not before it has taken up what its
+    predecessor left behind.
+    """
+    from grpc_reflection.v1alpha import reflection
+
+    return reflection
+
+
 @contextlib.asynccontextmanager
 async def serving(
     listen: Address, services: Sequence[Service], *, stop_grace_s: float = STOP_GRACE_S
@@ -179,10 +191,7 @@ async def serving(
     for service in services:
         service.add(server)
     health_pb2_grpc.add_HealthServicer_to_server(status.servicer, server)
-    # Imported late: a client of ours needs none of it, and an agent not before it has taken up what
-    # its predecessor left behind.
-    from grpc_reflection.v1alpha import reflection
-
+    reflection = preload()
     reflection.enable_server_reflection(
         (*names, health.SERVICE_NAME, str(reflection.SERVICE_NAME)), server
     )

@@ -12,6 +12,9 @@ SIGTERM therefore means "take no VM and finish receiving", not "exit": it ends o
 it, after --drain-s seconds, or at a second SIGTERM. Departures need it for nothing: the page server
 serves them.
 
+With --respawn it runs in a child of the process that was started, which has imported all it needs
+and forks the next one when this one is killed: the guest waits for milliseconds, not for Python.
+
 When it answers it prints one line on stdout: `listening grpc=ADDRESS metrics=ADDRESS`. Exit status:
 0 drained; 2 bad configuration; 3 it ended while guests wait for pages (each is logged; start it
 again at once); 1 a bug.
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import sys
@@ -30,7 +34,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.common import grpc_server, health, hooks, lifecycle, metrics
+from services.common import grpc_server, health, hooks, lifecycle, metrics, respawn
 from services.common.errors import GodwitError, InvalidArgumentError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_listen
@@ -71,6 +75,8 @@ class Config:
     """How long SIGTERM waits for arrivals. Seconds, > 0."""
     microvm: str = MICROVM
     """Name or path of the godwit-microvm to start."""
+    respawn: bool = False
+    """Whether a parent stays that forks the next one when this one is killed."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -89,6 +95,7 @@ class Config:
         parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
         parser.add_argument("--microvm", default=MICROVM, metavar="PROGRAM")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
+        parser.add_argument("--respawn", action="store_true")
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
@@ -109,6 +116,7 @@ class Config:
                 qemu=args.qemu,
                 drain_s=args.drain_s,
                 microvm=args.microvm,
+                respawn=args.respawn,
             )
         except GodwitError as error:
             parser.error(str(error))
@@ -207,8 +215,12 @@ async def drain(running: Serving, drain_s: float, again: asyncio.Event) -> ExitS
     return ExitStatus.OK
 
 
-async def run(config: Config, core: PageCore) -> ExitStatus:
-    """Serve until SIGTERM or SIGINT, then drain."""
+def _nobody(_text: str) -> None:
+    """There is no successor to be told."""
+
+
+async def run(config: Config, core: PageCore, tell: respawn.Tell = _nobody) -> ExitStatus:
+    """Serve until SIGTERM or SIGINT, then drain. `tell`: where it listens, for a successor."""
     with lifecycle.stop_on_signal() as stop:
         async with serving(config, core) as running:
             tasks = {}
@@ -216,6 +228,7 @@ async def run(config: Config, core: PageCore) -> ExitStatus:
                 tasks["registration"] = lambda: registration.keep_registered(
                     config.orchestrator, config.node.name, running.grpc
                 )
+            tell(f"{running.grpc} {running.metrics}")
             print(  # noqa: T201 - the supervisor and the tests read it
                 f"listening grpc={running.grpc} metrics={running.metrics}", flush=True
             )
@@ -229,11 +242,27 @@ async def run(config: Config, core: PageCore) -> ExitStatus:
                 return await drain(running, config.drain_s, again)
 
 
-def main(argv: Sequence[str] | None = None) -> ExitStatus:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the container image and of `godwit fault-agent`."""
     config = Config.from_argv(sys.argv[1:] if argv is None else argv)
-    hooks.hold_gil_on_signal()
     # After the command line is known to be good: it loads the native module.
     from services.pagecore.native import NativePageCore
 
-    return lifecycle.run(PROGRAM, lambda: run(config, NativePageCore()))
+    core = NativePageCore()
+
+    def live(told: str, tell: respawn.Tell) -> int:
+        hooks.hold_gil_on_signal()
+        return lifecycle.run(PROGRAM, lambda: run(_where(config, told), core, tell))
+
+    if not config.respawn:
+        return live("", _nobody)
+    grpc_server.preload()
+    return respawn.keep_alive(live)
+
+
+def _where(config: Config, told: str) -> Config:
+    """Listen where the predecessor did: its ports may have been chosen by the kernel."""
+    if not told:
+        return config
+    grpc, prometheus = map(parse_address, told.split())
+    return dataclasses.replace(config, listen=grpc, metrics=prometheus)
