@@ -131,6 +131,7 @@ async def running_cluster(
     places: Mapping[str, Place] | None = None,
     rest_at: str = "",
     made: Callable[[Path], None] | None = None,
+    agent_flags: Sequence[str] = (),
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -142,6 +143,7 @@ async def running_cluster(
         hooked: their hook points are on, which costs some system calls in the guest's pause.
         places: where a node, or "orchestrator", is, if it is not here.
         rest_at: HOST:PORT at which we reach REST, if it is not where the orchestrator listens.
+        agent_flags: further arguments of each agent.
         made: called with `directory` when it is there and still empty.
 
     Raises:
@@ -168,7 +170,9 @@ async def running_cluster(
             await cluster.start(cluster.orchestrator)
             for name in node_names:
                 place = places.get(name, HERE)
-                await _start_node(name, cluster, nodes, base, hooked=hooked, place=place)
+                await _start_node(
+                    name, cluster, nodes, base, hooked=hooked, place=place, agent_flags=agent_flags
+                )
             await _wait_reachable(cluster)
             yield cluster
         finally:
@@ -203,6 +207,7 @@ async def _start_node(
     *,
     hooked: bool,
     place: Place,
+    agent_flags: Sequence[str],
 ) -> None:
     state_dir, ram_dir = cluster.directory / name, cluster.claim.path / name
     images_dir = state_dir / "images"
@@ -238,6 +243,7 @@ async def _start_node(
             *("--page-server-control", page_server.addresses["control"]),
             *("--orchestrator", cluster.orchestrator.addresses["grpc"]),
             *place.flags,
+            *agent_flags,
         ],
         pinned={"grpc": "--listen", "metrics": "--metrics"},
         directory=cluster.directory,

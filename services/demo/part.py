@@ -107,6 +107,18 @@ class Part:
         return self._process.pid
 
     @property
+    def worker_pid(self) -> int:
+        """The process that does the work: of a part with --respawn its child; 0: none just now."""
+        pid = self.pid
+        if "--respawn" not in self.arguments:
+            return pid
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return 0
+        return int(children[0]) if children else 0
+
+    @property
     def is_running(self) -> bool:
         """False before its start and once it has ended, by whomever."""
         return self._process is not None and self._process.returncode is None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -29,18 +30,23 @@ from typing import Any
 
 from services.common.errors import GodwitError
 from services.demo.cluster import RAM_PARENT
+from services.demo.console import ConsoleFollower
+from services.demo.guest_image import GuestImage, build
 from services.demo.microvm_run import why_no_kvm
+from services.demo.run import cache_directory
 from tests.chaos.case import Case, Kind, Outcome, Result, World
 from tests.chaos.ground import own_mounts, standing
 from tests.chaos.guests import BACKENDS, Guest
 from tests.chaos.keeper import keeping
 from tests.chaos.kinds import KINDS
+from tests.chaos.qemu_guest import QemuGuest
 from tests.harness.link import NEEDS
 from tests.harness.microvm import why_not
 from tests.harness.require import missing
 
 CASES_A_CLUSTER = 50
 """Then another: what a case leaves where the table says that a guest is gone adds up."""
+_numbers = itertools.count(1)
 GONE = (Outcome.GONE, Outcome.ENDED, Outcome.ATTENTION)
 
 
@@ -65,9 +71,14 @@ def plan(count: int, seed: int, kinds: Sequence[Kind], *, each: bool) -> list[Pl
     ]
 
 
+def guest_image() -> GuestImage:
+    """What a Linux guest boots from."""
+    return build(cache_directory())
+
+
 def possible(args: argparse.Namespace) -> set[str]:
     """What kinds may need, as far as this machine has it."""
-    has = {"clock"} if shutil.which("cc") or shutil.which("gcc") else set()
+    has = {"microvm", "clock"} if shutil.which("cc") or shutil.which("gcc") else {"microvm"}
     if args.mounts:
         has.add("mounts")
     if args.links and not any(missing(need) for need in NEEDS):
@@ -104,18 +115,31 @@ async def run_cases(
             )
             for index, (accel, backend) in enumerate(backends(args.backend))
         ]
+        image = await asyncio.to_thread(guest_image) if args.qemu else None
+        follower = await stack.enter_async_context(ConsoleFollower())
+
+        async def boot(node: str) -> QemuGuest:
+            assert image is not None
+            return await QemuGuest.boot(
+                node, image, follower, cluster=cluster, client=client, number=next(_numbers)
+            )
+
+        linux: list[Guest] = [await boot("a")] if image else []
         keeper = await stack.enter_async_context(keeping(cluster))
-        world = World(cluster=cluster, client=client, keeper=keeper, guests=guests, ground=ground)
+        world = World(cluster=cluster, client=client, keeper=keeper, guests=[], ground=ground)
         for each in plans:
             rng = random.Random(each.seed)
-            index = rng.randrange(len(guests))
+            index, share = rng.randrange(len(guests)), rng.random()
+            of_qemu = bool(linux) and share < args.qemu and "microvm" not in each.kind.needs
+            chosen, at = (linux, 0) if of_qemu else (guests, index)
+            world.guests[:] = [*guests, *linux]
             case = Case(
                 number=each.number,
                 seed=each.seed,
                 kind=each.kind,
                 random=rng,
                 world=world,
-                guest=guests[index],
+                guest=chosen[at],
                 brief=args.brief,
             )
             result = await case.run()
@@ -127,10 +151,14 @@ async def run_cases(
             if not result.recovered:
                 return  # the next case begins on clean ground, and this one's logs stay
             if result.outcome in GONE:
-                gone = guests[index]
+                gone = chosen[at]
                 accel, _, backend = gone.kind.partition("/")
-                guests[index] = await Guest.start(
-                    accel, backend, gone.node, cluster=cluster, client=client, logs=beats
+                chosen[at] = (
+                    await boot(gone.node)
+                    if of_qemu
+                    else await Guest.start(
+                        accel, backend, gone.node, cluster=cluster, client=client, logs=beats
+                    )
                 )
                 gone.log.close()
 
@@ -142,6 +170,7 @@ def tell(result: Result) -> None:
         for name, value in (
             ("recovery", result.recovery_ms),
             ("restart", result.restart_ms),
+            ("start", result.start_ms),
             ("held", result.held_ms),
             ("others", result.others_held_ms),
         )
@@ -192,6 +221,7 @@ def summary(results: Sequence[Result], wanted: int, seed: int, has: set[str]) ->
         "recovered": sum(result.recovered for result in results),
         "recovery_ms": quantiles(result.recovery_ms for result in struck),
         "restart_ms": quantiles(result.restart_ms for result in struck),
+        "start_ms": quantiles(result.start_ms for result in struck),
         "held_ms": quantiles(result.held_ms for result in struck),
         "others_held_ms": quantiles(result.others_held_ms for result in results),
         "seed": seed,
@@ -256,6 +286,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where state and logs go")
     parser.add_argument("--brief", action="store_true", help="faults last a third as long")
     parser.add_argument("--results", type=Path, help="append a line of JSON a case")
+    parser.add_argument(
+        "--qemu", type=float, default=0.0, metavar="SHARE", help="of the moves, by a Linux guest"
+    )
     parser.add_argument("--no-links", dest="links", action="store_false", help="on one host")
     args = parser.parse_args()
     args.mounts = own_mounts()

@@ -55,7 +55,7 @@ class Kind:
         strike: does it, at its moment; runs beside the migration, and is cancelled at its end.
         right: outcomes that are right.
         arm: prepares it before the move is asked for.
-        needs: what of the world it takes: "links", "mounts", "clock".
+        needs: what of the world it takes: "links", "mounts", "clock"; "microvm": of the guest.
         slow: limits of bulk, MiB/s, so that the post-copy lasts for a while; one is drawn.
     """
 
@@ -84,7 +84,8 @@ class Result:
 
     Attributes:
         recovery_ms: from the peer's return until the migration goes on, or is over.
-        restart_ms: from the start of the new process until a guest that was held beats again.
+        restart_ms: from the fork of the new agent until a guest that was held beats again.
+        start_ms: the same, from the start of one whose parent was killed as well.
         held_ms: the longest silence of a vCPU in this case, the hand-over's own pause included.
         others_held_ms: the same, of the guests that were not being moved.
     """
@@ -103,6 +104,7 @@ class Result:
     recovered: bool
     recovery_ms: float | None
     restart_ms: float | None
+    start_ms: float | None
     held_ms: float
     others_held_ms: float
     took_s: float
@@ -317,7 +319,7 @@ class Case:
         corrupt = doubled = missing = 0
         for guest in self.world.guests:
             alive = guest is not self.guest or outcome in (Outcome.MOVED, Outcome.STAYED)
-            if alive:
+            if alive and (guest.is_swept_beside or guest is self.guest):
                 corrupt += await self._verified(guest)
             guest.log.poll()
             doubled += guest.log.window.doubled
@@ -343,7 +345,8 @@ class Case:
             lost=outcome is Outcome.GONE and Outcome.GONE not in self.kind.right,
             recovered=right and not self.trouble,
             recovery_ms=self._recovery_ms(downs),
-            restart_ms=self._restart_ms(downs),
+            restart_ms=self._restart_ms(downs, forked=True),
+            start_ms=self._restart_ms(downs, forked=False),
             held_ms=self.guest.log.window.held_ns / 1e6,
             others_held_ms=max((g.log.window.held_ns / 1e6 for g in others), default=0.0),
             took_s=(time.monotonic_ns() - self.began_ns) / 1e9,
@@ -365,11 +368,14 @@ class Case:
         after = [t_ns for t_ns, _ in self.seen if t_ns > back]
         return (min([*after, self.ended_ns]) - back) / 1e6
 
-    def _restart_ms(self, downs: list[Down]) -> float | None:
+    def _restart_ms(self, downs: list[Down], *, forked: bool) -> float | None:
+        if not self.guest.tells_restarts:
+            return None
         spans = [
             span
             for down in downs
             if down.part == f"{self.destination_name}.agent" and down.spawned_ns
+            if down.forked is forked
             if (span := self.guest.log.went_on_after(down.spawned_ns)) is not None
         ]
         return max(spans) / 1e6 if spans else None

@@ -27,7 +27,6 @@ __attribute__((constructor)) static void open_offset(void)
 	void *mapped;
 	int fd;
 
-	real_clock_gettime = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
 	if (!hooks)
 		return;
 	snprintf(path, sizeof(path), "%s.clock", hooks);
@@ -42,7 +41,13 @@ __attribute__((constructor)) static void open_offset(void)
 
 int clock_gettime(clockid_t id, struct timespec *ret_time)
 {
-	const int rc = real_clock_gettime(id, ret_time);
+	int rc;
+
+	/* Other libraries' constructors ask before ours has run. Racing threads find the same. */
+	if (!real_clock_gettime)
+		real_clock_gettime =
+			(int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+	rc = real_clock_gettime(id, ret_time);
 
 	if (rc == 0 && offset && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) {
 		const int64_t now_ns = ret_time->tv_sec * NS_PER_S + ret_time->tv_nsec +

@@ -31,6 +31,7 @@ _MS_REMOUNT = 32
 _CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 _DISK_KIB = 64 << 10
 _RAM_KIB = 3 << 20
+_RESPAWN = ("--respawn",)
 _NS_PER_S = 1_000_000_000
 
 
@@ -169,13 +170,24 @@ async def standing(
         if links and not any(missing(need) for need in link.NEEDS):
             has.add("links")
             linked = await stack.enter_async_context(
-                linked_cluster(directory, environment=environment, ram_parent=ram, made=made)
+                linked_cluster(
+                    directory,
+                    environment=environment,
+                    ram_parent=ram,
+                    made=made,
+                    agent_flags=_RESPAWN,
+                )
             )
             cluster, client, ground.linked = linked.cluster, linked.client, linked.net
         else:
             cluster = await stack.enter_async_context(
                 running_cluster(
-                    directory, environment=environment, ram_parent=ram, made=made, hooked=True
+                    directory,
+                    environment=environment,
+                    ram_parent=ram,
+                    made=made,
+                    hooked=True,
+                    agent_flags=_RESPAWN,
                 )
             )
             client = await stack.enter_async_context(AsyncClient(cluster.rest_url))

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from godwit.client import AsyncClient
 
@@ -21,7 +21,7 @@ from services.fault_agent import processes
 from services.fault_agent.drivers.microvm import CONTROL_SOCKET
 from services.fault_agent.drivers.microvm_control import ControlClient
 from services.fault_agent.journal import Record, Role
-from tests.chaos.beats import BeatLog
+from tests.chaos.beats import BeatLog, Beats
 
 MIB = 1 << 20
 MEMORY_BYTES = 64 * MIB
@@ -57,7 +57,12 @@ class Guest:
     client: AsyncClient
     spec: VmSpec
     node: str
-    log: BeatLog
+    log: Beats
+
+    is_swept_beside: ClassVar[bool] = True
+    """It verifies its memory after each case, not only after its own."""
+    tells_restarts: ClassVar[bool] = True
+    """It beats so regularly that a silence means that it is held."""
 
     @classmethod
     async def start(

@@ -28,6 +28,8 @@ class Down:
     spawned_ns: int = 0
     up_ns: int = 0
     failed_starts: int = 0
+    forked: bool = False
+    """Its parent lived and forked the next one; it is not known when that one answers."""
 
 
 class Keeper:
@@ -38,6 +40,7 @@ class Keeper:
         self.delay_s = 0.0
         self.downs: list[Down] = []
         self._starting: set[str] = set()
+        self._workers: dict[str, int] = {}
 
     @property
     def all_up(self) -> bool:
@@ -54,6 +57,7 @@ class Keeper:
         while True:
             await asyncio.sleep(POLL_S)
             if part.is_running:
+                self._watch_worker(part)
                 continue
             self._starting.add(part.name)
             down = Down(part=part.name, died_ns=time.monotonic_ns())
@@ -69,6 +73,14 @@ class Keeper:
                     await asyncio.sleep(AGAIN_S)
             down.up_ns = time.monotonic_ns()
             self._starting.discard(part.name)
+            self._workers.pop(part.name, None)
+
+    def _watch_worker(self, part: Part) -> None:
+        """Take note if the parent of a part's worker has forked another."""
+        now, pid = time.monotonic_ns(), part.worker_pid
+        if pid and self._workers.setdefault(part.name, pid) != pid:
+            self._workers[part.name] = pid
+            self.downs.append(Down(part=part.name, died_ns=now, spawned_ns=now, forked=True))
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Coroutine
@@ -92,7 +93,18 @@ async def running_there(case: Case) -> None:
 
 
 def killed(choose: Choose, moment: Strike) -> Strike:
-    """`kill -9`; the keeper starts it again."""
+    """`kill -9`; the keeper starts it again, its parent if it has one."""
+
+    async def strike(case: Case) -> None:
+        await moment(case)
+        case.struck()
+        signal_worker(choose(case), signal.SIGKILL)
+
+    return strike
+
+
+def killed_with_parent(choose: Choose, moment: Strike) -> Strike:
+    """`kill -9` to all of it; the keeper starts it again."""
 
     async def strike(case: Case) -> None:
         await moment(case)
@@ -100,6 +112,13 @@ def killed(choose: Choose, moment: Strike) -> Strike:
         choose(case).signal(signal.SIGKILL)
 
     return strike
+
+
+def signal_worker(part: Part, number: signal.Signals) -> None:
+    """Send the process that does the work a signal; nothing if there is none just now."""
+    with contextlib.suppress(ProcessLookupError):
+        if part.is_running and (pid := part.worker_pid):
+            os.kill(pid, number)
 
 
 def exits_at(choose: Choose, points: tuple[str, ...]) -> Callable[[Case], None]:
@@ -138,13 +157,13 @@ def stopped(choose: Choose, moment: Strike, s_max: float) -> Strike:
     async def strike(case: Case) -> None:
         await moment(case)
         part = choose(case)
-        part.signal(signal.SIGSTOP)
+        signal_worker(part, signal.SIGSTOP)
         case.struck()
         try:
             await a_while(case, s_max)
         finally:
             case.back()
-            part.signal(signal.SIGCONT)
+            signal_worker(part, signal.SIGCONT)
 
     return strike
 
@@ -157,17 +176,17 @@ def vmm_killed(node: Callable[[Case], NodeParts], moment: Strike) -> Strike:
 
     async def strike(case: Case) -> None:
         await moment(case)
-        kill_vmm(case, node(case))
+        await kill_vmm(case, node(case))
 
     return strike
 
 
-def kill_vmm(case: Case, node: NodeParts) -> None:
-    """Kill it, if it is there."""
+async def kill_vmm(case: Case, node: NodeParts) -> None:
+    """Kill it, if it is there; dead on return: one that is dying could still be let run."""
     process = case.guest.process(node.name)
     if process is not None and processes.is_alive(process):
         case.struck()
-        os.kill(process.pid, signal.SIGKILL)
+        await processes.kill(process)
 
 
 def vmm_killed_at(
@@ -183,7 +202,7 @@ def vmm_killed_at(
         part = choose(case)
         try:
             await reached(part, point)
-            kill_vmm(case, node(case))
+            await kill_vmm(case, node(case))
         finally:
             part.hooks.release(point)
 
@@ -390,6 +409,12 @@ KINDS = (
         slow=SLOW,
     ),
     Kind(
+        name="destination-agent-killed-with-parent",
+        strike=killed_with_parent(destination_agent, running_there),
+        right=MOVED,
+        slow=SLOW,
+    ),
+    Kind(
         name="destination-agent-dies-at-point",
         strike=nothing,
         arm=exits_at(destination_agent, AGENT_ARRIVES),
@@ -569,5 +594,6 @@ KINDS = (
         strike=power_off,
         right=ENDED,
         slow=CRAWL,
+        needs=frozenset({"microvm"}),
     ),
 )

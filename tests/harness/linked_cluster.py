@@ -26,7 +26,7 @@ The whole costs about 4 s to start: share it in a module-scoped fixture and `res
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ async def linked_cluster(
     mtu: int = link.MTU,
     ram_parent: Path = RAM_PARENT,
     made: Callable[[Path], None] | None = None,
+    agent_flags: Sequence[str] = (),
 ) -> AsyncIterator[LinkedCluster]:
     """Start it below `directory`, which must not exist; see the module, and `running_cluster`."""
     async with AsyncExitStack() as stack:
@@ -122,6 +123,7 @@ async def linked_cluster(
                 places=places,
                 rest_at=rest_at,
                 made=made,
+                agent_flags=agent_flags,
             )
         )
         # The cluster takes its leave of the guests over REST.
