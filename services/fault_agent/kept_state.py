@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from services.common.errors import DataLossError
@@ -23,6 +24,8 @@ from services.fault_agent.journal import ExportState, Record
 
 _MAGIC = "godwit-state 1"
 _LINE_LEN_MAX = 512
+_LEN_BYTES = r"[0-9]{1,18}"
+"""Narrower than str.isdigit, which takes what int() does not."""
 
 
 def path_of(ram_path: str) -> Path:
@@ -100,7 +103,7 @@ def _split(line: bytes, record: Record) -> tuple[int, str] | None:
     """(length, hash) by the first line; None: it is of another departure."""
     stamp, _, rest = line.decode(errors="replace").strip().rpartition(" ")
     stamp, _, len_bytes = stamp.rpartition(" ")
-    if stamp != _stamp(record) or not len_bytes.isdigit():
+    if stamp != _stamp(record) or not re.fullmatch(_LEN_BYTES, len_bytes):
         return None
     return int(len_bytes), rest
 
