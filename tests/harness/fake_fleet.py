@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class FakeFleet:
         self.agents = {name: FakeAgent(name, self.world) for name in "abc"}
         self.store = directory / "godwit.db"
         self.limits = limits
+        self.deadlines = DEADLINES
         self.grpc: Address | None = None
         """Where gRPC is served, if it is."""
         self._listening = listening
@@ -133,7 +135,7 @@ class FakeFleet:
             grpc=LOOPBACK,
             nodes=tuple((name, str(agent.address)) for name, agent in self.agents.items()),
             limits=self.limits,
-            deadlines=DEADLINES,
+            deadlines=self.deadlines,
         )
         async with contextlib.AsyncExitStack() as stack:
             if self._listening:
@@ -153,6 +155,19 @@ class FakeFleet:
             self._stop.set()
             await self._task
             self._task = self._core = self._http = None
+
+    async def be_patient(self) -> None:
+        """No move fails from now on because the machine is busy: for tests where nothing is lost.
+
+        The next orchestrator knows it, so that there is one.
+        """
+        self.limits = replace(self.limits, patience_s=WAIT_S, switchover_s=WAIT_S)
+        self.deadlines = replace(
+            DEADLINES,
+            **dict.fromkeys(("pause_s", "transfer_s", "activate_s", "seal_s"), WAIT_S),
+            **dict.fromkeys(("undo_s", "release_s", "connect_s", "describe_s"), WAIT_S),
+        )
+        await self.restart()
 
     async def restart(self) -> None:
         """Another orchestrator takes over the same store."""

@@ -26,7 +26,7 @@ from services.orchestrator.merge import EPOCH_JUMP, RebuildConflictError
 from services.orchestrator.rebuild import RebuildIncompleteError, Report, rebuild
 from services.orchestrator.store import Store, StoreInDoubtError, open_store
 from services.orchestrator.store.backup import backup, check, in_use, restore
-from tests.harness.fake_fleet import DEADLINES, VM, FakeFleet, eventually
+from tests.harness.fake_fleet import VM, FakeFleet, eventually
 from tests.unit.orchestrator.test_restarts import FORWARD_POINTS, assert_one_guest
 
 BEFORE_PREPARING = ("validating.entered", "reserving.entered", "preparing.entered")
@@ -42,7 +42,10 @@ async def rebuilt(fleet: FakeFleet, *without: str) -> Report:
     """Rebuild the store of a fleet whose orchestrator is stopped."""
     async with opened(fleet) as store:
         return await rebuild(
-            store, lambda incarnation: AgentPool(incarnation, DEADLINES), without=without, now_ns=1
+            store,
+            lambda incarnation: AgentPool(incarnation, fleet.deadlines),
+            without=without,
+            now_ns=1,
         )
 
 
@@ -197,6 +200,7 @@ async def test_store_is_restored_under_a_migration(
 
     Nothing runs twice, and a guest that is between two nodes gets on by itself.
     """
+    await fleet.be_patient()
     held = hooks / "orchestrator.preparing.entered.hold"
     if forgotten == "since_preparing":
         held.touch()
