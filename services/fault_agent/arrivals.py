@@ -148,7 +148,7 @@ class Arrivals:
 
         Raises:
             DataLossError: STATE_CORRUPT.
-            FailedPreconditionError: LOAD_FAILED, WRONG_STATE; the fence's.
+            FailedPreconditionError: LOAD_FAILED, WRONG_STATE, NODE_REBOOTED; the fence's.
         """
         incoming = Incoming(requests)
         header = await incoming.header()
@@ -157,6 +157,10 @@ class Arrivals:
         vm.require_known()
         async with vm.command(fence, Command.LOAD):
             if vm.record.epoch_loaded == fence.epoch:
+                # The mark alone is no guest: what it was loaded into may have died since.
+                vm.require_same_boot(Command.LOAD)
+                if await vm.look() is VmmState.DEAD:
+                    raise wrong_state(vm.record, Command.LOAD, "its VMM died after the load")
                 await incoming.drain()
                 return pb.LoadDeviceStateResponse(evidence=await self._node.evidence(vm))
             self._require_arriving(vm, fence, Command.LOAD)

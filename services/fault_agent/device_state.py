@@ -257,11 +257,12 @@ async def _require_loaded(
         timeout_s=ASK_TIMEOUT_S,
         peer="the destination's agent",
     )
-    if answer.evidence.epoch_loaded != fence.epoch:
+    dead = answer.evidence.vmm_state == pb.VMM_STATE_DEAD
+    if answer.evidence.epoch_loaded != fence.epoch or dead:
         raise FailedPreconditionError(
             "WRONG_STATE",
             f"the device state of {fence.vm_id} was saved before, and the destination has not"
-            " loaded it",
+            " loaded it, or what it was loaded into has died",
             hint="abort: the guest can run on here",
         )
 

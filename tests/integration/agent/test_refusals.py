@@ -265,6 +265,29 @@ async def test_a_wrong_device_state_ends_the_shell(
     assert await reason_of(nodes.activate(b, orders)) == "WRONG_STATE"
 
 
+async def test_a_loaded_state_is_not_confirmed_by_a_dead_vmm(
+    a: Agent, b: Agent, make_spec: MakeSpec
+) -> None:
+    """The load was answered, the answer lost, the VMM died: asked again, it is no success."""
+    orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
+    await nodes.start_vm(a, make_spec(), epoch=1)
+    await nodes.prepare(a, b, orders)
+    await nodes.pause(a, orders)
+    generation = (await nodes.describe(a, "guest")).image.generation
+    await nodes.transfer(a, b, orders)
+
+    async def messages() -> AsyncIterator[pb.LoadDeviceStateRequest]:
+        header = pb.DeviceStateHeader(fence=orders.fence(), generation=generation)
+        yield pb.LoadDeviceStateRequest(header=header)
+
+    async def load() -> pb.LoadDeviceStateResponse:
+        return await grpc_client.call(b.channel, b.stub.LoadDeviceState, messages(), timeout_s=30)
+
+    assert (await load()).evidence.epoch_loaded == 2
+    await processes.kill(vmm_of(b, "guest"))
+    assert await reason_of(load()) == "WRONG_STATE"
+
+
 async def test_looking_never_gets_in_the_way(a: Agent, b: Agent, make_spec: MakeSpec) -> None:
     """A VMM's monitor serves one client: a Describe in the middle must not be that client."""
     orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
