@@ -162,6 +162,7 @@ class Witness:
         self.progress: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
         self.returned: dict[str, int] = {}
+        self.phases: dict[str, str] = {}
         self.at_commit: list[Callable[[], None]] = []
         """Done once, when a COMMITTED is written."""
 
@@ -180,9 +181,15 @@ class Witness:
         broke = self._truth.broke
         active: list[str] = []
         columns = "migration_id, vm_id, terminal, decision, progress, cancel_requested, given_back"
-        for row in _DISK.execute(f"SELECT {columns}, return_epoch, epoch FROM migrations"):
-            migration_id, vm_id, terminal, decision, progress, cancelled, *returned = row
+        query = f"SELECT {columns}, return_epoch, epoch, phase, reason FROM migrations"
+        for row in _DISK.execute(query):
+            *row_of_it, phase, reason = row
+            migration_id, vm_id, terminal, decision, progress, cancelled, *returned = row_of_it
             self._look_at_return(migration_id, decision, *returned)
+            was = self.phases.get(migration_id)
+            self.phases[migration_id] = phase
+            if reason == "ABANDONED" and phase == "lost" and was not in (None, "lost"):
+                self._truth.abandon()
             if cancelled and decision == "committed" and migration_id not in self.decisions:
                 broke("I2", f"{migration_id} was committed over a cancel that was accepted")
             if not terminal:
@@ -210,7 +217,12 @@ class Witness:
         known = self.returned.get(migration_id)
         if known and not given_back:
             self._truth.broke("I5", f"{migration_id} was given back and is not")
-        if not given_back or known:
+        if not given_back:
+            return
+        query = "SELECT count(*) FROM transitions WHERE migration_id = ? AND phase = 'given_back'"
+        if _DISK.execute(query, (migration_id,)).fetchone()[0] > 1:
+            self._truth.broke("I5", f"{migration_id} was given back twice")
+        if known:
             return
         self.returned[migration_id] = fresh
         if decision != "committed" or fresh <= epoch:
@@ -459,7 +471,7 @@ class Cluster:
     def _settled(self) -> bool:
         unfinished = "SELECT count(*) FROM migrations WHERE phase NOT IN ('needs_attention')"
         owed = _DISK.execute(
-            f"{unfinished} AND NOT terminal OR terminal AND destination_owed"
+            f"{unfinished} AND NOT terminal OR terminal AND (destination_owed OR source_owed)"
         ).fetchone()[0]
         return not owed
 
@@ -472,6 +484,9 @@ class Cluster:
                 if sample.value and sample.name.endswith("_total") and not self.restored:
                     broke("COUNTED", f"{sample.labels}: {self.state()}")
         running = self.truth.running(VM)
+        if self.truth.abandoned:
+            self._judge_abandoned()
+            return
         if self.truth.lost_by_us or self.truth.held_for_a_person():
             if len(running) > 1:
                 broke("END", f"{self.state()}")
@@ -492,6 +507,15 @@ class Cluster:
             alive = [each for each in other.vmms.values() if each.now is not VmmState.DEAD]
             if other is not at and alive:
                 broke("END", f"a VMM is left on {other.name}")
+
+    def _judge_abandoned(self) -> None:
+        """Nothing of the guest is left anywhere; a store put back may name it again."""
+        for host_of in self.hosts.values():
+            theirs = host_of.records.get(VM)
+            if theirs and theirs.role not in (Role.GONE, Role.UNKNOWN) and not self.restored:
+                self.truth.broke("END", f"{host_of.name} has an abandoned guest: {self.state()}")
+        if self.truth.running(VM):
+            self.truth.broke("END", f"an abandoned guest runs: {self.state()}")
 
 
 Scenario = Callable[[Cluster], Awaitable[None]]

@@ -91,6 +91,8 @@ class Truth:
         """(node, migration, epoch) of every RETURNED that a node acted on."""
         self.gave_back: Callable[[str, int], bool] = lambda _migration, _epoch: True
         """Whether the store says that it has; put there by the cluster."""
+        self.abandoned = False
+        """An operator gave the guest up, and that was admitted: there is none any more."""
         self.lost_by_us = False
         """A VMM that had run the guest was killed by the test: there may be none at the end."""
 
@@ -110,6 +112,8 @@ class Truth:
 
     def run(self, host: Host, vmm: Vmm) -> None:
         """VCPUs are about to execute."""
+        if self.abandoned:
+            self.broke("I5", f"{vmm.vm_id} was abandoned, and is let run on {host.name}")
         others = [each.host.name for each in self.running(vmm.vm_id) if each is not vmm]
         if others:
             self.broke("I1", f"{vmm.vm_id} runs on {host.name} and on {others}")
@@ -168,6 +172,12 @@ class Truth:
         """The test has killed a VMM or a host: is there enough left for the guest to go on?"""
         self.has_struck = True
         self.lost_by_us |= not any(self._keeps_guest(host) for host in self.hosts.values())
+
+    def abandon(self) -> None:
+        """The store has given the guest up: nobody has it, or nobody can prove that he has."""
+        if not self.held_for_a_person() and any(map(self._keeps_guest, self.hosts.values())):
+            self.broke("I3", "a guest was abandoned that could still be had")
+        self.abandoned = True
 
     def held_for_a_person(self) -> bool:
         """A VMM that the test killed has ACTIVATING: nobody can prove that it did not run."""

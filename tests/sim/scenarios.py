@@ -88,6 +88,21 @@ async def _cancel_all(core: Core) -> None:
             await core.fleet.cancel_migration(view.migration_id)
 
 
+async def _recover_all(core: Core) -> None:
+    views, _ = await core.fleet.list_migrations()
+    for view in views:
+        with contextlib.suppress(GodwitError):
+            await core.fleet.recover_migration(view.migration_id)
+
+
+async def _abandon_all(core: Core) -> None:
+    """As a person would who has read no runbook; the refusals are what is tested."""
+    views, _ = await core.fleet.list_migrations()
+    for view in views:
+        with contextlib.suppress(GodwitError):
+            await core.fleet.abandon_migration(view.migration_id, epoch=view.epoch, confirm=True)
+
+
 async def _do(cluster: Cluster, op: Op) -> None:
     process = cluster.processes.get(op.who)
     loop = asyncio.get_running_loop()
@@ -111,6 +126,13 @@ async def _do(cluster: Cluster, op: Op) -> None:
             if cluster.core:
                 with contextlib.suppress(GodwitError):
                     await cluster.ask(_cancel_all(cluster.core))
+        case "recover" | "abandon":
+            order = _recover_all if op.kind == "recover" else _abandon_all
+            for again in range(op.number + 1):
+                await asyncio.sleep(0.5 if again else 0)
+                if cluster.core and not cluster.truth.abandoned:
+                    with contextlib.suppress(GodwitError):
+                        await cluster.ask(order(cluster.core))
         case "move":
             await _move(cluster)
         case "backup":
@@ -185,6 +207,8 @@ _PARTS: dict[str, st.SearchStrategy[Op]] = {
         Op, st.just("page_server"), st.sampled_from("ab"), st.integers(1, 8), _THEN_MS
     ),
     "cancel": st.builds(Op, st.just("cancel"), st.just(""), st.just(0), _THEN_MS),
+    "recover": st.builds(Op, st.just("recover"), st.just(""), st.just(0), _THEN_MS),
+    "abandon": st.builds(Op, st.just("abandon"), st.just(""), st.integers(0, 12), _THEN_MS),
     "move": st.builds(Op, st.just("move"), st.just(""), st.just(0), _THEN_MS),
     "backup": st.builds(Op, st.just("backup"), st.just(""), st.just(0), _THEN_MS),
     "restore": st.builds(Op, st.just("restore"), st.just(""), st.integers(0, 1), _THEN_MS),

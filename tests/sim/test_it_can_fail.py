@@ -211,6 +211,26 @@ def destination_is_not_fenced_first() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def return_is_written_blindly() -> Iterator[None]:
+    """The second compare-and-swap compares nothing, neither the phase nor the owner (I5)."""
+    columns, owners = schema.migrations.c, schema.vms.c
+
+    def write_return(connection: sa.Connection, migration_id: str, now_ns: int) -> None:
+        row = connection.execute(
+            sa.update(schema.migrations)
+            .where(columns.migration_id == migration_id)
+            .values(given_back=True, phase=migration.Phase.GIVEN_BACK, phase_at_ns=now_ns)
+            .returning(schema.migrations)
+        ).one()
+        migrations.add_transition(connection, migration_id, migration.Phase.GIVEN_BACK, now_ns, "")
+        owner = {"node": row.source_node, "epoch": row.return_epoch}
+        connection.execute(sa.update(schema.vms).where(owners.vm_id == row.vm_id).values(owner))
+
+    with mock.patch.object(migrations, "_write_return", write_return):
+        yield
+
+
 RULES: dict[Callable[[], contextlib.AbstractContextManager[None]], Any] = {
     agent_ignores_the_fence: scenarios("cancel", "move", weather=("late",), at_least=4),
     store_answers_before_it_is_durable: SCENARIOS,
@@ -221,6 +241,7 @@ RULES: dict[Callable[[], contextlib.AbstractContextManager[None]], Any] = {
     source_is_never_sealed: SCENARIOS,
     guest_goes_back_without_a_proof: scenarios("end_at_commit", "reboot_at_commit", at_least=1),
     destination_is_not_fenced_first: scenarios("end_at_commit", "reboot_at_commit", at_least=1),
+    return_is_written_blindly: scenarios("end_at_commit", "twin", weather=("calm",), at_least=5),
     memory_is_forgotten: scenarios("backup", "restore", "kill", at_least=3),
 }
 """Each with what it takes: the whole of SCENARIOS finds them too, in up to 1 400 examples."""

@@ -62,6 +62,17 @@ def test_replay(scenario: Scenario) -> None:
     assert first.loop.now == second.loop.now
 
 
+def test_an_abandon_is_admitted_and_final() -> None:
+    """The VMM dies in post-copy: few scenarios that are drawn come to it, this one does."""
+    ops = (
+        Op("backup", "", 0, 84),
+        Op("end_vmm", "b", 0, 10),
+        Op("recover", "", 0, 10),
+        Op("abandon", "", 12, 0),
+    )
+    assert play(1, Scenario(1, "calm", 20, ops)).truth.abandoned
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_whatever_happens_there_is_one_guest() -> None:
