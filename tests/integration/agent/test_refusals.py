@@ -94,6 +94,17 @@ async def test_a_lower_epoch_is_refused_for_everything(a: Agent, make_spec: Make
     assert (evidence.epoch_seen, evidence.vmm_state) == (5, pb.VMM_STATE_RUNNING)
 
 
+async def test_a_resume_needs_a_fresh_epoch(a: Agent, b: Agent, make_spec: MakeSpec) -> None:
+    """Under the epoch of the departure itself the guest could run on both sides."""
+    orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
+    await nodes.start_vm(a, make_spec(), epoch=1)
+    await nodes.prepare(a, b, orders)
+    await nodes.pause(a, orders)
+    assert await reason_of(nodes.resume(a, orders, epoch=2)) == "WRONG_STATE"
+    assert (await nodes.describe(a, "guest")).vmm_state == pb.VMM_STATE_PAUSED
+    assert (await nodes.resume(a, orders, epoch=3)).vmm_state == pb.VMM_STATE_RUNNING
+
+
 async def test_steps_out_of_order_are_refused(a: Agent, b: Agent, make_spec: MakeSpec) -> None:
     orders = Orders(vm_id="guest", epoch=2, migration_id="m2")
     assert await reason_of(nodes.pause(a, orders)) == "VM_UNKNOWN"
