@@ -58,8 +58,8 @@
 #define ARRIVAL_SETTLED_COUNT_MAX   256U
 #define ARRIVAL_BULK_WINDOW_BYTES   (UINT64_C(4) << 20)
 #define ARRIVAL_BULK_STEP_LEN	    (UINT64_C(128) << 10) /* while faults are hot, one at a time */
-#define ARRIVAL_BULK_STEP_NS	    UINT64_C(1000000)	  /* and from one to the next */
-#define ARRIVAL_GATE_NS		    UINT64_C(2000000)	  /* how long they stay so after the last */
+#define ARRIVAL_BULK_REST_MAX	    UINT64_C(2000000)	  /* from one to the next, ns */
+#define ARRIVAL_GATE_NS		    UINT64_C(100000)	  /* how long they stay so after the last */
 #define ARRIVAL_NEAR_NS		    UINT64_C(100000000) /* how long bulk keeps to the faults at first */
 #define ARRIVAL_NEAR_LEN	    (UINT64_C(64) << 10) /* and how much it asks for at once */
 #define ARRIVAL_ID_LEN_MAX	    128
@@ -216,6 +216,7 @@ struct arrival_bulk {
 	struct arrival_link link;
 	struct gw_install_again again;
 	uint64_t asked_ns;	     /* the last want */
+	bool stepping;		     /* that was a step of the closed gate */
 	uint64_t window_len;	     /* how much may be on its way */
 	uint64_t scanned_version;    /* of returned_version, when a whole scan found nothing */
 	uint64_t pause_ns;	     /* ask for nothing before: no room */
@@ -257,6 +258,11 @@ struct gw_arrival {
 	_Atomic uint32_t server_version; /* counts set_page_server */
 	_Atomic bool bulk_started;
 	_Atomic uint64_t bulk_full_ns; /* until then bulk keeps to the neighbours of faults */
+	/*
+	 * No step of the closed gate before; moved ahead by whoever takes one (compare and swap: one
+	 * link at a time) and set when it has come. relaxed: nothing is read by it.
+	 */
+	_Atomic uint64_t step_due_ns;
 	_Atomic uint64_t fault_ns; /* the last fault came then, or was answered; relaxed: a hint */
 	_Atomic bool gone;	   /* the guest's process */
 	_Atomic uint64_t demand_down_ns; /* since when; 0 = up */
