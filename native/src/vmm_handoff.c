@@ -19,7 +19,8 @@
 
 #include <godwit/sys.h>
 
-#define RETRY_MS 100
+/* An agent that was killed is there again in 50 ms, and the guest waits for this connection. */
+#define RETRY_MS 20
 /* A poke that was lost is made up for so soon; no poke is lost by the kernel. */
 #define LOOK_MS	     1000
 #define LINE_LEN_MAX 256U

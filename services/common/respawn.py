@@ -45,8 +45,8 @@ def keep_alive(work: Work) -> int:
     """
     parent = _Parent(work)
     before = {number: signal.signal(number, parent.forward) for number in _FORWARDED}
-    # What is imported by now is shared with every child: nobody writes to it.
-    gc.collect()
+    # What is imported by now is shared with every child: nobody writes to it. Not collected first:
+    # the first child is waited for as well, and there is no garbage.
     gc.freeze()
     try:
         return parent.run()

@@ -256,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not config.respawn:
         return live("", _nobody)
-    grpc_server.preload()
     return respawn.keep_alive(live)
 
 
