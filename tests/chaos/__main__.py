@@ -149,6 +149,7 @@ async def run_cases(
                 with args.results.open("a") as file:
                     file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             if not result.recovered:
+                await asyncio.to_thread(ground.keep, directory)
                 return  # the next case begins on clean ground, and this one's logs stay
             if result.outcome in GONE:
                 gone = chosen[at]

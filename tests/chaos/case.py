@@ -56,6 +56,7 @@ class Kind:
         right: outcomes that are right.
         arm: prepares it before the move is asked for.
         needs: what of the world it takes: "links", "mounts", "clock"; "microvm": of the guest.
+        hides_consoles: what is written beside a journal may be lost.
         slow: limits of bulk, MiB/s, so that the post-copy lasts for a while; one is drawn.
     """
 
@@ -65,6 +66,7 @@ class Kind:
     arm: Callable[[Case], None] | None = None
     slow: tuple[int, ...] = (0,)
     needs: frozenset[str] = frozenset()
+    hides_consoles: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,6 +174,7 @@ class Case:
         self._clear_hooks()
         for guest in self.world.guests:
             guest.log.open_window()
+            guest.log.may_lack = self.kind.hides_consoles and guest.is_heard_on_disk
         self.began_ns = time.monotonic_ns()
         downs_before = len(self.world.keeper.downs)
         self.world.keeper.delay_s = self.random.choice((0.0, 0.1, 0.5))

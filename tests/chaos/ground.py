@@ -87,6 +87,17 @@ class Ground:
         assert self.linked is not None
         return self.linked
 
+    def keep(self, directory: Path) -> None:
+        """Copy what is on the disks that go with this ground: journals, the store, consoles."""
+        for name, mount in self.mounts.items():
+            if mount.path.parent == directory:
+                shutil.copytree(
+                    mount.path,
+                    directory / f"{name}.kept",
+                    copy_function=_copy_files,
+                    dirs_exist_ok=True,
+                )
+
     def set_clock(self, part: Part, jump_s: int) -> None:
         """Let a part's wall clock be off by so much; for those who need "clock"."""
         path = _clock_of(part)
@@ -196,6 +207,13 @@ async def standing(
 
 
 _NODE_PARTS = ("agent", "page-server")
+
+
+def _copy_files(source: str, destination: str) -> str:
+    """As shutil.copy2; sockets and pipes are left out."""
+    if not Path(source).is_file():
+        return destination
+    return shutil.copy2(source, destination)
 
 
 def _unmount(ground: Ground) -> None:

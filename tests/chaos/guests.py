@@ -59,6 +59,8 @@ class Guest:
     node: str
     log: Beats
 
+    is_heard_on_disk: ClassVar[bool] = False
+    """Its beats are written beside the journal of its node."""
     is_swept_beside: ClassVar[bool] = True
     """It verifies its memory after each case, not only after its own."""
     tells_restarts: ClassVar[bool] = True

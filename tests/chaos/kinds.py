@@ -574,6 +574,7 @@ KINDS = (
         right=EITHER,
         slow=SLOW,
         needs=MOUNTS,
+        hides_consoles=True,
     ),
     Kind(
         name="no-memory-for-pages",

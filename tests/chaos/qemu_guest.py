@@ -106,6 +106,7 @@ class QemuGuest(Guest):
     """A guest of QEMU under TCG. Without disk and network: they are the business of the demo."""
 
     log: ConsoleLog
+    is_heard_on_disk: ClassVar[bool] = True
     is_swept_beside: ClassVar[bool] = False
     tells_restarts: ClassVar[bool] = False
 
