@@ -128,6 +128,7 @@ static int take_uffd(int socket_fd, uint64_t *ret_address)
 	int uffd = -1;
 
 	CHECK_EQ(recvmsg(socket_fd, message, MSG_CMSG_CLOEXEC), sizeof(*ret_address));
+	CHECK(CMSG_FIRSTHDR(message));
 	memcpy(&uffd, CMSG_DATA(CMSG_FIRSTHDR(message)), sizeof(uffd));
 	return uffd;
 }

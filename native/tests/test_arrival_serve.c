@@ -297,7 +297,7 @@ static void a_guest_of_zeros_is_whole_at_once(void)
 	/* Data comes in whole wants at worst; the toucher has one page more. */
 	CHECK(status.received_bytes <= 8 * (UINT64_C(1) << 20));
 	CHECK_EQ(fstat(bench.guest.ram_fd, &stat), 0);
-	CHECK(stat.st_blocks <= 5 * 8);
+	CHECK(stat.st_blocks <= 5 * 8L);
 	CHECK_EQ(gw_serve_stats(bench.serve, &stats), 0);
 	CHECK(stats.want_total < 200);
 	bench_destroy(&bench);

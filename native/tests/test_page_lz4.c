@@ -122,7 +122,7 @@ static void blocks_that_lie_are_refused(void)
 static uint64_t send_all(struct serve_lz4 *lz4, uint64_t len, uint64_t raw_ns, uint64_t packed_ns,
 			 bool waits)
 {
-	const size_t piece = 128 * 1024;
+	const size_t piece = 128ul * 1024;
 	uint64_t packed_len = 0;
 	uint64_t now_ns = 1;
 

@@ -70,7 +70,7 @@ static void many_guests_threads_are_told_apart(void)
 			at[i] += 1 + prefetch_on_fault(&prefetch, at[i], 1, &first);
 	CHECK_EQ(summary().miss_count, 0);
 	for (uint64_t i = 0; i < PREFETCH_STREAM_COUNT; i++)
-		CHECK(at[i] - i * 50000 > 10 * PREFETCH_LEN_MAX);
+		CHECK(at[i] - i * 50000 > 10ul * PREFETCH_LEN_MAX);
 }
 
 /* The page was on its way, only late: right, and no reason for a longer window. */
