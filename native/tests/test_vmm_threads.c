@@ -245,6 +245,7 @@ static void runs_that_grow_together_are_no_reason(void)
 {
 	struct rig rig;
 	struct agent agent;
+	const uint32_t before = mapping_count();
 	uint64_t first;
 	uint64_t count;
 
@@ -255,7 +256,8 @@ static void runs_that_grow_together_are_no_reason(void)
 		CHECK_EQ(give(&rig, page, &first, &count), 0);
 	}
 	CHECK_EQ(rig.vmm->granule, 1);
-	CHECK(mapping_count() < 200);
+	/* What the process had before, libraries and sanitizers, is not ours to count. */
+	CHECK(mapping_count() < before + 100);
 	agent_close(&agent);
 	rig_destroy(&rig);
 }
