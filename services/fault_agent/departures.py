@@ -380,6 +380,9 @@ class Departures:
     async def release(self, fence: Fence, *, memory_complete: bool) -> pb.Evidence:
         """Free the sealed guest's memory (I3). Under LOST also of one that was never sealed.
 
+        A departure that ended with its boot needs no seal: nothing of it can run. Its record goes,
+        or the guest could never come back here.
+
         Raises:
             FailedPreconditionError: MEMORY_INCOMPLETE; WRONG_STATE: not sealed; the fence's.
         """
@@ -392,7 +395,8 @@ class Departures:
             lost = fence.decision is Decision.LOST
             if lost and record.role is Role.GONE:
                 return await self._node.evidence(vm)
-            if lost and record.role is Role.DEPARTING:
+            of_another_boot = not vm.same_boot and record.epoch_departing == fence.epoch
+            if record.role is Role.DEPARTING and (lost or of_another_boot):
                 await vm.stop_transfer()
             elif record.role is not Role.SEALED or (
                 record.epoch_sealed != fence.epoch and not lost

@@ -50,6 +50,19 @@ REPLAYED = [
     Scenario(1, "calm", 20, (Op("end_at_commit", "b", 4, 10),)),
     Scenario(2, "calm", 20, (Op("reboot_at_commit", "b", 1, 10), Op("kill", "o", 0, 500))),
     Scenario(3, "lossy", 20, (Op("cut", "ob", 6, 300), Op("end_paused", "b", 0, 3000))),
+    # A departure that ended with its boot, never sealed: its record stayed for ever.
+    Scenario(
+        176122,
+        "wild",
+        2000,
+        (
+            Op("end_paused", "a", 0, 347),
+            Op("kill", "b", 0, 347),
+            Op("backup", "", 0, 2068),
+            Op("reboot", "a", 0, 21),
+            Op("backup", "", 0, 1),
+        ),
+    ),
 ]
 """What once failed, and then what would be a pity to lose."""
 
