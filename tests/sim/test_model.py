@@ -44,6 +44,22 @@ REPLAYED = [
             Op("move", "", 0, 31),
         ),
     ),
+    # The store had one move under way and the nodes a later one: the rebuild could not be written.
+    Scenario(
+        139287742,
+        "calm",
+        200,
+        (
+            Op("backup", "", 0, 49),
+            Op("move", "", 0, 40),
+            Op("crash", "a", 0, 306),
+            Op("restore", "", 1, 19),
+            Op("abandon", "", 8, 0),
+            Op("abandon", "", 11, 1387),
+            Op("recover", "", 0, 50),
+            Op("end_at_commit", "a", 58, 1381),
+        ),
+    ),
     Scenario(0, "calm", 20, (Op("backup", "", 0, 40), Op("restore", "", 1, 0))),
     # The shell dies before ACTIVATING, before or after the seal; the host of it loses its power.
     Scenario(1, "calm", 20, (Op("end_at_commit", "b", 0, 10),)),

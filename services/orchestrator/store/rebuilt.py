@@ -34,7 +34,9 @@ async def write(
     def work(connection: sa.Connection) -> None:
         for vm_id, epoch in last_epochs.items():
             _put_epoch(connection, vm_id, epoch)
-        for row in migrations:
+        # What has ended first: one that only the nodes know may be under way in its place, and the
+        # store lets one of a VM be under way at any time, in a transaction too.
+        for row in sorted(migrations, key=lambda row: not row.terminal):
             _put_migration(connection, row)
         for vm_id, vm in vms.items():
             connection.execute(sa.delete(schema.vms).where(schema.vms.c.vm_id == vm_id))
