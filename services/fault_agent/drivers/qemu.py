@@ -62,6 +62,8 @@ SAVE_TIMEOUT_S = 30.0
 QUERY_TIMEOUT_S = 20.0
 SETTLE_TIMEOUT_S = 10.0
 SETTLE_POLL_S = 0.01
+FINALIZE_TIMEOUT_S = 5.0
+FINALIZE_POLL_S = 0.002
 NON_SHARED_BYTES_MAX = 64 << 20
 """Memory that may travel in the device state: ROMs and such. More means that RAM does."""
 PIPE_BYTES = 1 << 20
@@ -71,6 +73,8 @@ VMM_LOG = "vmm.log"
 _MADE_BY_QEMU = (MONITOR_SOCKET, INSPECTION_SOCKET, PID_FILE)
 _STATE_FD = "godwit-state"
 _LOAD_S_MAX = 86400.0
+_NOT_FINALIZED = "Migration is not finalized yet"
+"""Why QEMU refuses `cont` in `finish-migrate`. It leaves that a moment after the save has ended."""
 _T = TypeVar("_T")
 _ANNOUNCE = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -337,7 +341,7 @@ class QemuVmm:
             VmmRefusedError: it does not run: a disk is locked elsewhere, say.
         """
         await self._settle()
-        await self.monitor.execute("cont")
+        await self._cont()
         state = await self._ask_state()
         if state is VmmState.PAUSED:
             raise VmmRefusedError("told to go on, it is paused")
@@ -421,6 +425,26 @@ class QemuVmm:
             await asyncio.sleep(SETTLE_POLL_S)
         raise VmmUnreachableError("a save that was given up does not end")
 
+    async def _cont(self) -> None:
+        deadline = time.monotonic() + FINALIZE_TIMEOUT_S
+        while True:
+            try:
+                await self.monitor.execute("cont")
+                return
+            except QmpError as error:
+                if error.description != _NOT_FINALIZED or time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(FINALIZE_POLL_S)
+
+    async def _finalized_state(self) -> str:
+        """The run state after a save: its end is told a moment before `finish-migrate` is left."""
+        deadline = time.monotonic() + FINALIZE_TIMEOUT_S
+        while (run_state := await self._run_state()) == "finish-migrate":
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(FINALIZE_POLL_S)
+        return run_state
+
     async def _pass_fd(self, fd: int) -> None:
         await self.monitor.execute("getfd", {"fdname": _STATE_FD}, fds=[fd])
 
@@ -440,7 +464,7 @@ class QemuVmm:
             raise VmmRefusedError(
                 f"{memory_bytes} bytes of memory are in its device state: RAM is not a shared file"
             )
-        run_state = await self._run_state()
+        run_state = await self._finalized_state()
         if run_state != "postmigrate":
             raise VmmRefusedError(f"saved, its run state is {run_state}")
 
