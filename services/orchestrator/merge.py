@@ -352,17 +352,29 @@ class _Merge:
                 back = replace(back, return_epoch=epoch, phase=Phase.RETURNED)
                 self._write(back, "its source has the guest again, and its destination never had")
             elif row.given_back:
-                continue  # the orchestrator asks its source
+                if active is not None:  # else it stays as it is: the orchestrator asks its source
+                    self._outlived(replace(row, phase=Phase.RETURNED), active)
             elif decided:
-                # Else it stays as it is: the orchestrator waits for the node that knows.
+                done = replace(row, decision=Decision.COMMITTED, phase=Phase.SUCCEEDED)
                 if any(each.node == row.destination_node for each in self._known.evidence):
-                    done = replace(row, decision=Decision.COMMITTED, phase=Phase.SUCCEEDED)
                     self._write(done, "both nodes are done with it")
+                elif active is not None:  # else the orchestrator waits for the node that knows
+                    self._outlived(done, active)
             elif owner is not None or active is not None or self._can_be_asked(row):
                 self._write(
                     replace(row, decision=Decision.ABORTED, phase=Phase.FAILED),
                     "no node has it under way; how it ended is forgotten",
                 )
+
+    def _outlived(self, ended: MigrationRow, active: MigrationRow) -> None:
+        """End what the store has under way: a later one was admitted, so that it had ended."""
+        if active.epoch < max(ended.epoch, ended.return_epoch):
+            raise RebuildConflictError(
+                self._known.vm_id,
+                f"the store has migration {ended.migration_id} under way, and nodes have an"
+                f" earlier one, {active.migration_id}",
+            )
+        self._write(ended, f"migration {active.migration_id} was admitted after it")
 
     def _returned_to(self, row: MigrationRow) -> int:
         """The epoch under which the source has the guest back; 0: it has not, as far as is seen."""

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from services.common.errors import (
     NotFoundError,
 )
 from services.orchestrator.agents import AgentPool
-from services.orchestrator.merge import EPOCH_JUMP, RebuildConflictError
+from services.orchestrator.merge import EPOCH_JUMP, Known, RebuildConflictError, merge
+from services.orchestrator.migration import Decision, Phase
 from services.orchestrator.rebuild import RebuildIncompleteError, Report, rebuild
 from services.orchestrator.store import Store, StoreInDoubtError, open_store
 from services.orchestrator.store.backup import backup, check, in_use, restore
+from services.orchestrator.store.rows import MigrationRow, VmRow, VmState
 from tests.harness.fake_fleet import VM, FakeFleet, eventually
 from tests.unit.orchestrator.test_restarts import FORWARD_POINTS, assert_one_guest
 
@@ -236,6 +239,36 @@ async def test_store_is_restored_under_a_migration(
     await assert_usable(fleet, at)
 
 
+@pytest.mark.parametrize("point", ["validating.entered", "postcopy.entered"])
+@pytest.mark.parametrize("without", [(), ("b",)])
+async def test_store_has_one_move_under_way_and_the_nodes_a_later_one(
+    fleet: FakeFleet, hooks: Path, tmp_path: Path, point: str, without: tuple[str, ...]
+) -> None:
+    """The later one was admitted, so that the former had ended, whoever can still say how."""
+    await fleet.be_patient()
+    hold, reached = (hooks / f"orchestrator.{point}.{each}" for each in ("hold", "reached"))
+    hold.touch()
+    former = await fleet.migrate()
+    await eventually(reached.exists)
+    backup(fleet.store, tmp_path / "copy.db")
+    hold.unlink()
+    await fleet.ended(former)
+    hold = hooks / "orchestrator.postcopy.entered.hold"
+    reached = hooks / "orchestrator.postcopy.entered.reached"
+    reached.unlink(missing_ok=True)
+    hold.touch()
+    later = await fleet.migrate("c")
+    await eventually(reached.exists)
+    await fleet.stop()
+    hold.unlink()
+    restore(fleet.store, tmp_path / "copy.db")
+    await rebuilt(fleet, *without)
+    assert fleet.world.owners(VM) == ["c"]
+    async with opened(fleet) as store:
+        assert [row.migration_id for row in await store.migrations.unfinished()] == [later]
+        assert [(vm.vm_id, vm.node) for vm in await store.fleet.vms()] == [(VM, "c")]
+
+
 def _shells(fleet: FakeFleet) -> list[str]:
     roles = (pb.VM_ROLE_ARRIVING, pb.VM_ROLE_DEPARTING, pb.VM_ROLE_SEALED)
     return [name for name, agent in fleet.agents.items() if agent.evidence(VM).role in roles]
@@ -332,6 +365,39 @@ async def test_two_guests_are_a_persons_work(fleet: FakeFleet) -> None:
     twin.vmm = pb.VMM_STATE_DEAD
     del fleet.b.records[VM]
     await rebuilt(fleet)
+
+
+@pytest.mark.parametrize("seen", [2, 4])
+def test_earlier_move_than_the_stores_is_a_persons_work(seen: int) -> None:
+    """The store has one under epoch 3; the nodes have another. Only a later one proves its end."""
+    vm = VmRow(
+        vm_id=VM,
+        node="a",
+        epoch=1,
+        state=VmState.RUNNING,
+        spec_json="",
+        spec_hash="",
+        memory_bytes=0,
+        created_at_ns=0,
+    )
+    new = MigrationRow.new(
+        migration_id="stores",
+        vm=vm,
+        destination_node="b",
+        bulk_bytes_per_s_max=0,
+        traceparent="",
+        now_ns=1,
+    )
+    stores = replace(new, phase=Phase.POSTCOPY, decision=Decision.COMMITTED, epoch=3)
+    c = pb.Evidence(vm_id=VM, node="c", role=pb.VM_ROLE_ARRIVED, migration_id="nodes")
+    c.epoch_seen = c.epoch_prepared = c.epoch_activating = seen
+    known = Known(vm_id=VM, vm=vm, last_epoch=3, migrations={"stores": stores}, evidence=[c])
+    if seen < stores.epoch:
+        with pytest.raises(RebuildConflictError, match="an earlier one, nodes"):
+            merge(known, now_ns=1)
+    else:
+        merged = {row.migration_id: row.phase for row in merge(known, now_ns=1).migrations}
+        assert merged == {"nodes": Phase.COMMITTED, "stores": Phase.SUCCEEDED}
 
 
 async def test_epochs_jump(fleet: FakeFleet) -> None:
