@@ -168,13 +168,14 @@ class Move:
                 await self._hear_incarnation(evidence)
         last_epoch = await self.context.store.fleet.last_epoch(row.vm_id)
         judgement = judge(row, source, destination, last_epoch=last_epoch)
-        if judgement.verdict is Verdict.FREEZE:
+        if judgement.verdict is Verdict.FREEZE or judgement.invariants:
             # Another orchestrator may have decided meanwhile: then only this process is behind.
             await self.reload()
             if wire_decision(self.row) != wire_decision(row):
                 raise PhaseLostError(
                     "PHASE_LOST", f"migration {row.migration_id} is {self.row.phase} already"
                 )
+        if judgement.verdict is Verdict.FREEZE:
             self.context.doubt.found(judgement.message)
         for invariant in judgement.invariants:
             self.violated(invariant, judgement.message or f"evidence in phase {row.phase}")

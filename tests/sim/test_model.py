@@ -79,6 +79,18 @@ REPLAYED = [
             Op("backup", "", 0, 1),
         ),
     ),
+    # A second orchestrator had moved it on; the first counted a broken I1 by its own old row.
+    Scenario(
+        8383,
+        "lossy",
+        200,
+        (
+            Op("backup", "", 0, 18),
+            Op("end_shell", "a", 0, 20),
+            Op("twin", "", 20, 1119),
+            Op("move", "", 0, 730),
+        ),
+    ),
 ]
 """What once failed, and then what would be a pity to lose."""
 

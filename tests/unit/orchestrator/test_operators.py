@@ -94,10 +94,12 @@ async def test_abandon_frees_both_nodes_and_the_id(fleet: FakeFleet) -> None:
             return True
         return False
 
+    async def freed() -> bool:
+        records = [agent.records[VM] for agent in (fleet.a, fleet.b)]
+        return all(each.role == pb.VM_ROLE_GONE and not each.memory for each in records)
+
     await eventually(forgotten)
-    for agent in (fleet.a, fleet.b):
-        assert agent.records[VM].role == pb.VM_ROLE_GONE
-        assert not agent.records[VM].memory
+    await eventually(freed)
     await fleet.start_vm()
     assert fleet.world.owners(VM) == ["a"]
     assert fleet.world.broken == []
