@@ -12,6 +12,7 @@ import pytest
 
 from services.fault_agent.journal import Journal, JournalWriteError, Record
 from services.fault_agent.node import state_dir_lock
+from tests.harness.small_disk import fill, mounted
 
 pytestmark = pytest.mark.requires("root")
 
@@ -21,24 +22,8 @@ RECORD = Record(vm_id="web-1", boot_id="b", epoch_seen=1)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for a few journals."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", directory], check=True)
-    try:
+    with mounted(tmp_path / "disk", "1M") as directory:
         yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take every byte that is left; unlink it to give them back."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return ballast
 
 
 def remount(disk: Path, how: str) -> None:

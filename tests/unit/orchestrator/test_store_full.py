@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.harness.fake_fleet import VM, FakeFleet, eventually, fake_fleet
+from tests.harness.small_disk import fill, mounted
 
 pytestmark = [pytest.mark.requires("root")]
 
@@ -20,24 +20,8 @@ SIZE = "2M"
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own that is soon full."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", directory], check=True)
-    try:
+    with mounted(tmp_path / "disk", SIZE) as directory:
         yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take every byte that is left; unlink it to give them back."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            return ballast
 
 
 async def assert_moved(fleet: FakeFleet, migration_id: str) -> None:
