@@ -215,7 +215,8 @@ static int converse(int socket, struct gw_inject_result *ret_result)
 	if (err == 0) {
 		const ssize_t sent = gw_sys_send(socket, "c", 1, MSG_NOSIGNAL);
 
-		err = sent < 0 ? (int)sent : 0;
+		/* Nobody takes it: the child has undone everything and gone, and said why before. */
+		err = sent < 0 && sent != -EPIPE ? (int)sent : 0;
 	}
 	/* The last word is the child's: it may have undone everything all the same. */
 	if (err == 0) {

@@ -250,6 +250,33 @@ static void an_agent_killed_before_the_commit_leaves_nothing(void)
 	target_stop(&target);
 }
 
+static void wait_for_a_child(void *argument)
+{
+	siginfo_t info;
+
+	(void)argument;
+	CHECK_EQ(waitid(P_ALL, 0, &info, WEXITED | WNOWAIT), 0);
+}
+
+/* The child fails and is gone before it is told to go on: what it said last is the reason. */
+static void the_reason_of_a_child_that_is_gone_is_heard(void)
+{
+	const struct target target = target_start(WAIT_READ);
+	const int fd_count_before = fd_count(target.pid);
+	struct gw_inject_result result = {.uffd = -7};
+
+	gw_hook_call("inject.received", wait_for_a_child, NULL);
+	gw_sys_fail_nth(GW_SYS_RECV, 1, EIO);
+	CHECK_EQ(gw_inject_uffd(target.pid, target.ram_fd, FEATURES, UFFDIO_REGISTER_MODE_MISSING,
+				&result),
+		 -EIO);
+	gw_sys_fail_none();
+	CHECK_EQ(result.uffd, -7);
+	CHECK_EQ(fd_count(target.pid), fd_count_before);
+	check_back(&target, WAIT_READ);
+	target_stop(&target);
+}
+
 static _Atomic int signal_count;
 
 static void count_signal(int number)
@@ -356,6 +383,7 @@ int main(void)
 	RUN_FORKED(a_failed_step_leaves_the_target_as_it_was);
 	RUN_FORKED(whichever_call_fails_the_target_is_as_it_was);
 	RUN_FORKED(an_agent_killed_before_the_commit_leaves_nothing);
+	RUN_FORKED(the_reason_of_a_child_that_is_gone_is_heard);
 	RUN_FORKED(signals_are_delivered_afterwards);
 	RUN_FORKED(only_shared_writable_mappings_count);
 	return 0;
