@@ -18,6 +18,7 @@ from services.common.listen import Address, parse_address
 from services.common.vm_spec import PAGE_BYTES
 from services.fault_agent import hold_policy, processes
 from services.fault_agent.arrival_watch import ArrivalWatch
+from services.fault_agent.bandwidth import Bandwidth
 from services.fault_agent.drivers.api import (
     Armed,
     ArmTarget,
@@ -66,6 +67,7 @@ class ArrivalEngines:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._bandwidth = Bandwidth(node.pagecore, node.config.peer_bytes_per_s_max)
         self._armed: dict[str, Armed] = {}
         """By VM, from arming to `stop`."""
 
@@ -73,6 +75,7 @@ class ArrivalEngines:
         """At the end of this process: what the VMMs gave us is let go, the guests stay blocked."""
         while self._armed:
             self._armed.popitem()[1].close()
+        self._bandwidth.close()
 
     def require(self, vm: Vm) -> ArrivalWatch:
         """The engine of an arriving VM.
@@ -218,6 +221,7 @@ class ArrivalEngines:
         try:
             # Before it runs: an outage that ends from now on is ours to tell.
             holds_seen = arrival.status().hold_count
+            self._bandwidth.share(arrival, address.host, vm.spec.bandwidth_weight)
             arrival.start()
             vm.watch = ArrivalWatch(
                 arrival,

@@ -12,6 +12,9 @@ SIGTERM therefore means "take no VM and finish receiving", not "exit": it ends o
 it, after --drain-s seconds, or at a second SIGTERM. Departures need it for nothing: the page server
 serves them.
 
+--peer-bytes-per-s-max limits what the guests that arrive from one host fetch in bulk, all together;
+they share it by the bandwidth_weight of their specs. What a guest waits for is never limited.
+
 With --respawn it runs in a child of the process that was started, which has imported all it needs
 and forks the next one when this one is killed: the guest waits for milliseconds, not for Python.
 
@@ -58,6 +61,7 @@ PROGRAM = "fault_agent"
 DRAIN_POLL_S = 0.1
 DRAIN_REPORT_S = 10.0
 NODE_NAME_LEN_MAX = 63
+BYTES_PER_S_MAX = 1 << 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +98,15 @@ class Config:
         parser.add_argument("--orchestrator", default="", metavar="HOST:PORT")
         parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
         parser.add_argument("--microvm", default=MICROVM, metavar="PROGRAM")
+        parser.add_argument("--peer-bytes-per-s-max", type=int, default=0, metavar="BYTES")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
         parser.add_argument("--respawn", action="store_true")
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
             parser.error(f"--drain-s must be > 0, got {args.drain_s}")
+        if not 0 <= args.peer_bytes_per_s_max <= BYTES_PER_S_MAX:
+            parser.error(f"--peer-bytes-per-s-max must be 0..{BYTES_PER_S_MAX}")
         try:
             return cls(
                 node=NodeConfig(
@@ -109,6 +116,7 @@ class Config:
                     ram_dir=args.ram_dir.absolute(),
                     images_dir=(args.images_dir or args.state_dir / "images").absolute(),
                     page_server_control=str(parse_address(args.page_server_control)),
+                    peer_bytes_per_s_max=args.peer_bytes_per_s_max,
                 ),
                 listen=parse_listen(args.listen, insecure_plaintext=args.insecure_plaintext),
                 metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),

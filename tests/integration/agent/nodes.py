@@ -175,7 +175,9 @@ async def kill_vmms(host: Host) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_agent(host: Host, core: PageCore) -> AsyncIterator[Agent]:
+async def running_agent(
+    host: Host, core: PageCore, *, peer_bytes_per_s_max: int = 0
+) -> AsyncIterator[Agent]:
     """The agent of a node; its VMMs outlive it."""
     config = agent_main.Config(
         node=NodeConfig(
@@ -184,6 +186,7 @@ async def running_agent(host: Host, core: PageCore) -> AsyncIterator[Agent]:
             ram_dir=host.ram_dir,
             images_dir=host.images_dir,
             page_server_control=host.control,
+            peer_bytes_per_s_max=peer_bytes_per_s_max,
         ),
         listen=ANY_PORT,
         metrics=ANY_PORT,

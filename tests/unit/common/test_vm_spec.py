@@ -33,6 +33,14 @@ def test_a_spec_survives_its_canonical_form(base: dict[str, object]) -> None:
     assert (again, again.spec_hash) == (spec, spec.spec_hash)
 
 
+def test_a_young_field_is_told_only_where_it_says_something() -> None:
+    """The release before does not know it, and refuses what it does not know."""
+    assert "bandwidth_weight" not in parse(QEMU).canonical_json()
+    weighty = parse(QEMU, bandwidth_weight=300)
+    assert VmSpec.parse(weighty.canonical_json()) == weighty
+    assert weighty.spec_hash != parse(QEMU).spec_hash
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "why"),
     [
@@ -41,6 +49,8 @@ def test_a_spec_survives_its_canonical_form(base: dict[str, object]) -> None:
         (QEMU, {"microvm": {}}, "driver microvm"),
         (QEMU, {"driver": "firecracker"}, "driver"),
         (QEMU, {"memory_bytes": 64 * MIB + 4096}, "2 MiB"),
+        (QEMU, {"bandwidth_weight": 0}, "bandwidth_weight"),
+        (MICROVM, {"bandwidth_weight": 1001}, "bandwidth_weight"),
         (MICROVM, {"accel": "tcg"}, "kvm or thread"),
         (MICROVM, {"microvm": None}, "microvm is missing"),
         (MICROVM, {"vcpus": 33}, "32 vcpus"),
