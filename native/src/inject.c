@@ -172,7 +172,7 @@ static void inject(pid_t pid, int pidfd, uint64_t features, uint64_t register_mo
 /* --- in the caller -------------------------------------------------------------------------- */
 
 /* A report of the child and, if it comes with one, the fd; else *ret_fd is -1. An end is -EPIPE. */
-static int receive_report(int socket, struct report *ret_report, int *ret_fd)
+static int receive_report(int socket, int flags, struct report *ret_report, int *ret_fd)
 {
 	struct iovec iov = {.iov_base = ret_report, .iov_len = sizeof(*ret_report)};
 	union {
@@ -187,7 +187,7 @@ static int receive_report(int socket, struct report *ret_report, int *ret_fd)
 
 	*ret_fd = -1;
 	do
-		got = gw_sys_recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+		got = gw_sys_recvmsg(socket, &message, flags | MSG_CMSG_CLOEXEC);
 	while (got == -EINTR);
 	if (got < 0)
 		return (int)got;
@@ -205,7 +205,8 @@ static int converse(int socket, struct gw_inject_result *ret_result)
 	struct report last = {0};
 	int fd = -1;
 	int none = -1;
-	int err = receive_report(socket, &report, &fd);
+	int flags = 0;
+	int err = receive_report(socket, 0, &report, &fd);
 
 	if (err == 0)
 		err = report.err;
@@ -216,14 +217,17 @@ static int converse(int socket, struct gw_inject_result *ret_result)
 		const ssize_t sent = gw_sys_send(socket, "c", 1, MSG_NOSIGNAL);
 
 		/* Nobody takes it: the child has undone everything and gone, and said why before. */
-		err = sent < 0 && sent != -EPIPE ? (int)sent : 0;
+		if (sent == -EPIPE)
+			flags = MSG_DONTWAIT;
+		else if (sent < 0)
+			err = (int)sent;
 	}
 	/* The last word is the child's: it may have undone everything all the same. */
 	if (err == 0) {
-		err = receive_report(socket, &last, &none);
+		err = receive_report(socket, flags, &last, &none);
 		if (err < 0 && err != -EPIPE)
-			err = receive_report(socket, &last, &none);
-		err = err == 0 ? last.err : err;
+			err = receive_report(socket, flags, &last, &none);
+		err = err == 0 ? last.err : err == -EAGAIN ? -EPIPE : err;
 	}
 	if (err < 0) {
 		if (fd >= 0)
