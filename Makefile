@@ -31,11 +31,13 @@ help: ## list the targets
 .PHONY: setup
 setup: .venv/.project native ## install what is missing, make .venv, build the native part
 
-.PHONY: system system-guest system-lint system-fuzz system-bench
+.PHONY: system system-guest system-postgres system-lint system-fuzz system-bench
 system:
 	@tools/setup_system.sh build
 system-guest:
 	@tools/setup_system.sh guest
+system-postgres:
+	@tools/setup_system.sh postgres
 system-lint:
 	@tools/setup_system.sh lint
 system-fuzz:
@@ -65,7 +67,7 @@ demo: setup ## migrate a real guest to another node and back
 	@.venv/bin/godwit demo $(ARGS)
 
 .PHONY: test
-test: system-guest setup native-test ## all tests, native ones in every variant
+test: system-guest system-postgres setup native-test ## all tests, native ones in every variant
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: soak

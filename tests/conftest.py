@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
+from tests.harness import postgres
 from tests.harness.require import THINGS, missing, require, required_names
 
 # No test asserts on absolute time, so no example has a deadline; what failed can be replayed. In CI
@@ -33,3 +35,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Apply `@pytest.mark.requires(...)` before the fixtures, which may need the thing as well."""
     for mark in item.iter_markers("requires"):
         require(*mark.args)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    """A PostgreSQL of this session, started when the first test asks for it."""
+    require("postgres")
+    with postgres.serving() as server:
+        yield server

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Check that the machine has what a job needs; install what is missing where that is possible.
 #
-# Usage: tools/setup_system.sh GROUP...      groups: build guest lint fuzz bench
+# Usage: tools/setup_system.sh GROUP...      groups: build guest postgres lint fuzz bench
 #
 # It looks for the things themselves, not for packages: what somebody built by hand counts too, and
 # the check costs milliseconds, so it needs no stamp that could go stale.
@@ -54,6 +54,9 @@ check_group() {
 		need_command xz xz-utils
 		need_command ip iproute2
 		;;
+	postgres)
+		postgresql_server || lacks "PostgreSQL's server" postgresql
+		;;
 	bench)
 		need_command valgrind valgrind
 		;;
@@ -66,10 +69,15 @@ check_group() {
 		libfuzzer || lacks "libFuzzer for clang" libclang-rt-14-dev
 		;;
 	*)
-		echo "setup_system.sh: unknown group '$1' (build, guest, lint, fuzz, bench)" >&2
+		echo "setup_system.sh: unknown group '$1' (build, guest, postgres, lint, fuzz, bench)" >&2
 		exit 2
 		;;
 	esac
+}
+
+# Debian keeps the server's programs off PATH.
+postgresql_server() {
+	command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null
 }
 
 libfuzzer() {

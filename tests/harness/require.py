@@ -23,6 +23,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.harness import postgres
+
 REQUIRE_ENV = "GODWIT_REQUIRE"
 
 # linux/userfaultfd.h, linux/kvm.h, linux/if_tun.h
@@ -144,6 +146,9 @@ THINGS: Mapping[str, Thing] = {
         what_to_do="run with CAP_NET_ADMIN, with the tun module loaded and iproute2 installed",
     ),
     "netns": Thing(probe=_probe_netns, what_to_do="run with CAP_SYS_ADMIN"),
+    "postgres": Thing(
+        probe=postgres.missing, what_to_do="apt-get install --no-install-recommends postgresql"
+    ),
     "root": Thing(probe=_probe_root, what_to_do="run as root"),
 }
 

@@ -49,7 +49,7 @@ from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Decision
 from services.orchestrator.move import Context, Limits
 from services.orchestrator.rebuild import rebuild
-from services.orchestrator.store import Store, identity, open_store, schema
+from services.orchestrator.store import Store, identity, open_store, opening, schema
 from services.orchestrator.store.database import Database, typed_errors
 from tests.sim import hosts, network
 from tests.sim.hosts import SPEC, BrokenError, Host, Truth
@@ -93,8 +93,13 @@ sa.event.listen(_ENGINE, "begin", lambda connection: connection.exec_driver_sql(
 class SimDatabase(Database):
     """Durable when a transaction is committed. Whoever asked may be dead before and after."""
 
+    dialect = "sqlite"
+
     def __init__(self, on_write: Callable[[], None]) -> None:
         self._on_write = on_write
+
+    async def prepare(self, work: Callable[[sa.Connection], _T]) -> _T:
+        return await self._do(work, writes=False)
 
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         return await self._do(work, writes=True)
@@ -125,9 +130,8 @@ class SimDatabase(Database):
 def _template() -> bytes:
     """A store with both nodes and the guest on a under epoch 1."""
     with _ENGINE.begin() as connection:
-        schema.metadata.create_all(connection)
+        opening.prepare(connection)
         identity.put(connection, identity.INCARNATION, "STORE-0")
-        identity.put(connection, identity.SCHEMA_VERSION, str(schema.SCHEMA_VERSION))
         for name in "ab":
             connection.execute(
                 sa.insert(schema.nodes).values(

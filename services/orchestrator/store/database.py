@@ -1,43 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One durable file, one writer, and failures that can be told apart.
+"""One durable place, one writer at a time, and failures that can be told apart.
 
-`synchronous=FULL` under WAL: a transaction that has committed survives the loss of power, which is
-what makes the decision a decision (I2). All writes of the process go through one connection in one
-thread, so that they queue here, in order, and never as SQLITE_BUSY in the middle of a transaction;
-another process is kept out by BEGIN IMMEDIATE. Reads have their own connections and never wait.
-A commit is one fdatasync. Left to itself SQLite would add a checkpoint, with two fsyncs more, to
-whatever commit comes after a thousand pages, a decision too: here it runs beside the writes.
-
-A transaction is a function that runs in that thread from its beginning to its end. Rejected:
-SQLAlchemy's asyncio layer over aiosqlite. A task that was cancelled between two of its statements
-left the transaction open and the store locked; and its hop to a thread and back for each statement
-cost several milliseconds more than the fsync, while a guest stands still.
-Source: https://www.sqlite.org/wal.html, https://www.sqlite.org/pragma.html#pragma_synchronous.
+Work is a function of a connection: a transaction that runs from its beginning to its end whatever
+happens to whoever asked for it. It is the same function on SQLite (`sqlite.py`: in a thread) and on
+PostgreSQL (`postgres.py`: SQLAlchemy's asyncio layer, `run_sync`), and on both no two transactions
+that write ever overlap. So what a transaction has read is still true when it writes, and a
+compare-and-swap is an ordinary SELECT and UPDATE: nobody who adds a table has to think of isolation
+levels, of locks or of serialization failures. docs/adr/0009-postgresql.md argues it.
 """
 
 from __future__ import annotations
 
-import asyncio
+import abc
 import contextlib
-import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from services.common.errors import UnavailableError
-
-log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 BUSY_S_MAX = 5
-CHECKPOINT_WRITES = 200
-"""A transaction writes some four pages."""
-READERS_MAX = 4
+"""How long a transaction waits for another process that writes."""
 
 
 class StoreError(UnavailableError):
@@ -49,27 +37,68 @@ class StoreFullError(StoreError):
 
 
 class StoreReadOnlyError(StoreError):
-    """The file or its file system cannot be written."""
+    """The file or its file system cannot be written; the server is a standby."""
 
 
 class StoreBusyError(StoreError):
     """Another process holds the write lock."""
 
 
-_BY_CODE: dict[int, tuple[type[StoreError], str, str]] = {
-    sqlite3.SQLITE_FULL: (StoreFullError, "STORE_FULL", "free space on the store's file system"),
+_Said = tuple[type[StoreError], str, str]
+
+_FULL: _Said = (StoreFullError, "STORE_FULL", "free space on the store's file system")
+_BUSY: _Said = (
+    StoreBusyError,
+    "STORE_BUSY",
+    "is another orchestrator, or a shell, using the same store?",
+)
+_AWAY: _Said = (
+    StoreError,
+    "STORE_UNREACHABLE",
+    "is PostgreSQL running, and may this user connect to it?",
+)
+
+_BY_CODE: dict[int, _Said] = {
+    sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_READONLY: (
         StoreReadOnlyError,
         "STORE_READ_ONLY",
         "make the store's directory writable; a file system that had errors is remounted read-only",
     ),
-    sqlite3.SQLITE_BUSY: (
-        StoreBusyError,
-        "STORE_BUSY",
-        "is another orchestrator, or a shell, using the same store?",
-    ),
-    sqlite3.SQLITE_LOCKED: (StoreBusyError, "STORE_BUSY", "try again"),
+    sqlite3.SQLITE_BUSY: _BUSY,
+    sqlite3.SQLITE_LOCKED: _BUSY,
 }
+
+_BY_STATE: dict[str, _Said] = {
+    "53100": _FULL,
+    "25006": (
+        StoreReadOnlyError,
+        "STORE_READ_ONLY",
+        "the server is a standby, or was made read-only: connect to the primary",
+    ),
+    "55P03": _BUSY,
+    "57014": _BUSY,
+    "40001": _BUSY,
+    "40P01": _BUSY,
+    "53300": _AWAY,
+    "57P01": _AWAY,
+    "57P02": _AWAY,
+    "57P03": _AWAY,
+}
+"""By SQLSTATE. Source: PostgreSQL, Appendix A, Error Codes."""
+
+_FAILED: _Said = (StoreError, "STORE_FAILED", "see the orchestrator's log and the disk's health")
+
+
+def _said(error: sa.exc.SQLAlchemyError) -> _Said:
+    original = getattr(error, "orig", None)
+    state = str(getattr(original, "sqlstate", None) or "")
+    if state.startswith("08") or isinstance(error, sa.exc.TimeoutError):
+        return _AWAY
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return _AWAY
+    code = getattr(original, "sqlite_errorcode", 0) & 0xFF
+    return _BY_STATE.get(state) or _BY_CODE.get(code) or _FAILED
 
 
 @contextlib.contextmanager
@@ -80,80 +109,49 @@ def typed_errors() -> Iterator[None]:
     except sa.exc.IntegrityError:
         raise
     except sa.exc.SQLAlchemyError as error:
+        cls, reason, hint = _said(error)
         original = getattr(error, "orig", None)
-        code = getattr(original, "sqlite_errorcode", 0) & 0xFF
-        cls, reason, hint = _BY_CODE.get(
-            code, (StoreError, "STORE_FAILED", "see the orchestrator's log and the disk's health")
-        )
         raise cls(reason, f"the store failed: {original or error}", hint=hint) from error
 
 
-def _engine(path: Path, *, writer: bool) -> sa.Engine:
-    engine = sa.create_engine(
-        f"sqlite:///{path}",
-        poolclass=sa.pool.QueuePool,
-        pool_size=1 if writer else READERS_MAX,
-        max_overflow=0,
-        connect_args={"timeout": BUSY_S_MAX, "check_same_thread": False},
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def _connected(connection: Any, _record: object) -> None:
-        # sqlite3 must not begin transactions by itself: it would begin deferred ones.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        pragmas = ["foreign_keys=ON", "synchronous=FULL"]
-        pragmas[:0] = ["journal_mode=WAL", "wal_autocheckpoint=0"] if writer else []
-        pragmas += [] if writer else ["query_only=ON"]
-        for pragma in pragmas:
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
-
-    return engine
+def insert(connection: sa.Connection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that may say ON CONFLICT, in the connection's own dialect."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.insert(table)
+    return postgresql.insert(table)
 
 
-class Database:
-    """The file. Work is a function of a connection; it must not keep the connection."""
+class Database(abc.ABC):
+    """The file, or the server. Work must not keep the connection that it is given."""
 
-    def __init__(self, path: Path) -> None:
-        self._writer = _engine(path, writer=True)
-        self._reader = _engine(path, writer=False)
-        self._writing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-write")
-        self._reading = ThreadPoolExecutor(READERS_MAX, thread_name_prefix="store-read")
-        self._writes_since_checkpoint = 0
+    dialect: ClassVar[str]
+    term: int | None = None
+    """Under which this process writes; see leadership.py."""
 
+    @abc.abstractmethod
+    async def prepare(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """Run `work`, which may make the tables, in a transaction; no other `prepare` overlaps it.
+
+        Raises:
+            StoreError: the store cannot be reached or opened.
+        """
+
+    @abc.abstractmethod
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         """Run `work` in a transaction; durable when this returns, rolled back if `work` raises.
 
-        Cancelled, or failed with a StoreError, it may have been committed or not: read.
+        No other transaction writes meanwhile, in whatever process. Cancelled, or failed with a
+        StoreError, it may have been committed or not: read.
+
+        Raises:
+            NotLeaderError: `term` is over; nothing was written.
         """
-        done = await self._run(self._writing, self._writer, work)
-        self._writes_since_checkpoint += 1
-        if self._writes_since_checkpoint >= CHECKPOINT_WRITES:
-            self._writes_since_checkpoint = 0
-            # Nobody waits for it: what it does not get done, the next one does.
-            self._reading.submit(self._checkpoint)
-        return done
 
-    def _checkpoint(self) -> None:
-        """Move what is in the WAL to the database file. PASSIVE: waits for nobody, holds up nobody.
-
-        On a connection that only reads: SQLite lets those checkpoint too.
-        """
-        try:
-            with contextlib.closing(self._reader.raw_connection()) as connection:
-                connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").close()
-        except (sa.exc.SQLAlchemyError, sqlite3.Error) as error:
-            log.warning("checkpoint: %s", error)
-
+    @abc.abstractmethod
     async def read(self, work: Callable[[sa.Connection], _T]) -> _T:
         """Run `work` on a snapshot of what is committed."""
-        return await self._run(self._reading, self._reader, work)
 
+    @abc.abstractmethod
     async def write_then_read(
         self, write: Callable[[sa.Connection], None], read: Callable[[sa.Connection], _T]
     ) -> _T:
@@ -162,28 +160,6 @@ class Database:
         What is returned was read after the commit: it is durable, whoever wrote it.
         """
 
-        def run() -> _T:
-            with typed_errors():
-                with self._writer.begin() as connection:
-                    write(connection)
-                with self._writer.begin() as connection:
-                    return read(connection)
-
-        return await asyncio.get_running_loop().run_in_executor(self._writing, run)
-
-    async def _run(
-        self, thread: ThreadPoolExecutor, engine: sa.Engine, work: Callable[[sa.Connection], _T]
-    ) -> _T:
-        def run() -> _T:
-            with typed_errors(), engine.begin() as connection:
-                return work(connection)
-
-        return await asyncio.get_running_loop().run_in_executor(thread, run)
-
+    @abc.abstractmethod
     async def close(self) -> None:
         """Finish what was begun, then close every connection."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._reading, self._reader.dispose)
-        await loop.run_in_executor(self._writing, self._writer.dispose)
-        for threads in (self._reading, self._writing):
-            threads.shutdown()

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
 
 from services.common.errors import AlreadyExistsError, NotFoundError
 from services.common.vm_spec import VmSpec
 from services.orchestrator.store import schema
-from services.orchestrator.store.database import Database
+from services.orchestrator.store.database import Database, insert
 from services.orchestrator.store.identity import refuse_in_doubt
 from services.orchestrator.store.rows import NodeRow, VmRow, VmState
 
@@ -24,7 +23,7 @@ def next_epoch(connection: sa.Connection, vm_id: str) -> int:
     """
     refuse_in_doubt(connection)
     statement = (
-        sqlite.insert(schema.epochs)
+        insert(connection, schema.epochs)
         .values(vm_id=vm_id, last_epoch=1)
         .on_conflict_do_update(
             index_elements=[schema.epochs.c.vm_id],

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
 
 from services.orchestrator.store import schema
-from services.orchestrator.store.database import Database
+from services.orchestrator.store.database import Database, insert
 from services.orchestrator.store.rows import BitmapRow, IdempotencyRow
 
 ANSWERS_MAX = 10_000
@@ -71,7 +70,7 @@ class IdempotencyTable:
 
         def work(connection: sa.Connection) -> None:
             connection.execute(
-                sqlite.insert(schema.idempotency)
+                insert(connection, schema.idempotency)
                 .values(_make_room(connection, row))
                 .on_conflict_do_nothing()
             )
@@ -99,7 +98,7 @@ class BitmapTable:
 
         def work(connection: sa.Connection) -> None:
             connection.execute(
-                sqlite.insert(table)
+                insert(connection, table)
                 .values(values)
                 .on_conflict_do_update(
                     index_elements=[table.c.vm_id], set_=values, where=table.c.epoch <= row.epoch

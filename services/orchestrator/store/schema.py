@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables, and how an older store becomes a newer one.
+"""The tables of the newest version. A new store is made from them, on either dialect.
 
-Kept to what SQLite and PostgreSQL share, except the triggers: those repeat in SQLite what the code
-never does, so that a bug, or a person with a shell, cannot change a decision or revive an epoch.
+Whoever changes them adds a revision to `upgrades/versions`, which turns a store of the version
+before into this one, and raises SCHEMA_VERSION; a test compares what comes out with what is here.
+The triggers are in `rules.py`.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+"""The newest revision in `upgrades/versions`. A store of a later one is refused (STORE_TOO_NEW)."""
 
 metadata = sa.MetaData()
 
@@ -106,6 +108,19 @@ migrations = sa.Table(
         postgresql_where=sa.text("NOT terminal"),
     ),
     sa.Index("migrations_by_vm", "vm_id", "migration_id"),
+    # What is looked for every few seconds must not be looked for in years of history.
+    sa.Index(
+        "migrations_unfinished",
+        "migration_id",
+        sqlite_where=sa.text("terminal = 0"),
+        postgresql_where=sa.text("NOT terminal"),
+    ),
+    sa.Index(
+        "migrations_owing",
+        "migration_id",
+        sqlite_where=sa.text("destination_owed = 1 OR source_owed = 1"),
+        postgresql_where=sa.text("destination_owed OR source_owed"),
+    ),
 )
 
 transitions = sa.Table(
@@ -155,47 +170,24 @@ idempotency = sa.Table(
     sa.Column("created_at_ns", sa.BigInteger, nullable=False),
 )
 
-_GIVEN_BACK_IS_FINAL = """CREATE TRIGGER IF NOT EXISTS given_back_is_final
-       BEFORE UPDATE ON migrations
-       WHEN (OLD.given_back AND NOT NEW.given_back) OR (NEW.given_back
-       AND (NEW.return_epoch <= NEW.epoch OR NEW.decision IS NOT 'committed'))
-       BEGIN SELECT RAISE(ABORT, 'I5: what was given back stays so, under a fresh epoch'); END"""
-_PHASES_OF_A_RETURN = """CREATE TRIGGER IF NOT EXISTS phases_of_a_return
-       BEFORE UPDATE OF phase ON migrations
-       WHEN (NEW.phase IN ('given_back', 'returned') AND NOT NEW.given_back)
-       OR (NEW.phase = 'giving_back' AND NEW.decision IS NOT 'committed')
-       OR (NEW.given_back AND NEW.phase NOT IN ('given_back', 'returned', 'lost'))
-       BEGIN SELECT RAISE(ABORT, 'I5: the source owns what was given back, and only that'); END"""
-
-_TRIGGERS = (
-    _GIVEN_BACK_IS_FINAL,
-    _PHASES_OF_A_RETURN,
-    """CREATE TRIGGER IF NOT EXISTS decision_is_final BEFORE UPDATE OF decision ON migrations
-       WHEN OLD.decision IS NOT NULL AND NEW.decision IS NOT OLD.decision
-       BEGIN SELECT RAISE(ABORT, 'I2: a decision is never changed'); END""",
-    """CREATE TRIGGER IF NOT EXISTS terminal_is_final BEFORE UPDATE OF phase ON migrations
-       WHEN OLD.terminal AND NEW.phase IS NOT OLD.phase
-       BEGIN SELECT RAISE(ABORT, 'I7: a terminal phase is never left'); END""",
-    """CREATE TRIGGER IF NOT EXISTS epochs_only_grow BEFORE UPDATE ON epochs
-       WHEN NEW.last_epoch <= OLD.last_epoch
-       BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never reused'); END""",
-    """CREATE TRIGGER IF NOT EXISTS epochs_stay BEFORE DELETE ON epochs
-       BEGIN SELECT RAISE(ABORT, 'I1: an epoch is never forgotten'); END""",
+leadership = sa.Table(
+    "leadership",
+    metadata,
+    sa.Column("one", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("term", sa.BigInteger, nullable=False),
+    sa.Column("holder", sa.Text, nullable=False),
+    sa.Column("rest", sa.Text, nullable=False),
+    sa.Column("grpc", sa.Text, nullable=False),
+    sa.Column("expires_at_ns", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("one = 1", name="leadership_is_one"),
 )
-for _trigger in _TRIGGERS:
-    _ddl = sa.DDL(_trigger)  # type: ignore[no-untyped-call]
-    sa.event.listen(metadata, "after_create", _ddl.execute_if(dialect="sqlite"))
+"""Who leads, in which term, until when by the server's clock, and where it is called. One row: see
+leadership.py."""
 
-UPGRADES: dict[int, tuple[str, ...]] = {
-    1: (
-        "ALTER TABLE migrations ADD COLUMN return_epoch BIGINT NOT NULL DEFAULT 0",
-        "ALTER TABLE migrations ADD COLUMN given_back BOOLEAN NOT NULL DEFAULT 0",
-        "ALTER TABLE migrations ADD COLUMN by_force BOOLEAN NOT NULL DEFAULT 0",
-        "ALTER TABLE migrations ADD COLUMN source_owed BOOLEAN NOT NULL DEFAULT 0",
-        _GIVEN_BACK_IS_FINAL,
-        _PHASES_OF_A_RETURN,
-    ),
-    2: ("ALTER TABLE migrations ADD COLUMN freeze_after_ms BIGINT NOT NULL DEFAULT 0",),
-}
-"""Statements that turn the schema of version N into N + 1, by N. One transaction for all of them;
-tables that are new are made before."""
+alembic_version = sa.Table(
+    "alembic_version",
+    metadata,
+    sa.Column("version_num", sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+"""As Alembic would make it."""

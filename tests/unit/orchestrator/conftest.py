@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from services.orchestrator.store import open_store
+from tests.harness import postgres
 from tests.harness.fake_fleet import FakeFleet, fake_fleet
+from tests.harness.stores import Place
 
 
 @pytest.fixture
@@ -28,3 +33,34 @@ def hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield directory
     for hold in directory.glob("*.hold"):
         hold.unlink()
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres_server: postgres.Server) -> Callable[[], str]:
+    """Makes databases with a store in them that nothing was written to; their URLs."""
+    template = postgres_server.create()
+
+    async def make() -> None:
+        async with open_store(postgres_server.url(template)):
+            pass
+
+    asyncio.run(make())
+    return lambda: postgres_server.url(postgres_server.create(template))
+
+
+@pytest.fixture(
+    params=["sqlite", pytest.param("postgresql", marks=pytest.mark.requires("postgres"))]
+)
+def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Place]:
+    """Makes places for stores, of each kind that there is."""
+    if request.param == "postgresql":
+        made: Callable[[], str] = request.getfixturevalue("new_database")
+        return made
+    numbers = itertools.count()
+    return lambda: tmp_path / f"s{next(numbers)}.db"
+
+
+@pytest.fixture
+def place(new_place: Callable[[], Place]) -> Place:
+    """A place for a store."""
+    return new_place()

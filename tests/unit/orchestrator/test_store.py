@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store: one decision, one active migration, epochs that only grow, failures that are typed."""
+"""The store: one decision, one active migration, epochs that only grow.
+
+Every test runs on SQLite and on a real PostgreSQL.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sqlite3
-import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -23,93 +21,27 @@ from services.common.errors import (
     InternalError,
     NotFoundError,
 )
-from services.common.vm_spec import VmSpec
-from services.orchestrator import store as store_package
 from services.orchestrator.migration import Decision, Phase, StepFailed
-from services.orchestrator.store import (
-    PhaseLostError,
-    Store,
-    StoreBusyError,
-    StoreError,
-    StoreFullError,
-    StoreReadOnlyError,
-    database,
-    open_store,
-    records,
-)
-from services.orchestrator.store.rows import (
-    BitmapRow,
-    EventRow,
-    IdempotencyRow,
-    MigrationRow,
-    VmRow,
-    VmState,
-)
+from services.orchestrator.store import PhaseLostError, Store, open_store, records
+from services.orchestrator.store.rows import BitmapRow, EventRow, IdempotencyRow, VmState
+from tests.harness.stores import SPEC, Place, admit, execute, fleet_store, start, switchover
 
 YEAR_NS = 365 * 86400 * 10**9
-SPEC = VmSpec(vm_id="vm-1", memory_bytes=64 << 20, kernel="/boot/vmlinuz")
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    async with fleet_store(tmp_path / "s.db") as opened:
+async def store(place: Place) -> AsyncIterator[Store]:
+    async with fleet_store(place) as opened:
         yield opened
 
 
-@contextlib.asynccontextmanager
-async def fleet_store(path: Path) -> AsyncIterator[Store]:
-    """A store with nodes a and b and vm-1 on a."""
-    async with open_store(path) as opened:
-        for node in "ab":
-            await opened.fleet.put_node(node, f"127.0.0.1:{1000 + ord(node)}", now_ns=1)
-        await start(opened, SPEC)
-        yield opened
-
-
-async def start(store: Store, spec: VmSpec, node: str = "a") -> VmRow:
-    vm = await store.fleet.begin_start(spec, node, now_ns=1)
-    started = await store.fleet.finish_start(vm.vm_id, vm.epoch)
-    assert started is not None
-    return started
-
-
-async def execute(store: Store, statement: str) -> None:
-    """Run SQL as a person with a shell would, on the connection that writes."""
-
-    def work(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(statement)
-
-    await store.database.write(work)
-
-
-async def admit(store: Store, migration_id: str = "m1", **fields: Any) -> MigrationRow:
-    vm = await store.fleet.vm("vm-1")
-    assert vm is not None
-    row = MigrationRow.new(
-        migration_id=migration_id,
-        vm=vm,
-        destination_node="b",
-        bulk_bytes_per_s_max=0,
-        traceparent="",
-        now_ns=1,
-    )
-    row = replace(row, **fields)
-    await store.migrations.create(row, None)
-    return row
-
-
-async def switchover(store: Store, migration_id: str = "m1") -> MigrationRow:
-    row = await store.migrations.reserve_epoch(await admit(store, migration_id))
-    return await store.migrations.enter(row, Phase.SWITCHOVER, now_ns=2)
-
-
-async def test_survives_being_opened_again(tmp_path: Path) -> None:
+async def test_survives_being_opened_again(place: Place) -> None:
     """Everything, and the incarnation, is in the file."""
-    async with fleet_store(tmp_path / "s.db") as store:
+    async with fleet_store(place) as store:
         row = await switchover(store)
         await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
         incarnation = store.incarnation
-    async with open_store(tmp_path / "s.db") as again:
+    async with open_store(place) as again:
         assert again.incarnation == incarnation
         found = await again.migrations.get("m1")
         assert found is not None
@@ -117,53 +49,12 @@ async def test_survives_being_opened_again(tmp_path: Path) -> None:
         assert [each.migration_id for each in await again.migrations.unfinished()] == ["m1"]
 
 
-async def test_is_durable_by_its_settings(tmp_path: Path) -> None:
-    """I2: WAL, and every commit is synced, on the connections that write."""
-
-    def ask(connection: sa.Connection) -> list[object]:
-        pragmas = ("journal_mode", "synchronous", "foreign_keys")
-        return [connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in pragmas]
-
-    async with open_store(tmp_path / "s.db") as store:
-        assert await store.database.write(ask) == ["wal", 2, 1]
-        assert await store.database.write_then_read(lambda _c: None, ask) == ["wal", 2, 1]
-
-
-async def test_no_commit_pays_for_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It runs beside the writes; what was written is in the file without the WAL then."""
-    monkeypatch.setattr(database, "CHECKPOINT_WRITES", 5)
-    ran = threading.Event()
-
-    class Watched(database.Database):
-        def _checkpoint(self) -> None:
-            super()._checkpoint()
-            ran.set()
-
-    monkeypatch.setattr(store_package, "Database", Watched)
-    async with open_store(tmp_path / "s.db") as store:
-
-        def ask(connection: sa.Connection) -> object:
-            return connection.exec_driver_sql("PRAGMA wal_autocheckpoint").scalar_one()
-
-        assert await store.database.write(ask) == 0
-        before = (tmp_path / "s.db").read_bytes()
-        for number in range(5):
-            await store.fleet.put_node(f"n{number}", "127.0.0.1:1", now_ns=1)
-        assert await asyncio.to_thread(ran.wait, 60)
-        assert (tmp_path / "s.db").read_bytes() != before
-
-
-async def test_newer_schema_is_refused(tmp_path: Path) -> None:
+async def test_newer_schema_is_refused(place: Place) -> None:
     """A store that a later release wrote is left alone."""
-    async with open_store(tmp_path / "s.db"):
-        pass
-    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as connection:
-        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
-        connection.commit()
+    async with open_store(place) as store:
+        await execute(store, "UPDATE meta SET value = '99' WHERE key = 'schema_version'")
     with pytest.raises(FailedPreconditionError, match="STORE_TOO_NEW"):
-        async with open_store(tmp_path / "s.db"):
+        async with open_store(place):
             pass
 
 
@@ -244,10 +135,9 @@ async def test_cancel_past_commit_is_refused(store: Store) -> None:
         await store.migrations.request_cancel("m2")
 
 
-async def test_race_of_two_stores_has_one_winner(tmp_path: Path) -> None:
+async def test_race_of_two_stores_has_one_winner(place: Place) -> None:
     """I2: two processes' worth of connections, COMMITTED against ABORTED, many times."""
-    path = tmp_path / "s.db"
-    async with fleet_store(path) as one, open_store(path) as two:
+    async with fleet_store(place) as one, open_store(place) as two:
         winners = set()
         for turn in range(12):
             vm = await one.fleet.vm("vm-1")
@@ -343,8 +233,8 @@ def _migrations() -> sa.Table:
     return schema.migrations
 
 
-async def test_race_of_two_admissions_has_one_winner(tmp_path: Path) -> None:
-    async with fleet_store(tmp_path / "s.db") as one, open_store(tmp_path / "s.db") as two:
+async def test_race_of_two_admissions_has_one_winner(place: Place) -> None:
+    async with fleet_store(place) as one, open_store(place) as two:
         said = await asyncio.gather(admit(one, "m1"), admit(two, "m2"), return_exceptions=True)
         assert sorted(isinstance(each, AlreadyExistsError) for each in said) == [False, True]
 
@@ -410,9 +300,9 @@ async def test_reserving_twice_is_one_epoch(store: Store) -> None:
     assert (await store.migrations.reserve_epoch(row)).epoch == once.epoch
 
 
-async def test_epochs_of_two_stores_never_meet(tmp_path: Path) -> None:
+async def test_epochs_of_two_stores_never_meet(place: Place) -> None:
     """Concurrent issuers of one file."""
-    async with open_store(tmp_path / "s.db") as one, open_store(tmp_path / "s.db") as two:
+    async with open_store(place) as one, open_store(place) as two:
         await one.fleet.put_node("a", "127.0.0.1:1", now_ns=1)
         vms = [SPEC.model_copy(update={"vm_id": f"v{turn}"}) for turn in range(3)]
         for vm in vms:
@@ -505,64 +395,7 @@ async def test_bitmap_of_an_older_epoch_does_not_overwrite(store: Store) -> None
 # --- failures ---
 
 
-async def test_full_disk_is_typed_and_loses_nothing(store: Store) -> None:
-    row = await switchover(store)
-    await execute(store, "PRAGMA max_page_count = 1")
-    with pytest.raises(StoreFullError, match="STORE_FULL") as full:
-        await store.migrations.record("m1", counters=b"x" * 2_000_000)
-    assert full.value.hint
-    assert full.value.retryable
-    # Reading goes on, and what fits into the pages that are there.
-    assert (await store.migrations.get("m1")) is not None
-    decided = await store.migrations.decide(row, Decision.ABORTED, now_ns=3)
-    assert decided.decision is Decision.ABORTED
-
-
-async def test_decision_on_a_full_disk_is_undecided(store: Store) -> None:
-    row = await switchover(store)
-
-    def fill(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("PRAGMA max_page_count = 1")
-        connection.exec_driver_sql("UPDATE migrations SET counters = zeroblob(1000000)")
-
-    with pytest.raises(StoreFullError):
-        await store.database.write(fill)
-    found = await store.migrations.get("m1")
-    assert found is not None
-    assert found.decision is None
-    assert row.version == found.version
-
-
-async def test_read_only_store_is_typed(store: Store) -> None:
-    await admit(store)
-    await execute(store, "PRAGMA query_only = ON")
-    with pytest.raises(StoreReadOnlyError, match="STORE_READ_ONLY"):
-        await store.migrations.record("m1", reason="x")
-
-
-async def test_locked_store_is_typed(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process that holds the lock is told apart from a broken disk."""
-    await execute(store, "PRAGMA busy_timeout = 1")
-    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreBusyError, match="STORE_BUSY"):
-            await store.fleet.put_node("c", "127.0.0.1:1", now_ns=1)
-        # Readers do not care.
-        assert len(await store.fleet.nodes()) == 2
-        other.execute("ROLLBACK")
-    await store.fleet.put_node("c", "127.0.0.1:1", now_ns=1)
-
-
-async def test_file_that_is_no_store_is_typed(tmp_path: Path) -> None:
-    (tmp_path / "s.db").write_bytes(b"not a database" * 1000)
-    with pytest.raises(StoreError, match="STORE_FAILED"):
-        async with open_store(tmp_path / "s.db"):
-            pass
-
-
-async def test_cancelled_write_is_whole_or_not_there(store: Store, tmp_path: Path) -> None:
+async def test_cancelled_write_is_whole_or_not_there(store: Store, place: Place) -> None:
     """A task that is cancelled in a transaction leaves no lock, and no half of it."""
     await admit(store)
     for turn in range(30):
@@ -577,13 +410,13 @@ async def test_cancelled_write_is_whole_or_not_there(store: Store, tmp_path: Pat
         assert found is not None
         assert found.reason[1:] == found.message[1:]
     await store.migrations.record("m1", reason="last")
-    with contextlib.closing(sqlite3.connect(tmp_path / "s.db", timeout=0)) as other:
-        other.execute("UPDATE nodes SET agent_address = 'x'")
+    async with open_store(place) as other:
+        await execute(other, "UPDATE nodes SET agent_address = 'x'")
 
 
-async def test_rehearsal_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_rehearsal_leaves_nothing_behind(place: Place) -> None:
     """Opening a store takes no decision in it."""
-    async with open_store(tmp_path / "s.db") as store:
+    async with open_store(place) as store:
         assert await store.fleet.nodes() == []
         assert await store.migrations.unfinished() == []
         assert await store.fleet.last_epoch("-") == 0
@@ -598,12 +431,12 @@ async def test_rehearsal_leaves_nothing_behind(tmp_path: Path) -> None:
     )
 )
 def test_any_history_has_one_owner_and_growing_epochs(
-    moves: list[tuple[Decision, bool, bool]], tmp_path_factory: pytest.TempPathFactory
+    moves: list[tuple[Decision, bool, bool]], new_place: Callable[[], Place]
 ) -> None:
     """Decisions tried in any order, repeated, with cancels between: owner and epoch agree."""
 
-    async def run(path: Path) -> None:
-        async with fleet_store(path) as store:
+    async def run(place: Place) -> None:
+        async with fleet_store(place) as store:
             last = 0
             for turn, (wanted, again, cancelled) in enumerate(moves):
                 vm = await store.fleet.vm("vm-1")
@@ -628,4 +461,4 @@ def test_any_history_has_one_owner_and_growing_epochs(
                 final = Phase.SUCCEEDED if committed else Phase.FAILED
                 await store.migrations.enter(decided, final, now_ns=4)
 
-    asyncio.run(run(tmp_path_factory.mktemp("store") / "s.db"))
+    asyncio.run(run(new_place()))

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from services.orchestrator.migration import (
     FORWARD,
@@ -21,10 +23,10 @@ from services.orchestrator.migration import (
     NeverRan,
     Phase,
 )
-from services.orchestrator.store import Store, open_store, schema
+from services.orchestrator.store import Store, open_store, opening, schema, upgrades
 from services.orchestrator.store.backup import check
-from services.orchestrator.store.database import StoreError
 from services.orchestrator.store.rows import MigrationRow
+from tests.harness.stores import Place
 
 OLD = Path(__file__).with_name("store_v1.sql")
 
@@ -145,7 +147,9 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _rows(path: Path, table: str) -> list[dict[str, Any]]:
     with _opened(path) as connection:
-        return [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2")]
+        order = "1" if table == "alembic_version" else "1, 2"
+        query = f"SELECT * FROM {table} ORDER BY {order}"
+        return [dict(row) for row in connection.execute(query)]
 
 
 def _all(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -169,6 +173,11 @@ async def test_nothing_that_was_there_changes(old_store: Path) -> None:
     }
     del before["meta"]
     assert after.pop("events") == []
+    assert after.pop("alembic_version") == [
+        {"version_num": upgrades.revision(schema.SCHEMA_VERSION)}
+    ]
+    nobody = {"one": 1, "term": 0, "holder": "", "rest": "", "grpc": "", "expires_at_ns": 0}
+    assert after.pop("leadership") == [nobody]
     new = {"return_epoch": 0, "given_back": 0, "by_force": 0, "source_owed": 0}
     new |= {"freeze_after_ms": 0}
     before["migrations"] = [row | new for row in before["migrations"]]
@@ -273,18 +282,85 @@ async def _get(store: Store, phase: Phase) -> MigrationRow:
     return row
 
 
-@pytest.mark.parametrize("done", range(len(schema.UPGRADES[1])))
+class _PulledError(Exception):
+    """The plug was."""
+
+
+def _changes(path: Path, plug: int | None) -> int:
+    """Upgrade, but for `plug` statements; how many there were."""
+    count = 0
+
+    def seen(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        nonlocal count
+        if not statement.lstrip().upper().startswith(("SELECT", "PRAGMA")):
+            if count == plug:
+                raise _PulledError
+            count += 1
+
+    engine = sa.create_engine(f"sqlite:///{path}")
+    sa.event.listen(engine, "connect", lambda raw, _record: setattr(raw, "isolation_level", None))
+    sa.event.listen(engine, "begin", lambda each: each.exec_driver_sql("BEGIN IMMEDIATE"))
+    sa.event.listen(engine, "before_cursor_execute", seen)
+    try:
+        with contextlib.suppress(_PulledError), engine.begin() as connection:
+            opening.prepare(connection)
+    finally:
+        engine.dispose()
+    return count
+
+
 async def test_an_upgrade_that_fails_half_way_changes_nothing(
-    old_store: Path, done: int, monkeypatch: pytest.MonkeyPatch
+    old_store: Path, tmp_path: Path
 ) -> None:
     """All of it or none: the older release, or the next try, finds the store as it was."""
     before = _all(old_store), _shape(old_store)
-    broken = (*schema.UPGRADES[1][:done], "ALTER TABLE none ADD COLUMN x BIGINT")
-    with monkeypatch.context() as patch:
-        patch.setitem(schema.UPGRADES, 1, broken)
-        with pytest.raises(StoreError):
-            async with open_store(old_store):
-                pass
-    assert (_all(old_store), _shape(old_store)) == before
+    shutil.copy(old_store, tmp_path / "copy.db")
+    statements = _changes(tmp_path / "copy.db", None)
+    assert statements > 15
+    for plug in range(1, statements):
+        assert _changes(old_store, plug) == plug
+        assert (_all(old_store), _shape(old_store)) == before
     async with open_store(old_store) as store:
         await assert_as_written(store)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+async def test_every_version_becomes_the_newest(
+    old_store: Path, tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of version 2 or 3, as those releases left it: without Alembic's table."""
+    if version > 1:
+        with monkeypatch.context() as patch:
+            patch.setattr(schema, "SCHEMA_VERSION", version)
+            _changes(old_store, None)
+        with _opened(old_store) as connection:
+            connection.execute("DROP TABLE alembic_version")
+    new_store = tmp_path / "new.db"
+    for path in (old_store, new_store):
+        async with open_store(path):
+            pass
+    assert _shape(old_store) == _shape(new_store)
+    async with open_store(old_store) as store:
+        await assert_as_written(store)
+
+
+def test_revisions_end_at_the_newest_version() -> None:
+    """One line of them, and the number in schema.py is its end."""
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(upgrades.__file__).parent))
+    assert script.get_heads() == [upgrades.revision(schema.SCHEMA_VERSION)]
+    known = [each.revision for each in script.walk_revisions()]
+    assert sorted(known) == [upgrades.revision(n + 1) for n in range(schema.SCHEMA_VERSION)]
+
+
+async def test_the_tables_are_what_schema_says(new_place: Callable[[], Place]) -> None:
+    """On both dialects, as Alembic sees them."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    def compare(connection: sa.Connection) -> list[Any]:
+        return list(compare_metadata(MigrationContext.configure(connection), schema.metadata))
+
+    async with open_store(new_place()) as store:
+        assert await store.database.read(compare) == []
