@@ -12,7 +12,18 @@ from typing import NoReturn
 
 import typer
 
-from services.cli import bitmap, certs, demo, migrations, nodes, processes, rescue, store, vms
+from services.cli import (
+    bitmap,
+    certs,
+    demo,
+    migrations,
+    nodes,
+    processes,
+    rescue,
+    simulate,
+    store,
+    vms,
+)
 from services.cli.exit_status import ExitStatus, of_http
 from services.cli.session import ENV_URL, Options, OutputOption, UrlOption
 
@@ -41,6 +52,7 @@ app.command("break-glass")(rescue.break_glass)
 app.add_typer(store.app, name="store")
 app.add_typer(certs.app, name="certs")
 app.command()(demo.demo)
+app.command()(simulate.simulate)
 app.command("page-server", context_settings=processes.PASS_ON)(processes.page_server)
 app.command("fault-agent", context_settings=processes.PASS_ON)(processes.fault_agent)
 app.command("orchestrator", context_settings=processes.PASS_ON)(processes.orchestrator)
