@@ -149,7 +149,8 @@ async def test_a_destination_that_dies_before_the_decision_costs_nothing(
     await nodes.prepare(a, b, orders)
     await nodes.pause(a, orders)
     await processes.kill(vmm_of(b, "guest"))
-    assert await reason_of(nodes.transfer(a, b, orders)) == "WRONG_STATE"
+    # The second: gRPC reset the stream before the answer that ended it was read (1 run in 60).
+    assert await reason_of(nodes.transfer(a, b, orders)) in {"WRONG_STATE", "PEER_INTERNAL"}
     assert (await nodes.describe(b, "guest")).epoch_loaded == 0
 
     gone = await nodes.abort(b, orders, pb.SIDE_DESTINATION)
