@@ -579,6 +579,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 #include <godwit/pacer.h>
+#include <godwit/tls.h>
 #include <godwit/arrival.h>
 #include <godwit/serve.h>
 #include <godwit/inject.h>
@@ -591,138 +592,171 @@ static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 123), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 154), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *)
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival *
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *)
+/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 143), // struct gw_arrival *
 /* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, char const *, uint32_t)
 /* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 102), // char const *
+/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // char const *
 /* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
 /* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 125), // struct gw_pacer *
+/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 156), // struct gw_pacer *
 /* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival *, uint64_t)
+/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, uint64_t)
 /* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
 /* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *)
-/* 34 */ _CFFI_OP(_CFFI_OP_POINTER, 112), // struct gw_arrival const *
-/* 35 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 36 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, struct gw_arrival_status *)
-/* 37 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 38 */ _CFFI_OP(_CFFI_OP_POINTER, 116), // struct gw_arrival_status *
-/* 39 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, uint64_t)
-/* 41 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 42 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 43 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival const *, uint8_t *, size_t)
-/* 45 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 46 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // uint8_t *
-/* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, uint8_t const *, uint64_t)
+/* 34 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 166), // uint8_t const *
+/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *)
+/* 39 */ _CFFI_OP(_CFFI_OP_POINTER, 143), // struct gw_arrival const *
+/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 42 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
+/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // struct gw_arrival_status *
+/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint64_t)
+/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
+/* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 50 */ _CFFI_OP(_CFFI_OP_POINTER, 113), // struct gw_arrival_config const *
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint8_t *)
+/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
+/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 166), // uint8_t *
 /* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *)
-/* 54 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve *
-/* 55 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 56 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *, char const *)
-/* 57 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
-/* 58 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 60 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve *, struct gw_serve_image const *)
-/* 61 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
-/* 62 */ _CFFI_OP(_CFFI_OP_POINTER, 129), // struct gw_serve_image const *
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *)
-/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 127), // struct gw_serve const *
-/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *, char const *)
-/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 70 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve const *, struct gw_serve_stats *)
-/* 72 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
-/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 132), // struct gw_serve_stats *
-/* 74 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 76 */ _CFFI_OP(_CFFI_OP_POINTER, 128), // struct gw_serve_config const *
-/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 54), // struct gw_serve * *
-/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(uint64_t *)
-/* 80 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
-/* 81 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION, 111), // int()(uint64_t, struct gw_pacer * *)
-/* 83 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 84 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // struct gw_pacer * *
-/* 85 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
-/* 87 */ _CFFI_OP(_CFFI_OP_NOOP, 34),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_arrival *)
-/* 90 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 91 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_pacer *)
-/* 93 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 95 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_pacer *, uint64_t)
-/* 96 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 97 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 99 */ _CFFI_OP(_CFFI_OP_FUNCTION, 134), // void()(struct gw_serve *)
-/* 100 */ _CFFI_OP(_CFFI_OP_NOOP, 54),
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 103 */ _CFFI_OP(_CFFI_OP_ARRAY, 102), // char[192]
-/* 104 */ (_cffi_opcode_t)(192),
-/* 105 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 106 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
-/* 107 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
-/* 108 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
-/* 109 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
-/* 110 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
-/* 111 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 112 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 113 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 114 */ _CFFI_OP(_CFFI_OP_POINTER, 115), // struct gw_arrival_region const *
-/* 115 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 116 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 117 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
-/* 118 */ _CFFI_OP(_CFFI_OP_ARRAY, 117), // struct gw_hold[8]
-/* 119 */ (_cffi_opcode_t)(8),
-/* 120 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
-/* 121 */ _CFFI_OP(_CFFI_OP_ARRAY, 120), // struct gw_inject_range[64]
-/* 122 */ (_cffi_opcode_t)(64),
-/* 123 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
-/* 124 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
-/* 125 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
-/* 126 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_prefetch_summary
-/* 127 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve
-/* 128 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_config
-/* 129 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_image
-/* 130 */ _CFFI_OP(_CFFI_OP_POINTER, 131), // struct gw_serve_region const *
-/* 131 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_region
-/* 132 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_stats
-/* 133 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 134 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
+/* 55 */ _CFFI_OP(_CFFI_OP_NOOP, 51),
+/* 56 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 144), // struct gw_arrival_config const *
+/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
+/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *)
+/* 63 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_serve *
+/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *, char const *)
+/* 66 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
+/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
+/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 160), // struct gw_serve_image const *
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *)
+/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_serve const *
+/* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *, char const *)
+/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 74),
+/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 74),
+/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 163), // struct gw_serve_stats *
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 159), // struct gw_serve_config const *
+/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 63), // struct gw_serve * *
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_files const *, char *, struct gw_tls_identity * *)
+/* 89 */ _CFFI_OP(_CFFI_OP_POINTER, 164), // struct gw_tls_files const *
+/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // char *
+/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_tls_identity * *
+/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_identity *, char *)
+/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 165), // struct gw_tls_identity *
+/* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
+/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_identity *, uint8_t const *)
+/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
+/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(uint64_t *)
+/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
+/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(uint64_t, struct gw_pacer * *)
+/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // struct gw_pacer * *
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // struct gw_tls_identity *()(struct gw_tls_identity *)
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
+/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
+/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_tls_identity const *)
+/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 165), // struct gw_tls_identity const *
+/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_arrival *)
+/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
+/* 119 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_pacer *)
+/* 121 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_pacer *, uint64_t)
+/* 124 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
+/* 125 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_serve *)
+/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_tls_identity *)
+/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 133 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 134 */ _CFFI_OP(_CFFI_OP_ARRAY, 133), // char[192]
+/* 135 */ (_cffi_opcode_t)(192),
+/* 136 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
+/* 137 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
+/* 138 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
+/* 139 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
+/* 140 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
+/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 143 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 144 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 145 */ _CFFI_OP(_CFFI_OP_POINTER, 146), // struct gw_arrival_region const *
+/* 146 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 147 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 148 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
+/* 149 */ _CFFI_OP(_CFFI_OP_ARRAY, 148), // struct gw_hold[8]
+/* 150 */ (_cffi_opcode_t)(8),
+/* 151 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
+/* 152 */ _CFFI_OP(_CFFI_OP_ARRAY, 151), // struct gw_inject_range[64]
+/* 153 */ (_cffi_opcode_t)(64),
+/* 154 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
+/* 155 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
+/* 156 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
+/* 157 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_prefetch_summary
+/* 158 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve
+/* 159 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_config
+/* 160 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_image
+/* 161 */ _CFFI_OP(_CFFI_OP_POINTER, 162), // struct gw_serve_region const *
+/* 162 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_region
+/* 163 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_stats
+/* 164 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct gw_tls_files
+/* 165 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct gw_tls_identity
+/* 166 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 167 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -944,19 +978,19 @@ _cffi_f_gw_arrival_bitmap(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg0, (char **)&x0);
+      _cffi_type(39), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(46), arg1, (char **)&x1);
+      _cffi_type(51), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(46), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1001,19 +1035,19 @@ _cffi_f_gw_arrival_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(50), arg0, (char **)&x0);
+      _cffi_type(59), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(50), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(51), arg1, (char **)&x1);
+      _cffi_type(60), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1122,10 +1156,10 @@ _cffi_f_gw_arrival_generation(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg0, (char **)&x0);
+      _cffi_type(39), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1193,6 +1227,59 @@ _cffi_f_gw_arrival_open_gate(PyObject *self, PyObject *args)
 #  define _cffi_f_gw_arrival_open_gate _cffi_d_gw_arrival_open_gate
 #endif
 
+static int _cffi_d_gw_arrival_page_server_key(struct gw_arrival const * x0, uint8_t * x1)
+{
+  return gw_arrival_page_server_key(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_arrival_page_server_key(PyObject *self, PyObject *args)
+{
+  struct gw_arrival const * x0;
+  uint8_t * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_arrival_page_server_key", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(39), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(51), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_arrival_page_server_key(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_arrival_page_server_key _cffi_d_gw_arrival_page_server_key
+#endif
+
 static int _cffi_d_gw_arrival_page_state(struct gw_arrival const * x0, uint64_t x1)
 {
   return gw_arrival_page_state(x0, x1);
@@ -1214,10 +1301,10 @@ _cffi_f_gw_arrival_page_state(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg0, (char **)&x0);
+      _cffi_type(39), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1346,6 +1433,65 @@ _cffi_f_gw_arrival_set_page_server(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_gw_arrival_set_page_server _cffi_d_gw_arrival_set_page_server
+#endif
+
+static int _cffi_d_gw_arrival_set_token(struct gw_arrival * x0, uint8_t const * x1, uint64_t x2)
+{
+  return gw_arrival_set_token(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_arrival_set_token(PyObject *self, PyObject *args)
+{
+  struct gw_arrival * x0;
+  uint8_t const * x1;
+  uint64_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "gw_arrival_set_token", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(17), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(35), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint64_t);
+  if (x2 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_arrival_set_token(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_arrival_set_token _cffi_d_gw_arrival_set_token
 #endif
 
 static int _cffi_d_gw_arrival_share(struct gw_arrival * x0, struct gw_pacer * x1, uint32_t x2)
@@ -1504,19 +1650,19 @@ _cffi_f_gw_arrival_status(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg0, (char **)&x0);
+      _cffi_type(39), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(38), arg1, (char **)&x1);
+      _cffi_type(43), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival_status *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(38), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(43), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1551,10 +1697,10 @@ _cffi_f_gw_arrival_wait_fd(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(34), arg0, (char **)&x0);
+      _cffi_type(39), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(34), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1725,10 +1871,10 @@ _cffi_f_gw_pacer_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(84), arg1, (char **)&x1);
+      _cffi_type(106), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(84), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1851,19 +1997,19 @@ _cffi_f_gw_serve_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(76), arg0, (char **)&x0);
+      _cffi_type(85), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(76), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(77), arg1, (char **)&x1);
+      _cffi_type(86), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(77), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(86), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1896,10 +2042,10 @@ _cffi_f_gw_serve_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg0, (char **)&x0);
+      _cffi_type(63), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1934,10 +2080,10 @@ _cffi_f_gw_serve_drain(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg0, (char **)&x0);
+      _cffi_type(63), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1978,10 +2124,10 @@ _cffi_f_gw_serve_image_stream_count(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(74), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2025,10 +2171,10 @@ _cffi_f_gw_serve_port(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(74), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2069,19 +2215,19 @@ _cffi_f_gw_serve_put_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg0, (char **)&x0);
+      _cffi_type(63), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(62), arg1, (char **)&x1);
+      _cffi_type(71), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_image const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(62), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(71), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2122,10 +2268,10 @@ _cffi_f_gw_serve_remove_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg0, (char **)&x0);
+      _cffi_type(63), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2169,10 +2315,10 @@ _cffi_f_gw_serve_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(54), arg0, (char **)&x0);
+      _cffi_type(63), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(54), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2213,19 +2359,19 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(65), arg0, (char **)&x0);
+      _cffi_type(74), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(65), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(73), arg1, (char **)&x1);
+      _cffi_type(82), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(73), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(82), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2243,6 +2389,341 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_gw_serve_stats _cffi_d_gw_serve_stats
+#endif
+
+static int _cffi_d_gw_tls_identity_create(struct gw_tls_files const * x0, char * x1, struct gw_tls_identity * * x2)
+{
+  return gw_tls_identity_create(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_create(PyObject *self, PyObject *args)
+{
+  struct gw_tls_files const * x0;
+  char * x1;
+  struct gw_tls_identity * * x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "gw_tls_identity_create", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(89), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_files const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(89), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(90), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(91), arg2, (char **)&x2);
+  if (datasize != 0) {
+    x2 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity * *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(91), arg2, (char **)&x2,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_create(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_create _cffi_d_gw_tls_identity_create
+#endif
+
+static int _cffi_d_gw_tls_identity_pin(struct gw_tls_identity * x0, uint8_t const * x1)
+{
+  return gw_tls_identity_pin(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_pin(PyObject *self, PyObject *args)
+{
+  struct gw_tls_identity * x0;
+  uint8_t const * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_tls_identity_pin", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(94), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(35), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_pin(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_pin _cffi_d_gw_tls_identity_pin
+#endif
+
+static uint64_t _cffi_d_gw_tls_identity_pinned_count(struct gw_tls_identity const * x0)
+{
+  return gw_tls_identity_pinned_count(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_pinned_count(PyObject *self, PyObject *arg0)
+{
+  struct gw_tls_identity const * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  uint64_t result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(115), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_pinned_count(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, uint64_t);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_pinned_count _cffi_d_gw_tls_identity_pinned_count
+#endif
+
+static struct gw_tls_identity * _cffi_d_gw_tls_identity_ref(struct gw_tls_identity * x0)
+{
+  return gw_tls_identity_ref(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_ref(PyObject *self, PyObject *arg0)
+{
+  struct gw_tls_identity * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  struct gw_tls_identity * result;
+  PyObject *pyresult;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(94), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_ref(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(94));
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_ref _cffi_d_gw_tls_identity_ref
+#endif
+
+static int _cffi_d_gw_tls_identity_reload(struct gw_tls_identity * x0, char * x1)
+{
+  return gw_tls_identity_reload(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_reload(PyObject *self, PyObject *args)
+{
+  struct gw_tls_identity * x0;
+  char * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_tls_identity_reload", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(94), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(90), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_reload(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_reload _cffi_d_gw_tls_identity_reload
+#endif
+
+static int _cffi_d_gw_tls_identity_unpin(struct gw_tls_identity * x0, uint8_t const * x1)
+{
+  return gw_tls_identity_unpin(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_unpin(PyObject *self, PyObject *args)
+{
+  struct gw_tls_identity * x0;
+  uint8_t const * x1;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_tls_identity_unpin", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(94), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(35), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_tls_identity_unpin(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_tls_identity_unpin _cffi_d_gw_tls_identity_unpin
+#endif
+
+static void _cffi_d_gw_tls_identity_unref(struct gw_tls_identity * x0)
+{
+  gw_tls_identity_unref(x0);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_tls_identity_unref(PyObject *self, PyObject *arg0)
+{
+  struct gw_tls_identity * x0;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(94), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { gw_tls_identity_unref(x0); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+#else
+#  define _cffi_f_gw_tls_identity_unref _cffi_d_gw_tls_identity_unref
 #endif
 
 static char const * _cffi_d_gw_uffd_feature_name(uint64_t x0)
@@ -2290,10 +2771,10 @@ _cffi_f_gw_uffd_probe(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(80), arg0, (char **)&x0);
+      _cffi_type(102), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(80), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(102), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2349,6 +2830,15 @@ static int _cffi_const_GW_ARRIVAL_REGION_COUNT_MAX(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_GW_ARRIVAL_TOKEN_LEN_MAX(unsigned long long *o)
+{
+  int n = (GW_ARRIVAL_TOKEN_LEN_MAX) <= 0;
+  *o = (unsigned long long)((GW_ARRIVAL_TOKEN_LEN_MAX) | 0);  /* check that GW_ARRIVAL_TOKEN_LEN_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 1024U))
+    n |= 2;
+  return n;
+}
+
 static int _cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX(unsigned long long *o)
 {
   int n = (GW_ARRIVAL_UFFD_COUNT_MAX) <= 0;
@@ -2381,6 +2871,51 @@ static int _cffi_const_GW_SERVE_REGION_COUNT_MAX(unsigned long long *o)
   int n = (GW_SERVE_REGION_COUNT_MAX) <= 0;
   *o = (unsigned long long)((GW_SERVE_REGION_COUNT_MAX) | 0);  /* check that GW_SERVE_REGION_COUNT_MAX is an integer */
   if (!_cffi_check_int(*o, n, 64U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_SERVE_TOKEN_KEY_LEN(unsigned long long *o)
+{
+  int n = (GW_SERVE_TOKEN_KEY_LEN) <= 0;
+  *o = (unsigned long long)((GW_SERVE_TOKEN_KEY_LEN) | 0);  /* check that GW_SERVE_TOKEN_KEY_LEN is an integer */
+  if (!_cffi_check_int(*o, n, 32U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_TLS_KEY_LEN(unsigned long long *o)
+{
+  int n = (GW_TLS_KEY_LEN) <= 0;
+  *o = (unsigned long long)((GW_TLS_KEY_LEN) | 0);  /* check that GW_TLS_KEY_LEN is an integer */
+  if (!_cffi_check_int(*o, n, 32U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_TLS_NAME_LEN_MAX(unsigned long long *o)
+{
+  int n = (GW_TLS_NAME_LEN_MAX) <= 0;
+  *o = (unsigned long long)((GW_TLS_NAME_LEN_MAX) | 0);  /* check that GW_TLS_NAME_LEN_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 253U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_TLS_PIN_COUNT_MAX(unsigned long long *o)
+{
+  int n = (GW_TLS_PIN_COUNT_MAX) <= 0;
+  *o = (unsigned long long)((GW_TLS_PIN_COUNT_MAX) | 0);  /* check that GW_TLS_PIN_COUNT_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 256U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_TLS_REASON_LEN_MAX(unsigned long long *o)
+{
+  int n = (GW_TLS_REASON_LEN_MAX) <= 0;
+  *o = (unsigned long long)((GW_TLS_REASON_LEN_MAX) | 0);  /* check that GW_TLS_REASON_LEN_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 192U))
     n |= 2;
   return n;
 }
@@ -2519,6 +3054,10 @@ static void _cffi_checkfld_struct_gw_arrival_config(struct gw_arrival_config *p)
   { struct gw_arrival_region const * *tmp = &p->regions; (void)tmp; }
   (void)((p->region_count) | 0);  /* check that 'struct gw_arrival_config.region_count' is an integer */
   (void)((p->reserved) | 0);  /* check that 'struct gw_arrival_config.reserved' is an integer */
+  { struct gw_tls_identity * *tmp = &p->tls; (void)tmp; }
+  { char const * *tmp = &p->page_server_name; (void)tmp; }
+  { uint8_t const * *tmp = &p->token; (void)tmp; }
+  (void)((p->token_len) | 0);  /* check that 'struct gw_arrival_config.token_len' is an integer */
 }
 struct _cffi_align_struct_gw_arrival_config { char x; struct gw_arrival_config y; };
 
@@ -2642,6 +3181,7 @@ static void _cffi_checkfld_struct_gw_serve_config(struct gw_serve_config *p)
   { char const * *tmp = &p->listen_host; (void)tmp; }
   (void)((p->connection_count_max) | 0);  /* check that 'struct gw_serve_config.connection_count_max' is an integer */
   (void)((p->heartbeat_ms) | 0);  /* check that 'struct gw_serve_config.heartbeat_ms' is an integer */
+  { struct gw_tls_identity * *tmp = &p->tls; (void)tmp; }
 }
 struct _cffi_align_struct_gw_serve_config { char x; struct gw_serve_config y; };
 
@@ -2661,6 +3201,10 @@ static void _cffi_checkfld_struct_gw_serve_image(struct gw_serve_image *p)
   (void)((p->state) | 0);  /* check that 'struct gw_serve_image.state' is an integer */
   (void)((p->region_count) | 0);  /* check that 'struct gw_serve_image.region_count' is an integer */
   { struct gw_serve_region const * *tmp = &p->regions; (void)tmp; }
+  { char const * *tmp = &p->destination; (void)tmp; }
+  (void)((p->destination_epoch) | 0);  /* check that 'struct gw_serve_image.destination_epoch' is an integer */
+  { uint8_t const * *tmp = &p->destination_key; (void)tmp; }
+  { uint8_t const * *tmp = &p->token_key; (void)tmp; }
 }
 struct _cffi_align_struct_gw_serve_image { char x; struct gw_serve_image y; };
 
@@ -2694,6 +3238,17 @@ static void _cffi_checkfld_struct_gw_serve_stats(struct gw_serve_stats *p)
 }
 struct _cffi_align_struct_gw_serve_stats { char x; struct gw_serve_stats y; };
 
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_gw_tls_files(struct gw_tls_files *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  { char const * *tmp = &p->certificate_path; (void)tmp; }
+  { char const * *tmp = &p->key_path; (void)tmp; }
+  { char const * *tmp = &p->authority_path; (void)tmp; }
+}
+struct _cffi_align_struct_gw_tls_files { char x; struct gw_tls_files y; };
+
 static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_ARRIVAL_ARMED", (void *)_cffi_const_GW_ARRIVAL_ARMED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -2707,6 +3262,7 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_ARRIVAL_REASON_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_REASON_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_REFUSED", (void *)_cffi_const_GW_ARRIVAL_REFUSED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_REGION_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_ARRIVAL_TOKEN_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_TOKEN_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_UFFD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_VIOLATION", (void *)_cffi_const_GW_ARRIVAL_VIOLATION, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_HOLD_AGENT_RESTART", (void *)_cffi_const_GW_HOLD_AGENT_RESTART, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -2731,6 +3287,11 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_PAGE_REQUESTED_DEMAND", (void *)_cffi_const_GW_PAGE_REQUESTED_DEMAND, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_ZERO", (void *)_cffi_const_GW_PAGE_ZERO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_SERVE_REGION_COUNT_MAX", (void *)_cffi_const_GW_SERVE_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_SERVE_TOKEN_KEY_LEN", (void *)_cffi_const_GW_SERVE_TOKEN_KEY_LEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_TLS_KEY_LEN", (void *)_cffi_const_GW_TLS_KEY_LEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_TLS_NAME_LEN_MAX", (void *)_cffi_const_GW_TLS_NAME_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_TLS_PIN_COUNT_MAX", (void *)_cffi_const_GW_TLS_PIN_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
+  { "GW_TLS_REASON_LEN_MAX", (void *)_cffi_const_GW_TLS_REASON_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_EVENT_REMOVE", (void *)_cffi_const_GW_UFFD_FEATURE_EVENT_REMOVE, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_MINOR_HUGETLBFS", (void *)_cffi_const_GW_UFFD_FEATURE_MINOR_HUGETLBFS, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_MINOR_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_MINOR_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -2743,36 +3304,45 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_UFFD_FEATURE_WP_ASYNC", (void *)_cffi_const_GW_UFFD_FEATURE_WP_ASYNC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_UNPOPULATED", (void *)_cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
-  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 44), (void *)_cffi_d_gw_arrival_bitmap },
-  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_gw_arrival_create },
-  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 89), (void *)_cffi_d_gw_arrival_destroy },
+  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_gw_arrival_bitmap },
+  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 58), (void *)_cffi_d_gw_arrival_create },
+  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 117), (void *)_cffi_d_gw_arrival_destroy },
   { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_finish },
-  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 86), (void *)_cffi_d_gw_arrival_generation },
+  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 111), (void *)_cffi_d_gw_arrival_generation },
   { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_open_gate },
-  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 40), (void *)_cffi_d_gw_arrival_page_state },
+  { "gw_arrival_page_server_key", (void *)_cffi_f_gw_arrival_page_server_key, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_gw_arrival_page_server_key },
+  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 45), (void *)_cffi_d_gw_arrival_page_state },
   { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_set_bulk_rate },
   { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 19), (void *)_cffi_d_gw_arrival_set_page_server },
+  { "gw_arrival_set_token", (void *)_cffi_f_gw_arrival_set_token, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 33), (void *)_cffi_d_gw_arrival_set_token },
   { "gw_arrival_share", (void *)_cffi_f_gw_arrival_share, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_share },
   { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start },
   { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start_bulk },
-  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 36), (void *)_cffi_d_gw_arrival_status },
-  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 33), (void *)_cffi_d_gw_arrival_wait_fd },
+  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_gw_arrival_status },
+  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 38), (void *)_cffi_d_gw_arrival_wait_fd },
   { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 3), (void *)_cffi_d_gw_inject_take },
   { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_gw_inject_uffd },
-  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 82), (void *)_cffi_d_gw_pacer_create },
-  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 92), (void *)_cffi_d_gw_pacer_destroy },
-  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 95), (void *)_cffi_d_gw_pacer_set_rate },
-  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 75), (void *)_cffi_d_gw_serve_create },
-  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 99), (void *)_cffi_d_gw_serve_destroy },
-  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 53), (void *)_cffi_d_gw_serve_drain },
-  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_gw_serve_image_stream_count },
-  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 64), (void *)_cffi_d_gw_serve_port },
-  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 60), (void *)_cffi_d_gw_serve_put_image },
-  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 56), (void *)_cffi_d_gw_serve_remove_image },
-  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 53), (void *)_cffi_d_gw_serve_start },
-  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 71), (void *)_cffi_d_gw_serve_stats },
+  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_gw_pacer_create },
+  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 120), (void *)_cffi_d_gw_pacer_destroy },
+  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 123), (void *)_cffi_d_gw_pacer_set_rate },
+  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_gw_serve_create },
+  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 127), (void *)_cffi_d_gw_serve_destroy },
+  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_gw_serve_drain },
+  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_gw_serve_image_stream_count },
+  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_gw_serve_port },
+  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_gw_serve_put_image },
+  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_gw_serve_remove_image },
+  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_gw_serve_start },
+  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_gw_serve_stats },
+  { "gw_tls_identity_create", (void *)_cffi_f_gw_tls_identity_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_gw_tls_identity_create },
+  { "gw_tls_identity_pin", (void *)_cffi_f_gw_tls_identity_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_gw_tls_identity_pin },
+  { "gw_tls_identity_pinned_count", (void *)_cffi_f_gw_tls_identity_pinned_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_gw_tls_identity_pinned_count },
+  { "gw_tls_identity_ref", (void *)_cffi_f_gw_tls_identity_ref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 108), (void *)_cffi_d_gw_tls_identity_ref },
+  { "gw_tls_identity_reload", (void *)_cffi_f_gw_tls_identity_reload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_gw_tls_identity_reload },
+  { "gw_tls_identity_unpin", (void *)_cffi_f_gw_tls_identity_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_gw_tls_identity_unpin },
+  { "gw_tls_identity_unref", (void *)_cffi_f_gw_tls_identity_unref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 130), (void *)_cffi_d_gw_tls_identity_unref },
   { "gw_uffd_feature_name", (void *)_cffi_f_gw_uffd_feature_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_gw_uffd_feature_name },
-  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 79), (void *)_cffi_d_gw_uffd_probe },
+  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_gw_uffd_probe },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
@@ -2805,7 +3375,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "uffds", offsetof(struct gw_arrival_config, uffds),
              sizeof(((struct gw_arrival_config *)0)->uffds),
-             _CFFI_OP(_CFFI_OP_NOOP, 110) },
+             _CFFI_OP(_CFFI_OP_NOOP, 141) },
   { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
                   sizeof(((struct gw_arrival_config *)0)->uffd_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2832,13 +3402,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 114) },
+               _CFFI_OP(_CFFI_OP_NOOP, 145) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "reserved", offsetof(struct gw_arrival_config, reserved),
                 sizeof(((struct gw_arrival_config *)0)->reserved),
                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "tls", offsetof(struct gw_arrival_config, tls),
+           sizeof(((struct gw_arrival_config *)0)->tls),
+           _CFFI_OP(_CFFI_OP_NOOP, 94) },
+  { "page_server_name", offsetof(struct gw_arrival_config, page_server_name),
+                        sizeof(((struct gw_arrival_config *)0)->page_server_name),
+                        _CFFI_OP(_CFFI_OP_NOOP, 21) },
+  { "token", offsetof(struct gw_arrival_config, token),
+             sizeof(((struct gw_arrival_config *)0)->token),
+             _CFFI_OP(_CFFI_OP_NOOP, 35) },
+  { "token_len", offsetof(struct gw_arrival_config, token_len),
+                 sizeof(((struct gw_arrival_config *)0)->token_len),
+                 _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "offset", offsetof(struct gw_arrival_region, offset),
               sizeof(((struct gw_arrival_region *)0)->offset),
               _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2907,10 +3489,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 124) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 155) },
   { "prefetch", offsetof(struct gw_arrival_status, prefetch),
                 sizeof(((struct gw_arrival_status *)0)->prefetch),
-                _CFFI_OP(_CFFI_OP_NOOP, 126) },
+                _CFFI_OP(_CFFI_OP_NOOP, 157) },
   { "hold_count", offsetof(struct gw_arrival_status, hold_count),
                   sizeof(((struct gw_arrival_status *)0)->hold_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -2919,13 +3501,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "holds", offsetof(struct gw_arrival_status, holds),
              sizeof(((struct gw_arrival_status *)0)->holds),
-             _CFFI_OP(_CFFI_OP_NOOP, 118) },
+             _CFFI_OP(_CFFI_OP_NOOP, 149) },
   { "hold_now", offsetof(struct gw_arrival_status, hold_now),
                 sizeof(((struct gw_arrival_status *)0)->hold_now),
-                _CFFI_OP(_CFFI_OP_NOOP, 117) },
+                _CFFI_OP(_CFFI_OP_NOOP, 148) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 103) },
+              _CFFI_OP(_CFFI_OP_NOOP, 134) },
   { "cause", offsetof(struct gw_hold, cause),
              sizeof(((struct gw_hold *)0)->cause),
              _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -2967,7 +3549,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 121) },
+              _CFFI_OP(_CFFI_OP_NOOP, 152) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3016,6 +3598,9 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "heartbeat_ms", offsetof(struct gw_serve_config, heartbeat_ms),
                     sizeof(((struct gw_serve_config *)0)->heartbeat_ms),
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
+  { "tls", offsetof(struct gw_serve_config, tls),
+           sizeof(((struct gw_serve_config *)0)->tls),
+           _CFFI_OP(_CFFI_OP_NOOP, 94) },
   { "struct_size", offsetof(struct gw_serve_image, struct_size),
                    sizeof(((struct gw_serve_image *)0)->struct_size),
                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
@@ -3048,7 +3633,19 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 22) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 130) },
+               _CFFI_OP(_CFFI_OP_NOOP, 161) },
+  { "destination", offsetof(struct gw_serve_image, destination),
+                   sizeof(((struct gw_serve_image *)0)->destination),
+                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
+  { "destination_epoch", offsetof(struct gw_serve_image, destination_epoch),
+                         sizeof(((struct gw_serve_image *)0)->destination_epoch),
+                         _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "destination_key", offsetof(struct gw_serve_image, destination_key),
+                       sizeof(((struct gw_serve_image *)0)->destination_key),
+                       _CFFI_OP(_CFFI_OP_NOOP, 35) },
+  { "token_key", offsetof(struct gw_serve_image, token_key),
+                 sizeof(((struct gw_serve_image *)0)->token_key),
+                 _CFFI_OP(_CFFI_OP_NOOP, 35) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3091,52 +3688,65 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "refused_total", offsetof(struct gw_serve_stats, refused_total),
                      sizeof(((struct gw_serve_stats *)0)->refused_total),
                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "certificate_path", offsetof(struct gw_tls_files, certificate_path),
+                        sizeof(((struct gw_tls_files *)0)->certificate_path),
+                        _CFFI_OP(_CFFI_OP_NOOP, 21) },
+  { "key_path", offsetof(struct gw_tls_files, key_path),
+                sizeof(((struct gw_tls_files *)0)->key_path),
+                _CFFI_OP(_CFFI_OP_NOOP, 21) },
+  { "authority_path", offsetof(struct gw_tls_files, authority_path),
+                      sizeof(((struct gw_tls_files *)0)->authority_path),
+                      _CFFI_OP(_CFFI_OP_NOOP, 21) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 112, _CFFI_F_OPAQUE,
+  { "gw_arrival", 143, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 113, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 21 },
-  { "gw_arrival_region", 115, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 21, 5 },
-  { "gw_arrival_status", 116, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 26, 24 },
-  { "gw_hold", 117, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 50, 4 },
-  { "gw_inject_range", 120, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 54, 3 },
-  { "gw_inject_result", 123, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 57, 7 },
-  { "gw_latency_summary", 124, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 64, 5 },
-  { "gw_pacer", 125, _CFFI_F_OPAQUE,
+  { "gw_arrival_config", 144, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 25 },
+  { "gw_arrival_region", 146, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 25, 5 },
+  { "gw_arrival_status", 147, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 30, 24 },
+  { "gw_hold", 148, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 54, 4 },
+  { "gw_inject_range", 151, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 58, 3 },
+  { "gw_inject_result", 154, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 61, 7 },
+  { "gw_latency_summary", 155, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 68, 5 },
+  { "gw_pacer", 156, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_prefetch_summary", 126, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 69, 6 },
-  { "gw_serve", 127, _CFFI_F_OPAQUE,
+  { "gw_prefetch_summary", 157, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 73, 6 },
+  { "gw_serve", 158, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 128, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 75, 5 },
-  { "gw_serve_image", 129, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 80, 11 },
-  { "gw_serve_region", 131, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 91, 5 },
-  { "gw_serve_stats", 132, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 96, 9 },
+  { "gw_serve_config", 159, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 79, 6 },
+  { "gw_serve_image", 160, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 85, 15 },
+  { "gw_serve_region", 162, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 100, 5 },
+  { "gw_serve_stats", 163, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 105, 9 },
+  { "gw_tls_files", 164, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_tls_files), offsetof(struct _cffi_align_struct_gw_tls_files, y), 114, 3 },
+  { "gw_tls_identity", 165, _CFFI_F_OPAQUE,
+    (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "gw_arrival_phase", 105, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
+  { "gw_arrival_phase", 136, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
     "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION,GW_ARRIVAL_NO_MEMORY" },
-  { "gw_hold_cause", 106, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
+  { "gw_hold_cause", 137, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
     "GW_HOLD_NONE,GW_HOLD_LINK_LOST,GW_HOLD_PAGE_SERVER,GW_HOLD_AGENT_RESTART,GW_HOLD_NO_MEMORY" },
-  { "gw_image_state", 107, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+  { "gw_image_state", 138, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 108, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 139, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
-  { "gw_page_state", 109, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+  { "gw_page_state", 140, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
 };
@@ -3148,12 +3758,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  78,  /* num_globals */
-  15,  /* num_struct_unions */
+  93,  /* num_globals */
+  17,  /* num_struct_unions */
   5,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  135,  /* num_types */
+  168,  /* num_types */
   0,  /* flags */
 };
 

@@ -27,6 +27,20 @@ static void touch_image(const struct gw_wire_image *image)
 	touch(image->boot_id.data, image->boot_id.len);
 }
 
+static void fuzz_token(const uint8_t *data, size_t len)
+{
+	struct gw_page_token token;
+	struct gw_page_claims claims;
+
+	if (gw_page_token_decode(data, len, &token))
+		return;
+	touch(token.signature.data, token.signature.len);
+	if (gw_page_claims_decode(token.claims.data, token.claims.len, &claims))
+		return;
+	touch(claims.image_id.data, claims.image_id.len);
+	touch(claims.destination.data, claims.destination.len);
+}
+
 static void fuzz_request(const uint8_t *data, size_t len)
 {
 	struct gw_fetch_request request, again;
@@ -38,6 +52,7 @@ static void fuzz_request(const uint8_t *data, size_t len)
 		touch(request.hello.session_id.data, request.hello.session_id.len);
 		touch(request.hello.image_id.data, request.hello.image_id.len);
 		touch(request.hello.traceparent.data, request.hello.traceparent.len);
+		fuzz_token(request.hello.token.data, request.hello.token.len);
 	}
 	first_len = gw_fetch_request_encode(&request, first, sizeof(first));
 	if (first_len < 0)

@@ -129,6 +129,18 @@ static bool copy_text(char *ret_text, size_t size, const char *text, bool may_be
 	return true;
 }
 
+static bool copy_token(struct gw_arrival *arrival, const uint8_t *token, uint64_t len)
+{
+	if (len > sizeof(arrival->token) || (len > 0 && !token))
+		return false;
+	(void)pthread_mutex_lock(&arrival->text_lock);
+	if (len > 0)
+		memcpy(arrival->token, token, len);
+	arrival->token_len = len;
+	(void)pthread_mutex_unlock(&arrival->text_lock);
+	return true;
+}
+
 static bool copy_config(struct gw_arrival *arrival, const struct gw_arrival_config *config)
 {
 	if (config->struct_size != sizeof(*config) || config->reserved != 0 || config->epoch == 0 ||
@@ -149,7 +161,11 @@ static bool copy_config(struct gw_arrival *arrival, const struct gw_arrival_conf
 	arrival->port = config->page_port;
 	arrival->bulk_count = config->bulk_connection_count;
 	atomic_store(&arrival->rate, config->bulk_bytes_per_s_max);
-	return copy_text(arrival->image_id, sizeof(arrival->image_id), config->image_id, false) &&
+	arrival->tls = gw_tls_identity_ref(config->tls);
+	return copy_token(arrival, config->token, config->token_len) &&
+	       copy_text(arrival->server_name, sizeof(arrival->server_name),
+			 config->page_server_name ? config->page_server_name : "", !config->tls) &&
+	       copy_text(arrival->image_id, sizeof(arrival->image_id), config->image_id, false) &&
 	       copy_text(arrival->session_id, sizeof(arrival->session_id), config->session_id,
 			 false) &&
 	       copy_text(arrival->host, sizeof(arrival->host), config->page_host, false) &&
@@ -360,6 +376,7 @@ void gw_arrival_destroy(struct gw_arrival *arrival)
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
 			(void)gw_sys_close(fds[i]);
+	gw_tls_identity_unref(arrival->tls);
 	(void)pthread_mutex_destroy(&arrival->text_lock);
 	free(arrival);
 }
@@ -456,6 +473,11 @@ int gw_arrival_set_page_server(struct gw_arrival *arrival, const char *host, uin
 	return 0;
 }
 
+int gw_arrival_set_token(struct gw_arrival *arrival, const uint8_t *token, uint64_t len)
+{
+	return copy_token(arrival, token, len) ? 0 : -EINVAL;
+}
+
 int gw_arrival_finish(struct gw_arrival *arrival)
 {
 	if (atomic_load(&arrival->phase) != GW_ARRIVAL_COMPLETE)
@@ -477,6 +499,20 @@ int gw_arrival_finish(struct gw_arrival *arrival)
 }
 
 /* --- asked ------------------------------------------------------------------------------------ */
+
+int gw_arrival_page_server_key(const struct gw_arrival *arrival, uint8_t *ret_key)
+{
+	/* The lock is no part of what the caller sees as const. */
+	struct gw_arrival *const mine = (struct gw_arrival *)arrival;
+	bool known;
+
+	(void)pthread_mutex_lock(&mine->text_lock);
+	known = mine->has_server_key;
+	if (known)
+		memcpy(ret_key, mine->server_key, GW_TLS_KEY_LEN);
+	(void)pthread_mutex_unlock(&mine->text_lock);
+	return known ? 0 : -ENOENT;
+}
 
 int gw_arrival_wait_fd(const struct gw_arrival *arrival)
 {

@@ -147,7 +147,8 @@ struct arrival_link {
 	uint64_t page_len;
 	bool page_is_zero;
 	char authority[ARRIVAL_HOST_LEN_MAX + 16];
-	uint8_t hello[512];
+	uint8_t hello[512 + GW_ARRIVAL_TOKEN_LEN_MAX];
+	uint8_t token[GW_ARRIVAL_TOKEN_LEN_MAX]; /* as it was when the stream was opened */
 };
 
 /* A fault that waits for its page: one for each page, however many wait. */
@@ -246,8 +247,15 @@ struct gw_arrival {
 	/* Of the callers of the API: one at a time. */
 	bool started;
 
+	/* Constant from create on. */
+	struct gw_tls_identity *tls; /* NULL: plaintext */
+	char server_name[GW_TLS_NAME_LEN_MAX + 1];
 	/* text_lock: taken for copies of strings alone, never with a fault waiting on it. */
 	pthread_mutex_t text_lock;
+	size_t token_len;
+	uint8_t token[GW_ARRIVAL_TOKEN_LEN_MAX];
+	bool has_server_key;
+	uint8_t server_key[GW_TLS_KEY_LEN];
 	char host[ARRIVAL_HOST_LEN_MAX + 1];
 	uint32_t port;
 	char reason[GW_ARRIVAL_REASON_LEN_MAX];

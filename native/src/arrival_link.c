@@ -155,8 +155,24 @@ static void set_up(struct arrival_link *link, bool up)
 	arrival_wake_demand(arrival);
 }
 
+/* By which key the server is known, for whoever pins it. */
+static void note_server_key(struct arrival_link *link)
+{
+	struct gw_arrival *const arrival = link->arrival;
+	const struct gw_tls *const tls = gw_grpc_tls(link->conn);
+	uint8_t key[GW_TLS_KEY_LEN];
+
+	if (!tls || gw_tls_peer_key(tls, key) != 0)
+		return;
+	(void)pthread_mutex_lock(&arrival->text_lock);
+	arrival->has_server_key = true;
+	memcpy(arrival->server_key, key, sizeof(key));
+	(void)pthread_mutex_unlock(&arrival->text_lock);
+}
+
 void link_set_up(struct arrival_link *link)
 {
+	note_server_key(link);
 	/* A lane that only ever sent rubbish is not healthy because it says ready. */
 	if (link->good)
 		link->failure_count = 0;
@@ -254,6 +270,18 @@ static struct gw_wire_string string_of(const char *text)
 	return (struct gw_wire_string){.data = text, .len = strlen(text)};
 }
 
+static struct gw_wire_bytes token_of(struct arrival_link *link)
+{
+	struct gw_arrival *const arrival = link->arrival;
+	size_t len;
+
+	(void)pthread_mutex_lock(&arrival->text_lock);
+	len = arrival->token_len;
+	memcpy(link->token, arrival->token, len);
+	(void)pthread_mutex_unlock(&arrival->text_lock);
+	return (struct gw_wire_bytes){.data = link->token, .len = len};
+}
+
 static int send_hello(struct arrival_link *link, uint64_t now_ns)
 {
 	const struct gw_arrival *const arrival = link->arrival;
@@ -265,6 +293,7 @@ static int send_hello(struct arrival_link *link, uint64_t now_ns)
 			  .epoch = arrival->epoch,
 			  .zero_run_max = link->zero_run_max,
 			  .accepts_lz4 = link->plain != NULL,
+			  .token = token_of(link),
 			  .lane = link->lane},
 	};
 	const ssize_t len = gw_fetch_request_encode(&request, link->hello, sizeof(link->hello));
@@ -300,6 +329,8 @@ static void link_open(struct arrival_link *link, int fd, uint64_t now_ns)
 		.call_count_max = 1,
 		/* Every want that may be outstanding, and heartbeats and the hello beside them. */
 		.send_queue_count = link->want_cap + 16,
+		.tls = link->arrival->tls,
+		.tls_server_name = link->arrival->server_name,
 	};
 	int err = gw_grpc_client_create(&config, fd, &link->conn);
 

@@ -28,6 +28,7 @@ struct gw_image {
 	int fd;
 	uint64_t size;
 	struct gw_wire_image record; /* strings point into the three below */
+	struct gw_image_access access;
 	struct placed_region regions[GW_SERVE_REGION_COUNT_MAX];
 	char image_id[GW_PAGE_ID_LEN_MAX + 1];
 	char vm_id[GW_PAGE_ID_LEN_MAX + 1];
@@ -105,6 +106,24 @@ static int place_regions(struct gw_image *image, const struct gw_serve_image *re
 	return 0;
 }
 
+static bool copy_access(struct gw_image_access *access, const struct gw_serve_image *record)
+{
+	const char *destination = record->destination ? record->destination : "";
+	const size_t len = strnlen(destination, GW_TLS_NAME_LEN_MAX + 1);
+
+	if (len > GW_TLS_NAME_LEN_MAX)
+		return false;
+	memcpy(access->destination, destination, len);
+	access->destination_epoch = record->destination_epoch;
+	access->has_destination_key = record->destination_key != NULL;
+	access->has_token_key = record->token_key != NULL;
+	if (record->destination_key)
+		memcpy(access->destination_key, record->destination_key, GW_TLS_KEY_LEN);
+	if (record->token_key)
+		memcpy(access->token_key, record->token_key, GW_SERVE_TOKEN_KEY_LEN);
+	return true;
+}
+
 static int copy_record(struct gw_image *image, const struct gw_serve_image *record)
 {
 	if (record->struct_size != sizeof(*record) || record->epoch == 0 ||
@@ -113,7 +132,8 @@ static int copy_record(struct gw_image *image, const struct gw_serve_image *reco
 		return -EINVAL;
 	if (!copy_id(record->image_id, false, image->image_id, &image->record.image_id) ||
 	    !copy_id(record->vm_id, true, image->vm_id, &image->record.vm_id) ||
-	    !copy_id(record->boot_id, true, image->boot_id, &image->record.boot_id))
+	    !copy_id(record->boot_id, true, image->boot_id, &image->record.boot_id) ||
+	    !copy_access(&image->access, record))
 		return -EINVAL;
 	image->record.epoch = record->epoch;
 	image->record.inode = record->inode;
@@ -191,6 +211,11 @@ const char *gw_image_id(const struct gw_image *image)
 uint64_t gw_image_size(const struct gw_image *image)
 {
 	return image->size;
+}
+
+const struct gw_image_access *gw_image_access(const struct gw_image *image)
+{
+	return &image->access;
 }
 
 const struct gw_wire_image *gw_image_record(const struct gw_image *image)

@@ -38,6 +38,48 @@ static int decode_hello(struct wire_reader reader, struct gw_page_hello *hello)
 			hello->zero_run_max = field.value;
 		else if (field.number == 7 && field.type == WIRE_VARINT)
 			hello->accepts_lz4 = field.value != 0;
+		else if (field.number == 8 && field.type == WIRE_BYTES)
+			hello->token = (struct gw_wire_bytes){.data = field.data, .len = field.len};
+		if (err)
+			return err;
+	}
+	return got;
+}
+
+static int decode_token(struct wire_reader reader, struct gw_page_token *token)
+{
+	struct wire_field field;
+	int got;
+
+	while ((got = wire_next_field(&reader, &field)) > 0) {
+		const struct gw_wire_bytes view = {.data = field.data, .len = field.len};
+
+		if (field.type != WIRE_BYTES)
+			continue;
+		if (field.number == 1)
+			token->claims = view;
+		else if (field.number == 2)
+			token->signature = view;
+	}
+	return got;
+}
+
+static int decode_claims(struct wire_reader reader, struct gw_page_claims *claims)
+{
+	struct wire_field field;
+	int got;
+
+	while ((got = wire_next_field(&reader, &field)) > 0) {
+		int err = 0;
+
+		if (field.number == 1 && field.type == WIRE_BYTES)
+			err = wire_take_string(&field, &claims->image_id);
+		else if (field.number == 2 && field.type == WIRE_VARINT)
+			claims->epoch = field.value;
+		else if (field.number == 3 && field.type == WIRE_BYTES)
+			err = wire_take_string(&field, &claims->destination);
+		else if (field.number == 4 && field.type == WIRE_VARINT)
+			claims->expires_unix_s = field.value;
 		if (err)
 			return err;
 	}
@@ -247,6 +289,18 @@ int gw_fetch_response_decode(const uint8_t *data, size_t len,
 		response->kind = kind;
 	}
 	return got;
+}
+
+int gw_page_token_decode(const uint8_t *data, size_t len, struct gw_page_token *ret_token)
+{
+	*ret_token = (struct gw_page_token){0};
+	return decode_token(wire_reader_of(data, len), ret_token);
+}
+
+int gw_page_claims_decode(const uint8_t *data, size_t len, struct gw_page_claims *ret_claims)
+{
+	*ret_claims = (struct gw_page_claims){0};
+	return decode_claims(wire_reader_of(data, len), ret_claims);
 }
 
 int gw_describe_request_decode(const uint8_t *data, size_t len, struct gw_wire_string *ret_image_id)

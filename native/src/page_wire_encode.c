@@ -88,6 +88,13 @@ static void put_string(struct writer *writer, uint32_t number, const struct gw_w
 	put_varint(writer, TAG(number, BYTES));
 }
 
+static void put_view(struct writer *writer, uint32_t number, const struct gw_wire_bytes *view)
+{
+	const struct gw_wire_string string = {.data = (const char *)view->data, .len = view->len};
+
+	put_string(writer, number, &string);
+}
+
 static void put_fixed32(struct writer *writer, uint32_t number, uint32_t value)
 {
 	const uint8_t bytes[4] = {(uint8_t)value, (uint8_t)(value >> 8), (uint8_t)(value >> 16),
@@ -147,6 +154,7 @@ ssize_t gw_fetch_request_encode(const struct gw_fetch_request *request, uint8_t 
 
 	switch (request->kind) {
 	case GW_FETCH_REQUEST_HELLO:
+		put_view(&writer, 8, &request->hello.token);
 		put_scalar(&writer, 7, request->hello.accepts_lz4);
 		put_scalar(&writer, 6, request->hello.zero_run_max);
 		put_string(&writer, 5, &request->hello.traceparent);

@@ -120,11 +120,13 @@ int gw_serve_put_image(struct gw_serve *serve, const struct gw_serve_image *reco
 		gw_image_unref(image);
 		return -ENOMEM;
 	}
+	/* Before it is in force: of a frozen image every stream may have to be opened again. */
+	err = serve_access_pin(serve, *at, image);
 	GW_HOOK("serve.put");
-	old = slot_swap(*at, image);
+	old = err ? image : slot_swap(*at, image);
 	pthread_mutex_unlock(&serve->lock);
 	gw_image_unref(old);
-	return 0;
+	return err;
 }
 
 /* With serve->lock held: every connection looks again at what it serves. */
@@ -144,6 +146,7 @@ int gw_serve_remove_image(struct gw_serve *serve, const char *image_id)
 	slot = *at;
 	if (slot) {
 		*at = slot->next;
+		serve_access_unpin(serve, slot);
 		gw_image_unref(slot_swap(slot, NULL));
 		wake_all(serve);
 	}
@@ -385,6 +388,7 @@ int gw_serve_create(const struct gw_serve_config *config, struct gw_serve **ret_
 	serve->heartbeat_ns =
 		(uint64_t)(config->heartbeat_ms ? config->heartbeat_ms : HEARTBEAT_DEFAULT_MS) *
 		NS_PER_MS;
+	serve->tls = gw_tls_identity_ref(config->tls);
 	pthread_mutex_init(&serve->lock, NULL);
 	err = open_listener(serve, config);
 	if (!err)
@@ -422,12 +426,14 @@ void gw_serve_destroy(struct gw_serve *serve)
 		struct serve_slot *slot = serve->slots;
 
 		serve->slots = slot->next;
+		serve_access_unpin(serve, slot);
 		serve_slot_unref(slot);
 	}
 	close_if_open(serve->listen_fd);
 	close_if_open(serve->epoll_fd);
 	close_if_open(serve->wake_fd);
 	pthread_mutex_destroy(&serve->lock);
+	gw_tls_identity_unref(serve->tls);
 	free(serve);
 }
 

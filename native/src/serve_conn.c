@@ -121,6 +121,8 @@ static void on_call(void *user, struct gw_grpc_call *call)
 				      : "METHOD_UNKNOWN: only PageService is served here");
 		return;
 	}
+	if (!serve_peer_is_node(conn, call))
+		return;
 	stream = calloc(1, sizeof(*stream));
 	if (!stream) {
 		gw_grpc_call_end(call, GW_GRPC_RESOURCE_EXHAUSTED, "MEMORY: no room for a stream");
@@ -183,6 +185,7 @@ static void on_end(void *user, struct gw_grpc_call *call, int status, const char
 		stream->next->prev = stream->prev;
 	serve_lz4_free(&stream->lz4);
 	free(stream->wants);
+	free(stream->token);
 	free(stream);
 	/* A connection is idle from its last call on. */
 	conn->life_ns = conn->now_ns;
@@ -365,6 +368,7 @@ static int create_grpc(struct serve_conn *conn)
 		.call_count_max = SERVE_CALL_COUNT_MAX,
 		.send_queue_count = SEND_QUEUE_COUNT,
 		.read_len = READ_LEN,
+		.tls = conn->serve->tls,
 	};
 
 	return gw_grpc_server_create(&config, conn->fd, &conn->grpc);

@@ -95,6 +95,13 @@ void serve_describe_answer(struct serve_stream *stream)
 				 stream->image_id);
 		return;
 	}
+	if (stream->conn->serve->tls && gw_image_access(image)->destination[0] &&
+	    !gw_tls_peer_is(gw_grpc_tls(stream->conn->grpc), gw_image_access(image)->destination)) {
+		serve_stream_end(stream, GW_GRPC_PERMISSION_DENIED,
+				 "WRONG_DESTINATION: %s is another node's", stream->image_id);
+		gw_image_unref(image);
+		return;
+	}
 	/* While the guest runs it would be stale before it arrived. */
 	if (gw_image_record(image)->state == GW_IMAGE_FROZEN)
 		count = gw_image_extents(image, EXTENT_COUNT_MAX, &extents);

@@ -77,6 +77,13 @@ static bool may_read(struct serve_stream *stream, const struct gw_image *image)
 				 "IMAGE_UNKNOWN: the image is no longer served here");
 		return false;
 	}
+	if (stream->epoch < gw_image_access(image)->destination_epoch) {
+		serve_stream_end(stream, GW_GRPC_FAILED_PRECONDITION,
+				 "STALE_EPOCH: epoch %llu is older than the destination's, %llu",
+				 (unsigned long long)stream->epoch,
+				 (unsigned long long)gw_image_access(image)->destination_epoch);
+		return false;
+	}
 	if (stream->epoch <= gw_image_record(image)->epoch) {
 		serve_stream_end(stream, GW_GRPC_FAILED_PRECONDITION,
 				 "STALE_EPOCH: epoch %llu is not above the image's %llu",
@@ -106,6 +113,8 @@ static void say_hello(struct serve_stream *stream, const struct gw_page_hello *h
 	conn->life_ns = conn->now_ns;
 	stream->epoch = hello->epoch;
 	stream->lane = hello->lane;
+	if (!serve_access_take(stream, hello))
+		return;
 	stream->zero_run_max = hello->zero_run_max;
 	/* Without memory for it the stream goes on unpacked. */
 	if (hello->accepts_lz4 && hello->lane == GW_PAGE_LANE_BULK)
@@ -446,7 +455,7 @@ static enum outcome answer_locked(struct serve_stream *stream)
 	if (!may_read(stream, image))
 		return ENDED;
 	if (stream->state == SERVE_READY_DUE)
-		return send_ready(stream, image);
+		return serve_access_is_granted(stream, image) ? send_ready(stream, image) : ENDED;
 	/* Again for each part: the record may have been replaced in between. */
 	if (!want_is_valid(stream, want, image))
 		return ENDED;
@@ -467,6 +476,7 @@ static enum outcome answer_locked(struct serve_stream *stream)
 static enum outcome answer(struct serve_stream *stream)
 {
 	struct serve_slot *slot = stream->slot;
+	const bool was_due = stream->state == SERVE_READY_DUE;
 	enum outcome outcome;
 
 	/* answer_locked may end the stream, which lets go of the slot: not of its lock. */
@@ -474,6 +484,8 @@ static enum outcome answer(struct serve_stream *stream)
 	pthread_rwlock_rdlock(&slot->lock);
 	outcome = answer_locked(stream);
 	pthread_rwlock_unlock(&slot->lock);
+	if (was_due && stream->state == SERVE_OPEN)
+		serve_access_remember(stream);
 	serve_slot_unref(slot);
 	return outcome;
 }

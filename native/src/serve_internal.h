@@ -54,8 +54,19 @@
  * Rejected: RCU (put_image would have to wait for a grace period all the same), a mutex (bulk
  * would hold up demand on the same image).
  */
+/* Keys that one image pins: its record's, and those of streams that were let in. */
+#define SERVE_PIN_COUNT_MAX 4
+
+struct serve_pin {
+	uint8_t key[GW_TLS_KEY_LEN];
+	uint64_t epoch; /* of the destination that it was for */
+};
+
 struct serve_slot {
 	struct serve_slot *next;
+	/* gw_serve.lock: pinned in the server's identity as long as the slot is in the table. */
+	size_t pin_count;
+	struct serve_pin pins[SERVE_PIN_COUNT_MAX];
 	pthread_rwlock_t lock;
 	struct gw_image *image;	 /* NULL once removed */
 	atomic_size_t ref_count; /* the table's, and each stream's */
@@ -85,6 +96,7 @@ struct gw_serve {
 	uint32_t port;
 	uint32_t connection_count_max;
 	uint64_t heartbeat_ns;
+	struct gw_tls_identity *tls; /* NULL: plaintext */
 };
 
 /* What on_sent gives back: a message's bytes in a buffer, or a block of their own. */
@@ -139,6 +151,7 @@ struct serve_stream {
 	enum serve_stream_state state;
 	bool half_closed;
 	bool held;
+	bool known; /* this peer has read this image for this epoch before */
 	int32_t lane;
 	uint64_t epoch;
 	uint64_t zero_run_max; /* as in the hello; 0 = an older peer */
@@ -153,6 +166,8 @@ struct serve_stream {
 	uint64_t want_done_len;
 	struct serve_lz4 lz4;
 	size_t queued_len; /* page bytes in this turn */
+	size_t token_len;
+	uint8_t *token; /* of the hello, until it is let in; NULL: none */
 	/* DescribeImage: what was asked for. */
 	bool asked;
 	char image_id[GW_PAGE_ID_LEN_MAX + 1];
@@ -184,6 +199,20 @@ bool serve_fetch_pump(struct serve_stream *stream);
 uint64_t serve_fetch_tick(struct serve_stream *stream);
 /* The image may have gone: end if so. */
 void serve_fetch_recheck(struct serve_stream *stream);
+
+/* serve_access.c */
+/* False, and the call is ended, if the peer is no node. */
+bool serve_peer_is_node(const struct serve_conn *conn, struct gw_grpc_call *call);
+/* Keep the hello's token, and remember whether the peer is known. False: the stream is ended. */
+bool serve_access_take(struct serve_stream *stream, const struct gw_page_hello *hello);
+/* With the slot's lock held: false, and the stream is ended, if this peer may not read the image. */
+bool serve_access_is_granted(struct serve_stream *stream, const struct gw_image *image);
+/* The stream is let in: its peer is known from now on. Without the slot's lock. */
+void serve_access_remember(struct serve_stream *stream);
+/* With serve->lock held: pin what the record that comes into force says. 0; -ENOSPC. */
+int serve_access_pin(struct gw_serve *serve, struct serve_slot *slot, const struct gw_image *image);
+/* With serve->lock held: the slot leaves the table. */
+void serve_access_unpin(struct gw_serve *serve, struct serve_slot *slot);
 
 /* serve_describe.c */
 void serve_describe_message(struct serve_stream *stream, const uint8_t *data, size_t len);

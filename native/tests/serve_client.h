@@ -122,9 +122,13 @@ static const struct gw_grpc_handler client_handler = {
 	.on_end = client_end,
 };
 
-static inline void client_open(struct client *client, uint32_t port, uint32_t window_len)
+/* With `tls` as somebody, to a server of that name. */
+static inline void client_open_as(struct client *client, uint32_t port, uint32_t window_len,
+				  struct gw_tls_identity *tls, const char *server_name)
 {
 	const struct gw_grpc_config config = {
+		.tls = tls,
+		.tls_server_name = server_name,
 		.handler = &client_handler,
 		.user = client,
 		.message_len_max = 4u << 20,
@@ -138,6 +142,11 @@ static inline void client_open(struct client *client, uint32_t port, uint32_t wi
 	client->status = -1;
 	CHECK_EQ(gw_grpc_connect("127.0.0.1", port, 5000, &fd), 0);
 	CHECK_EQ(gw_grpc_client_create(&config, fd, &client->conn), 0);
+}
+
+static inline void client_open(struct client *client, uint32_t port, uint32_t window_len)
+{
+	client_open_as(client, port, window_len, NULL, NULL);
 }
 
 /* One round of poll; false when nothing happened within timeout_ms. */

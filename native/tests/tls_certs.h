@@ -151,6 +151,25 @@ static inline struct certs_party certs_make_party(const struct certs_authority *
 	return party;
 }
 
+/* Another certificate for the key that the party has. */
+static inline void certs_renew(const struct certs_party *party,
+			       const struct certs_authority *authority,
+			       const char *alternative_names, long from, long to)
+{
+	FILE *file = fopen(party->key_path, "re");
+	EVP_PKEY *key;
+	X509 *certificate;
+
+	CHECK(file);
+	key = PEM_read_PrivateKey(file, NULL, NULL, NULL);
+	CHECK(key);
+	fclose(file);
+	certificate = certs_sign(key, "test", authority, alternative_names, from, to);
+	certs_write(party, key, certificate);
+	X509_free(certificate);
+	EVP_PKEY_free(key);
+}
+
 static inline void certs_remove_party(const struct certs_party *party)
 {
 	unlink(party->certificate_path);

@@ -59,6 +59,38 @@ class ArrivalRegion:
     """Which of `ArrivalConfig.uffds` it is registered with."""
 
 
+TLS_KEY_BYTES = 32
+"""Of a pinned key: SHA-256 of a SubjectPublicKeyInfo; GW_TLS_KEY_LEN."""
+
+
+class TlsIdentity(Protocol):
+    """Who this process is and whom it believes; see native/include/godwit/tls.h."""
+
+    def reload(self) -> None:
+        """Read the files again, for connections from now on.
+
+        Raises:
+            OSError: they are unusable, strerror says why; nothing has changed.
+        """
+        ...
+
+    def pin(self, key: bytes) -> None:
+        """Believe a key whatever is wrong with its certificate, its name excepted."""
+        ...
+
+    def unpin(self, key: bytes) -> None:
+        """Take one `pin` back."""
+        ...
+
+    def pinned_count(self) -> int:
+        """Handshakes that only a pin let through: somebody should renew a certificate."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; connections and engines keep it. Idempotent."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalConfig:
     """struct gw_arrival_config; see native/include/godwit/arrival.h."""
@@ -83,6 +115,12 @@ class ArrivalConfig:
     """Each with a thread at both ends; see docs/design/page-path.md."""
     adopt: bool = False
     bulk_bytes_per_s_max: int = 0
+    tls: TlsIdentity | None = None
+    """None: plaintext."""
+    page_server_name: str = ""
+    """With TLS: the name that the page server's certificate must have."""
+    token: bytes = b""
+    """A FetchToken; empty: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +231,14 @@ class Arrival(Protocol):
     def start_bulk(self) -> None: ...
     def set_bulk_rate(self, bytes_per_s_max: int) -> None: ...
     def set_page_server(self, host: str, port: int) -> None: ...
+    def set_token(self, token: bytes) -> None:
+        """Show another FetchToken from the next stream on."""
+        ...
+
+    def page_server_key(self) -> bytes:
+        """By which key the page server was known last; empty: no lane has been up with TLS."""
+        ...
+
     def fileno(self) -> int:
         """The eventfd that is readable after a change of phase; drain it with `drain_events`."""
         ...
@@ -233,6 +279,14 @@ class ServeImage:
     state: ImageState
     ram_fd: int
     regions: Sequence[ServeRegion]
+    destination: str = ""
+    """With TLS: the name that a reader's certificate must have; empty: any node's."""
+    destination_epoch: int = 0
+    """Streams of an older epoch are refused."""
+    destination_key: bytes = b""
+    """TLS_KEY_BYTES; good whatever its certificate's dates while the image is FROZEN."""
+    token_key: bytes = b""
+    """Ed25519 public key of who signs FetchTokens; empty: none is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +337,17 @@ class PageCore(Protocol):
     def create_arrival(self, config: ArrivalConfig) -> Arrival: ...
     def create_pacer(self, bytes_per_s_max: int) -> Pacer: ...
     def create_page_server(
-        self, *, host: str, port: int, connection_count_max: int = 64
+        self,
+        *,
+        host: str,
+        port: int,
+        connection_count_max: int = 64,
+        tls: TlsIdentity | None = None,
     ) -> PageServer: ...
+    def create_tls_identity(self, *, certificate: str, key: str, authority: str) -> TlsIdentity:
+        """Read three PEM files. OSError says in strerror what is wrong with them."""
+        ...
+
     def inject_uffd(self, *, pid: int, ram_fd: int, minor: bool = False) -> Injection:
         """Blocks some milliseconds: call it in a thread."""
         ...

@@ -24,6 +24,7 @@ from services.pagecore.api import (
     Pacer,
     ServeImage,
     ServeStats,
+    TlsIdentity,
 )
 
 _NO_LATENCY = LatencySummary(sample_count=0, p50_ns=0, p99_ns=0, p999_ns=0, max_ns=0)
@@ -60,6 +61,42 @@ class FakePacer(_Closable):
         self.closed = True
 
 
+class FakeTlsIdentity(_Closable):
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reload_count = 0
+        self.pins: Counter[bytes] = Counter()
+        self.pinned = 0
+        """What `pinned_count` says; a test sets it."""
+
+    def reload(self) -> None:
+        """Counted."""
+        self._need_open()
+        self.reload_count += 1
+
+    def pin(self, key: bytes) -> None:
+        """Counted by key."""
+        self._need_open()
+        self.pins[key] += 1
+
+    def unpin(self, key: bytes) -> None:
+        """ENOENT: it is not pinned."""
+        self._need_open()
+        if not self.pins[key]:
+            raise _error(errno.ENOENT, "gw_tls_identity_unpin")
+        self.pins[key] -= 1
+
+    def pinned_count(self) -> int:
+        """As `pinned` says."""
+        return self.pinned
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.closed = True
+
+
 class FakeArrival(_Closable):
     """One arriving guest whose pages a test installs."""
 
@@ -81,6 +118,9 @@ class FakeArrival(_Closable):
         self.config = config
         self.page_server = (config.page_host, config.page_port)
         self.bulk_rate = config.bulk_bytes_per_s_max
+        self.token = config.token
+        self.server_key = b""
+        """What `page_server_key` says; a test sets it."""
         self.shares: tuple[Pacer, int] | None = None
         self.started = False
         self.bulk_started = False
@@ -207,6 +247,16 @@ class FakeArrival(_Closable):
         """Kept in `page_server`."""
         self._need_open()
         self.page_server = (host, port)
+
+    def set_token(self, token: bytes) -> None:
+        """Kept in `token`."""
+        self._need_open()
+        self.token = token
+
+    def page_server_key(self) -> bytes:
+        """As `server_key` says."""
+        self._need_open()
+        return self.server_key
 
     def fileno(self) -> int:
         """A real eventfd: an event loop can watch it."""
@@ -359,6 +409,7 @@ class FakePageCore:
     def __init__(self) -> None:
         self.arrivals: list[FakeArrival] = []
         self.page_servers: list[FakePageServer] = []
+        self.identities: list[FakeTlsIdentity] = []
         self.maps: dict[str, FakeMap] = {}
         """By path; outlive the arrivals."""
         self.auto_connect = True
@@ -400,12 +451,20 @@ class FakePageCore:
         host: str,  # noqa: ARG002
         port: int,
         connection_count_max: int = 64,  # noqa: ARG002
+        tls: TlsIdentity | None = None,  # noqa: ARG002
     ) -> FakePageServer:
         """Make a FakePageServer."""
         self._fail("create_page_server")
         server = FakePageServer(port or 1)
         self.page_servers.append(server)
         return server
+
+    def create_tls_identity(self, *, certificate: str, key: str, authority: str) -> FakeTlsIdentity:  # noqa: ARG002
+        """Make a FakeTlsIdentity."""
+        self._fail("create_tls_identity")
+        identity = FakeTlsIdentity()
+        self.identities.append(identity)
+        return identity
 
     def inject_uffd(self, *, pid: int, ram_fd: int, minor: bool = False) -> Injection:  # noqa: ARG002
         """Give a descriptor of /dev/null: it can be closed, and nothing else."""

@@ -22,6 +22,7 @@ from typing import Any
 from services.pagecore import uffd_names
 from services.pagecore.api import (
     HOLDS_MAX,
+    TLS_KEY_BYTES,
     Arrival,
     ArrivalConfig,
     ArrivalPhase,
@@ -36,6 +37,7 @@ from services.pagecore.api import (
     PrefetchSummary,
     ServeImage,
     ServeStats,
+    TlsIdentity,
 )
 
 MODULE_ENV = "GODWIT_NATIVE_MODULE"
@@ -155,6 +157,75 @@ class NativePacer:
         self._handle.close()
 
 
+class NativeTlsIdentity:
+    """Certificates, and keys that are pinned; see native/include/godwit/tls.h."""
+
+    def __init__(self, certificate: str, key: str, authority: str) -> None:
+        """Read the files.
+
+        Raises:
+            OSError: strerror says what is wrong with them.
+        """
+        strings = [_string(text) for text in (certificate, key, authority)]
+        files = ffi.new("struct gw_tls_files *")
+        files.certificate_path, files.key_path, files.authority_path = strings
+        reason = ffi.new("char[]", lib.GW_TLS_REASON_LEN_MAX)
+        ret = ffi.new("struct gw_tls_identity **")
+        self._check_files(lib.gw_tls_identity_create(files, reason, ret), reason)
+        self._handle = _Handle(ret[0], lib.gw_tls_identity_unref)
+
+    @staticmethod
+    def _check_files(result: int, reason: Any) -> None:
+        if result < 0:
+            raise OSError(-result, ffi.string(reason).decode() or os.strerror(-result))
+
+    def reload(self) -> None:
+        """Read the files again, for connections from now on.
+
+        Raises:
+            OSError: strerror says what is wrong with them; nothing has changed.
+        """
+        reason = ffi.new("char[]", lib.GW_TLS_REASON_LEN_MAX)
+        with self._handle.open() as pointer:
+            self._check_files(lib.gw_tls_identity_reload(pointer, reason), reason)
+
+    def pin(self, key: bytes) -> None:
+        """Believe this key whatever its certificate says. ENOSPC: too many are."""
+        self._handle.call("gw_tls_identity_pin", _key(key))
+
+    def unpin(self, key: bytes) -> None:
+        """Take one pin back. ENOENT: it is not pinned."""
+        self._handle.call("gw_tls_identity_unpin", _key(key))
+
+    def pinned_count(self) -> int:
+        """Handshakes that only a pin let through."""
+        with self._handle.open() as pointer:
+            return int(lib.gw_tls_identity_pinned_count(pointer))
+
+    def reference(self) -> Any:
+        """The pointer, for a struct that a call is made with: the callee takes its own."""
+        with self._handle.open() as pointer:
+            return pointer
+
+    def close(self) -> None:
+        """Give our reference back."""
+        self._handle.close()
+
+
+def _key(key: bytes, len_bytes: int = TLS_KEY_BYTES) -> Any:
+    if len(key) != len_bytes:
+        raise ValueError(f"a key has {len_bytes} bytes, got {len(key)}")
+    return ffi.new("uint8_t[]", key)
+
+
+def _identity(tls: TlsIdentity | None) -> Any:
+    if tls is None:
+        return ffi.NULL
+    if not isinstance(tls, NativeTlsIdentity):
+        raise TypeError(f"an identity of the native page core is needed, got {tls!r}")
+    return tls.reference()
+
+
 def _hold(native: Any, number: int) -> Hold:
     return Hold(
         number=number,
@@ -213,6 +284,12 @@ class NativeArrival:
         native_config.bulk_bytes_per_s_max = config.bulk_bytes_per_s_max
         native_config.regions = regions
         native_config.region_count = len(config.regions)
+        server_name = _string(config.page_server_name)
+        token = ffi.new("uint8_t[]", config.token or b"\0")
+        native_config.tls = _identity(config.tls)
+        native_config.page_server_name = server_name
+        native_config.token = token
+        native_config.token_len = len(config.token)
         ret = ffi.new("struct gw_arrival **")
         check("gw_arrival_create", lib.gw_arrival_create(native_config, ret))
         self._handle = _Handle(ret[0], lib.gw_arrival_destroy)
@@ -245,6 +322,18 @@ class NativeArrival:
     def set_page_server(self, host: str, port: int) -> None:
         """Fetch from another page server from now on."""
         self._handle.call("gw_arrival_set_page_server", _string(host), port)
+
+    def set_token(self, token: bytes) -> None:
+        """Show another FetchToken from the next stream on."""
+        native = ffi.new("uint8_t[]", token or b"\0")
+        self._handle.call("gw_arrival_set_token", native, len(token))
+
+    def page_server_key(self) -> bytes:
+        """By which key the page server was known last; empty: none."""
+        key = ffi.new("uint8_t[]", TLS_KEY_BYTES)
+        with self._handle.open() as pointer:
+            known = lib.gw_arrival_page_server_key(pointer, key) == 0
+        return bytes(ffi.buffer(key)) if known else b""
 
     def fileno(self) -> int:
         """The eventfd of phase changes. Borrowed."""
@@ -328,7 +417,9 @@ class NativeArrival:
 class NativePageServer:
     """The PageService listener; see native/include/godwit/serve.h."""
 
-    def __init__(self, host: str, port: int, connection_count_max: int) -> None:
+    def __init__(
+        self, host: str, port: int, connection_count_max: int, tls: TlsIdentity | None = None
+    ) -> None:
         """Bind and listen.
 
         Raises:
@@ -340,6 +431,7 @@ class NativePageServer:
         config.listen_port = port
         config.listen_host = listen_host
         config.connection_count_max = connection_count_max
+        config.tls = _identity(tls)
         ret = ffi.new("struct gw_serve **")
         check("gw_serve_create", lib.gw_serve_create(config, ret))
         self._handle = _Handle(ret[0], lib.gw_serve_destroy)
@@ -372,6 +464,14 @@ class NativePageServer:
         native.state = int(image.state)
         native.region_count = len(image.regions)
         native.regions = regions
+        destination = _string(image.destination)
+        native.destination = destination
+        native.destination_epoch = image.destination_epoch
+        keys = [
+            _key(image.destination_key) if image.destination_key else ffi.NULL,
+            _key(image.token_key, lib.GW_SERVE_TOKEN_KEY_LEN) if image.token_key else ffi.NULL,
+        ]
+        native.destination_key, native.token_key = keys
         self._handle.call("gw_serve_put_image", native)
 
     def remove_image(self, image_id: str) -> None:
@@ -433,10 +533,19 @@ class NativePageCore:
         return NativePacer(bytes_per_s_max)
 
     def create_page_server(
-        self, *, host: str, port: int, connection_count_max: int = 64
+        self,
+        *,
+        host: str,
+        port: int,
+        connection_count_max: int = 64,
+        tls: TlsIdentity | None = None,
     ) -> PageServer:
         """See NativePageServer."""
-        return NativePageServer(host, port, connection_count_max)
+        return NativePageServer(host, port, connection_count_max, tls)
+
+    def create_tls_identity(self, *, certificate: str, key: str, authority: str) -> TlsIdentity:
+        """See NativeTlsIdentity."""
+        return NativeTlsIdentity(certificate, key, authority)
 
     def inject_uffd(self, *, pid: int, ram_fd: int, minor: bool = False) -> Injection:
         """Make process `pid` create a userfaultfd over its mappings of `ram_fd`.

@@ -45,6 +45,7 @@ HELLO = st.builds(
     traceparent=TEXT,
     zero_run_max_bytes=U64,
     accepts_lz4=st.booleans(),
+    token=st.binary(max_size=40),
 )
 WANT = st.builds(pb.Want, offset_bytes=U64, len_bytes=U64, generation=U64)
 HEARTBEAT = st.builds(pb.Heartbeat, sequence=U64)

@@ -25,6 +25,7 @@
 
 #include <godwit/export.h>
 #include <godwit/pacer.h>
+#include <godwit/tls.h>
 
 /* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
 
@@ -33,6 +34,7 @@
 #define GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX 8
 #define GW_ARRIVAL_REASON_LEN_MAX	     192
 #define GW_ARRIVAL_HOLD_COUNT_MAX	     8
+#define GW_ARRIVAL_TOKEN_LEN_MAX	     1024
 
 /* Opaque. One per guest being received. */
 struct gw_arrival;
@@ -101,6 +103,10 @@ struct gw_arrival_config {
 	const struct gw_arrival_region *regions; /* ascending, not overlapping */
 	uint32_t region_count;			 /* 1..GW_ARRIVAL_REGION_COUNT_MAX */
 	uint32_t reserved;			 /* zero */
+	struct gw_tls_identity *tls;		 /* NULL: plaintext; a reference is taken */
+	const char *page_server_name; /* with TLS: the name that its certificate must have */
+	const uint8_t *token;	      /* a FetchToken; NULL: none */
+	uint64_t token_len;	      /* up to GW_ARRIVAL_TOKEN_LEN_MAX */
 };
 
 struct gw_latency_summary {
@@ -193,6 +199,15 @@ int gw_arrival_share(struct gw_arrival *arrival, struct gw_pacer *pacer, uint32_
 
 /* Fetch from another page server from now on; streams are opened again. */
 int gw_arrival_set_page_server(struct gw_arrival *arrival, const char *host, uint32_t port);
+
+/* Show another token from the next stream on. Returns 0; -EINVAL it is too long. */
+int gw_arrival_set_token(struct gw_arrival *arrival, const uint8_t *token, uint64_t len);
+
+/*
+ * The key by which the page server was known when a lane came up last: to be pinned for as long as
+ * this guest needs it. GW_TLS_KEY_LEN bytes. Returns 0; -ENOENT no lane has been up with TLS.
+ */
+int gw_arrival_page_server_key(const struct gw_arrival *arrival, uint8_t *ret_key);
 
 /* An eventfd, readable after the phase changed. Borrowed: read it, do not close it. */
 int gw_arrival_wait_fd(const struct gw_arrival *arrival);

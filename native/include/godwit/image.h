@@ -50,6 +50,18 @@ void gw_image_unref(struct gw_image *image);
 
 const char *gw_image_id(const struct gw_image *image);
 uint64_t gw_image_size(const struct gw_image *image);
+/* Who may read it: gw_serve_image. */
+struct gw_image_access {
+	char destination[GW_TLS_NAME_LEN_MAX + 1]; /* "": any node */
+	uint64_t destination_epoch;
+	bool has_destination_key;
+	bool has_token_key;
+	uint8_t destination_key[GW_TLS_KEY_LEN];
+	uint8_t token_key[GW_SERVE_TOKEN_KEY_LEN];
+};
+
+/* Borrowed. */
+const struct gw_image_access *gw_image_access(const struct gw_image *image);
 /* The record, as it is put on the wire. Borrowed. */
 const struct gw_wire_image *gw_image_record(const struct gw_image *image);
 

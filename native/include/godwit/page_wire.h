@@ -43,6 +43,8 @@
 #define GW_PAGE_RESPONSE_LEN_MAX (GW_PAGE_WANT_LEN_MAX + 8192u)
 #define GW_PAGE_REGION_COUNT_MAX 64
 #define GW_PAGE_ID_LEN_MAX	 128
+/* Longest FetchToken that is looked at. */
+#define GW_PAGE_TOKEN_LEN_MAX 1024
 
 /* A view of a string in the input: not NUL-terminated; data may be NULL if len is 0. */
 struct gw_wire_string {
@@ -77,6 +79,21 @@ struct gw_page_hello {
 	uint64_t zero_run_max; /* longest ZERO answer; 0 = none beyond its want */
 	int32_t lane;	       /* enum gw_page_lane, or what the peer said */
 	bool accepts_lz4;
+	struct gw_wire_bytes token; /* a FetchToken, not looked into */
+};
+
+/* godwit.page.v1.FetchToken */
+struct gw_page_token {
+	struct gw_wire_bytes claims; /* a FetchClaims: what is signed */
+	struct gw_wire_bytes signature;
+};
+
+/* godwit.page.v1.FetchClaims */
+struct gw_page_claims {
+	struct gw_wire_string image_id;
+	struct gw_wire_string destination;
+	uint64_t epoch;
+	uint64_t expires_unix_s;
 };
 
 /* godwit.page.v1.Want */
@@ -179,6 +196,8 @@ struct gw_describe_response {
 int gw_fetch_request_decode(const uint8_t *data, size_t len, struct gw_fetch_request *ret_request);
 int gw_fetch_response_decode(const uint8_t *data, size_t len,
 			     struct gw_fetch_response *ret_response);
+int gw_page_token_decode(const uint8_t *data, size_t len, struct gw_page_token *ret_token);
+int gw_page_claims_decode(const uint8_t *data, size_t len, struct gw_page_claims *ret_claims);
 int gw_describe_request_decode(const uint8_t *data, size_t len,
 			       struct gw_wire_string *ret_image_id);
 int gw_describe_response_decode(const uint8_t *data, size_t len,

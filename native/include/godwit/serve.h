@@ -20,10 +20,12 @@
 #include <stdint.h>
 
 #include <godwit/export.h>
+#include <godwit/tls.h>
 
 /* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
 
 #define GW_SERVE_REGION_COUNT_MAX 64
+#define GW_SERVE_TOKEN_KEY_LEN	  32 /* an Ed25519 public key */
 
 /* Opaque. One per page-server process. */
 struct gw_serve;
@@ -39,6 +41,7 @@ struct gw_serve_config {
 	const char *listen_host;       /* numeric address */
 	uint32_t connection_count_max; /* 1..1024; more are refused with UNAVAILABLE */
 	uint32_t heartbeat_ms;	       /* silence after which a heartbeat is sent; 0 = 1000 */
+	struct gw_tls_identity *tls;   /* NULL: plaintext; a reference is taken */
 };
 
 struct gw_serve_region {
@@ -61,6 +64,13 @@ struct gw_serve_image {
 	uint32_t state;	     /* enum gw_image_state */
 	uint32_t region_count;
 	const struct gw_serve_region *regions; /* in image order */
+	/*
+	 * Who may read it, with TLS. Without, there is nobody to ask who he is.
+	 */
+	const char *destination;    /* a name of the peer's certificate; NULL or "": any node's */
+	uint64_t destination_epoch; /* streams of an older one are refused; 0: see `epoch` */
+	const uint8_t *destination_key; /* GW_TLS_KEY_LEN; pinned while FROZEN; NULL: none */
+	const uint8_t *token_key;	/* GW_SERVE_TOKEN_KEY_LEN; NULL: no token is asked for */
 };
 
 struct gw_serve_stats {
@@ -92,7 +102,8 @@ int gw_serve_port(const struct gw_serve *serve);
  * Serve an image, or replace the record of the one of the same id. When it
  * returns, no message stamped with the old record will be started any more.
  *
- * Returns 0; -EINVAL; -EBADF; -EOVERFLOW a region leaves ram_fd; -ENOMEM.
+ * Returns 0; -EINVAL; -EBADF; -EOVERFLOW a region leaves ram_fd; -ENOMEM; -ENOSPC as many keys
+ * are pinned as there is room for.
  */
 int gw_serve_put_image(struct gw_serve *serve, const struct gw_serve_image *image);
 

@@ -169,6 +169,8 @@ ssize_t gw_sys_process_vm_writev(pid_t pid, const struct iovec *local, const str
 
 /* CLOCK_MONOTONIC in ns. Cannot fail, and is not failed by tests. */
 uint64_t gw_sys_now_ns(void);
+/* What people call the time, seconds since 1970: it may be set, and jump. 0 if it is before. */
+uint64_t gw_sys_wall_s(void);
 
 /* --- for tests ------------------------------------------------------------------------------- */
 

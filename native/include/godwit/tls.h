@@ -22,6 +22,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+/* cdef:begin - extracted for cffi by tools/gen_ffi.py; keep it plain C. */
+
 #define GW_TLS_KEY_LEN	      32 /* SHA-256 of the peer's SubjectPublicKeyInfo */
 #define GW_TLS_PIN_COUNT_MAX  256
 #define GW_TLS_NAME_LEN_MAX   253
@@ -29,8 +31,6 @@
 
 /* Who this process is, and whom it believes. Shared by sessions. */
 struct gw_tls_identity;
-/* The TLS of one connection. */
-struct gw_tls;
 
 struct gw_tls_files {
 	const char *certificate_path; /* PEM: own certificate, then intermediate ones */
@@ -66,6 +66,11 @@ int gw_tls_identity_pin(struct gw_tls_identity *identity, const uint8_t key[GW_T
 int gw_tls_identity_unpin(struct gw_tls_identity *identity, const uint8_t key[GW_TLS_KEY_LEN]);
 /* How many handshakes would have been refused but for a pin. An operator should know. */
 uint64_t gw_tls_identity_pinned_count(const struct gw_tls_identity *identity);
+
+/* cdef:end */
+
+/* The TLS of one connection. */
+struct gw_tls;
 
 /*
  * A session on `fd`, which may still be connecting. The handshake is made by the first send or recv.

@@ -27,7 +27,7 @@ RENAMED = {
     "size": "size_bytes",
     "file_offset": "offset",
 }
-C_ONLY = {"struct_size", "reserved", "region_count", "range_count", "uffd_count"}
+C_ONLY = {"struct_size", "reserved", "region_count", "range_count", "uffd_count", "token_len"}
 PYTHON_ONLY = {"struct gw_inject_range": {"uffd_index"}, "struct gw_hold": {"number"}}
 """An injection makes one userfaultfd; holds have their numbers by their place."""
 

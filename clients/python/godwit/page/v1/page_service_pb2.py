@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from godwit.common.v1 import common_pb2 as godwit_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!godwit/page/v1/page_service.proto\x12\x0egodwit.page.v1\x1a\x1dgodwit/common/v1/common.proto\"(\n\x14\x44\x65scribeImageRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\"o\n\x15\x44\x65scribeImageResponse\x12&\n\x05image\x18\x01 \x01(\x0b\x32\x17.godwit.common.v1.Image\x12.\n\x0c\x64\x61ta_extents\x18\x02 \x03(\x0b\x32\x18.godwit.common.v1.Extent\"\x99\x01\n\x0c\x46\x65tchRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.godwit.page.v1.FetchHelloH\x00\x12$\n\x04want\x18\x02 \x01(\x0b\x32\x14.godwit.page.v1.WantH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.godwit.page.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"\xab\x01\n\nFetchHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\"\n\x04lane\x18\x04 \x01(\x0e\x32\x14.godwit.page.v1.Lane\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1a\n\x12zero_run_max_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65pts_lz4\x18\x07 \x01(\x08\"C\n\x04Want\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tlen_bytes\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x9c\x01\n\rFetchResponse\x12+\n\x05ready\x18\x01 \x01(\x0b\x32\x1a.godwit.page.v1.FetchReadyH\x00\x12&\n\x05pages\x18\x02 \x01(\x0b\x32\x15.godwit.page.v1.PagesH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.godwit.page.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"L\n\nFetchReady\x12&\n\x05image\x18\x01 \x01(\x0b\x32\x17.godwit.common.v1.Image\x12\x16\n\x0ewant_max_bytes\x18\x02 \x01(\x04\"\xc1\x01\n\x05Pages\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tlen_bytes\x18\x02 \x01(\x04\x12*\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x18.godwit.page.v1.Encoding\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x31\n\x0bimage_state\x18\x05 \x01(\x0e\x32\x1c.godwit.common.v1.ImageState\x12\x0e\n\x06\x63rc32c\x18\x06 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c*<\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLANE_DEMAND\x10\x01\x12\r\n\tLANE_BULK\x10\x02*[\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_ZERO\x10\x02\x12\x10\n\x0c\x45NCODING_LZ4\x10\x03\x32\xb5\x01\n\x0bPageService\x12\\\n\rDescribeImage\x12$.godwit.page.v1.DescribeImageRequest\x1a%.godwit.page.v1.DescribeImageResponse\x12H\n\x05\x46\x65tch\x12\x1c.godwit.page.v1.FetchRequest\x1a\x1d.godwit.page.v1.FetchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!godwit/page/v1/page_service.proto\x12\x0egodwit.page.v1\x1a\x1dgodwit/common/v1/common.proto\"(\n\x14\x44\x65scribeImageRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\"o\n\x15\x44\x65scribeImageResponse\x12&\n\x05image\x18\x01 \x01(\x0b\x32\x17.godwit.common.v1.Image\x12.\n\x0c\x64\x61ta_extents\x18\x02 \x03(\x0b\x32\x18.godwit.common.v1.Extent\"\x99\x01\n\x0c\x46\x65tchRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.godwit.page.v1.FetchHelloH\x00\x12$\n\x04want\x18\x02 \x01(\x0b\x32\x14.godwit.page.v1.WantH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.godwit.page.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"\xba\x01\n\nFetchHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\"\n\x04lane\x18\x04 \x01(\x0e\x32\x14.godwit.page.v1.Lane\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1a\n\x12zero_run_max_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65pts_lz4\x18\x07 \x01(\x08\x12\r\n\x05token\x18\x08 \x01(\x0c\"/\n\nFetchToken\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"[\n\x0b\x46\x65tchClaims\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65stination\x18\x03 \x01(\t\x12\x16\n\x0e\x65xpires_unix_s\x18\x04 \x01(\x04\"C\n\x04Want\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tlen_bytes\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\x9c\x01\n\rFetchResponse\x12+\n\x05ready\x18\x01 \x01(\x0b\x32\x1a.godwit.page.v1.FetchReadyH\x00\x12&\n\x05pages\x18\x02 \x01(\x0b\x32\x15.godwit.page.v1.PagesH\x00\x12.\n\theartbeat\x18\x03 \x01(\x0b\x32\x19.godwit.page.v1.HeartbeatH\x00\x42\x06\n\x04\x62ody\"L\n\nFetchReady\x12&\n\x05image\x18\x01 \x01(\x0b\x32\x17.godwit.common.v1.Image\x12\x16\n\x0ewant_max_bytes\x18\x02 \x01(\x04\"\xc1\x01\n\x05Pages\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tlen_bytes\x18\x02 \x01(\x04\x12*\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x18.godwit.page.v1.Encoding\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x31\n\x0bimage_state\x18\x05 \x01(\x0e\x32\x1c.godwit.common.v1.ImageState\x12\x0e\n\x06\x63rc32c\x18\x06 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c*<\n\x04Lane\x12\x14\n\x10LANE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLANE_DEMAND\x10\x01\x12\r\n\tLANE_BULK\x10\x02*[\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x45NCODING_RAW\x10\x01\x12\x11\n\rENCODING_ZERO\x10\x02\x12\x10\n\x0c\x45NCODING_LZ4\x10\x03\x32\xb5\x01\n\x0bPageService\x12\\\n\rDescribeImage\x12$.godwit.page.v1.DescribeImageRequest\x1a%.godwit.page.v1.DescribeImageResponse\x12H\n\x05\x46\x65tch\x12\x1c.godwit.page.v1.FetchRequest\x1a\x1d.godwit.page.v1.FetchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'godwit.page.v1.page_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANE']._serialized_start=1102
-  _globals['_LANE']._serialized_end=1162
-  _globals['_ENCODING']._serialized_start=1164
-  _globals['_ENCODING']._serialized_end=1255
+  _globals['_LANE']._serialized_start=1259
+  _globals['_LANE']._serialized_end=1319
+  _globals['_ENCODING']._serialized_start=1321
+  _globals['_ENCODING']._serialized_end=1412
   _globals['_DESCRIBEIMAGEREQUEST']._serialized_start=84
   _globals['_DESCRIBEIMAGEREQUEST']._serialized_end=124
   _globals['_DESCRIBEIMAGERESPONSE']._serialized_start=126
@@ -43,17 +43,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREQUEST']._serialized_start=240
   _globals['_FETCHREQUEST']._serialized_end=393
   _globals['_FETCHHELLO']._serialized_start=396
-  _globals['_FETCHHELLO']._serialized_end=567
-  _globals['_WANT']._serialized_start=569
-  _globals['_WANT']._serialized_end=636
-  _globals['_HEARTBEAT']._serialized_start=638
-  _globals['_HEARTBEAT']._serialized_end=667
-  _globals['_FETCHRESPONSE']._serialized_start=670
-  _globals['_FETCHRESPONSE']._serialized_end=826
-  _globals['_FETCHREADY']._serialized_start=828
-  _globals['_FETCHREADY']._serialized_end=904
-  _globals['_PAGES']._serialized_start=907
-  _globals['_PAGES']._serialized_end=1100
-  _globals['_PAGESERVICE']._serialized_start=1258
-  _globals['_PAGESERVICE']._serialized_end=1439
+  _globals['_FETCHHELLO']._serialized_end=582
+  _globals['_FETCHTOKEN']._serialized_start=584
+  _globals['_FETCHTOKEN']._serialized_end=631
+  _globals['_FETCHCLAIMS']._serialized_start=633
+  _globals['_FETCHCLAIMS']._serialized_end=724
+  _globals['_WANT']._serialized_start=726
+  _globals['_WANT']._serialized_end=793
+  _globals['_HEARTBEAT']._serialized_start=795
+  _globals['_HEARTBEAT']._serialized_end=824
+  _globals['_FETCHRESPONSE']._serialized_start=827
+  _globals['_FETCHRESPONSE']._serialized_end=983
+  _globals['_FETCHREADY']._serialized_start=985
+  _globals['_FETCHREADY']._serialized_end=1061
+  _globals['_PAGES']._serialized_start=1064
+  _globals['_PAGES']._serialized_end=1257
+  _globals['_PAGESERVICE']._serialized_start=1415
+  _globals['_PAGESERVICE']._serialized_end=1596
 # @@protoc_insertion_point(module_scope)

@@ -195,6 +195,7 @@ class FetchHello(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     ZERO_RUN_MAX_BYTES_FIELD_NUMBER: _builtins.int
     ACCEPTS_LZ4_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The destination's session, the same on every lane and after every reconnect. 1..64 of [A-Za-z0-9._-]."""
     image_id: _builtins.str
@@ -212,6 +213,10 @@ class FetchHello(_message.Message):
     """
     accepts_lz4: _builtins.bool
     """The destination takes ENCODING_LZ4 on this stream. Refused by nobody: a server may ignore it."""
+    token: _builtins.bytes
+    """A serialized FetchToken, at most 1024 bytes. Asked for by a server with TLS whose image names the
+    orchestrator's key; otherwise not looked at. Given again with each new stream.
+    """
     def __init__(
         self,
         *,
@@ -222,14 +227,77 @@ class FetchHello(_message.Message):
         traceparent: _builtins.str = ...,
         zero_run_max_bytes: _builtins.int = ...,
         accepts_lz4: _builtins.bool = ...,
+        token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_lz4", b"accepts_lz4", "epoch", b"epoch", "image_id", b"image_id", "lane", b"lane", "session_id", b"session_id", "traceparent", b"traceparent", "zero_run_max_bytes", b"zero_run_max_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_lz4", b"accepts_lz4", "epoch", b"epoch", "image_id", b"image_id", "lane", b"lane", "session_id", b"session_id", "token", b"token", "traceparent", b"traceparent", "zero_run_max_bytes", b"zero_run_max_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchHello: _TypeAlias = FetchHello  # noqa: Y015
+
+@_typing.final
+class FetchToken(_message.Message):
+    """The orchestrator's word that a destination may read an image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLAIMS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    claims: _builtins.bytes
+    """A serialized FetchClaims, as it was signed."""
+    signature: _builtins.bytes
+    """Ed25519, 64 bytes, over "godwit fetch token v1", a zero byte, and `claims`."""
+    def __init__(
+        self,
+        *,
+        claims: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchToken: _TypeAlias = FetchToken  # noqa: Y015
+
+@_typing.final
+class FetchClaims(_message.Message):
+    """What a FetchToken says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_S_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    """Image that may be read."""
+    epoch: _builtins.int
+    """Epoch of the destination; that of its hello."""
+    destination: _builtins.str
+    """DNS name of the destination, which its certificate must have: `<node>.node.godwit`."""
+    expires_unix_s: _builtins.int
+    """Seconds since 1970 until which the first stream must be opened. Later ones of the same destination
+    and epoch are not held to it: a guest depends on them.
+    """
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        destination: _builtins.str = ...,
+        expires_unix_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "epoch", b"epoch", "expires_unix_s", b"expires_unix_s", "image_id", b"image_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchClaims: _TypeAlias = FetchClaims  # noqa: Y015
 
 @_typing.final
 class Want(_message.Message):

@@ -55,10 +55,15 @@ class PageServiceStub:
 
     Errors:
       NOT_FOUND            IMAGE_UNKNOWN: not served here
-      FAILED_PRECONDITION  STALE_EPOCH: `epoch` is not above the image's; STALE_GENERATION: the want
+      FAILED_PRECONDITION  STALE_EPOCH: `epoch` is not above the image's, or below that of its
+                           destination; STALE_GENERATION: the want
                            names another generation than the image has now: ask the orchestrator
       OUT_OF_RANGE         the want leaves the image; a bug, do not retry
       INVALID_ARGUMENT     no hello first, an unset field, a range that is not page aligned or too long
+      PERMISSION_DENIED    with TLS: NOT_A_NODE: no node's certificate; WRONG_DESTINATION: the image is
+                           another node's; TOKEN_WRONG_IMAGE, TOKEN_REPLAYED, TOKEN_WRONG_EPOCH: the token
+                           is of another image, node, epoch
+      UNAUTHENTICATED      with TLS: TOKEN_MISSING, TOKEN_INVALID, TOKEN_EXPIRED (for a first use alone)
       DATA_LOSS            the memory behind the image cannot be read any more
       UNAVAILABLE          the server drains or restarts; reconnect with back-off
     """
@@ -102,10 +107,15 @@ class PageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
           NOT_FOUND            IMAGE_UNKNOWN: not served here
-          FAILED_PRECONDITION  STALE_EPOCH: `epoch` is not above the image's; STALE_GENERATION: the want
+          FAILED_PRECONDITION  STALE_EPOCH: `epoch` is not above the image's, or below that of its
+                               destination; STALE_GENERATION: the want
                                names another generation than the image has now: ask the orchestrator
           OUT_OF_RANGE         the want leaves the image; a bug, do not retry
           INVALID_ARGUMENT     no hello first, an unset field, a range that is not page aligned or too long
+          PERMISSION_DENIED    with TLS: NOT_A_NODE: no node's certificate; WRONG_DESTINATION: the image is
+                               another node's; TOKEN_WRONG_IMAGE, TOKEN_REPLAYED, TOKEN_WRONG_EPOCH: the token
+                               is of another image, node, epoch
+          UNAUTHENTICATED      with TLS: TOKEN_MISSING, TOKEN_INVALID, TOKEN_EXPIRED (for a first use alone)
           DATA_LOSS            the memory behind the image cannot be read any more
           UNAVAILABLE          the server drains or restarts; reconnect with back-off
         """
