@@ -7,9 +7,10 @@
  *
  * Two questions, and only the first knows a clock. Who are you: TLS has answered it, with dates or by
  * a pinned key. May you read this: the certificate's name is the destination's, the token is signed
- * by the orchestrator and speaks of this image, epoch and destination. A token's date counts for
- * the first stream only: a peer that has read the image for its epoch, or whose key is in the record
- * of a frozen image, holds a guest that depends on it.
+ * by the orchestrator and speaks of this image, epoch and destination. A peer that has read the image
+ * for its epoch, or whose key is in the record of a frozen image, holds a guest that depends on it: its
+ * token is not looked at again. A token's date counts as long as the guest runs on this memory:
+ * an image is frozen only when its destination has been let in.
  */
 #include "serve_internal.h"
 
@@ -221,7 +222,8 @@ static bool claims_fit(struct serve_stream *stream, const struct gw_image *image
 	if (claims->epoch != stream->epoch)
 		return refuse(stream, GW_GRPC_PERMISSION_DENIED,
 			      "TOKEN_WRONG_EPOCH: the token is of another epoch");
-	if (!stream->known && gw_sys_wall_s() > claims->expires_unix_s)
+	if (gw_image_record(image)->state == GW_IMAGE_LIVE &&
+	    gw_sys_wall_s() > claims->expires_unix_s)
 		return refuse(stream, GW_GRPC_UNAUTHENTICATED,
 			      "TOKEN_EXPIRED: too late for a first use");
 	return true;
@@ -253,5 +255,5 @@ bool serve_access_is_granted(struct serve_stream *stream, const struct gw_image 
 	if (access->destination[0] && !gw_tls_peer_is(tls_of(stream->conn), access->destination))
 		return refuse(stream, GW_GRPC_PERMISSION_DENIED,
 			      "WRONG_DESTINATION: the image is another node's");
-	return !access->has_token_key || token_is_good(stream, image);
+	return stream->known || !access->has_token_key || token_is_good(stream, image);
 }

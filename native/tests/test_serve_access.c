@@ -289,7 +289,14 @@ static void who_has_read_may_read_on(void)
 	expect(&fixture, &to_party, EPOCH, &late, "TOKEN_EXPIRED");
 	CHECK_EQ(put(&fixture, GW_IMAGE_FROZEN, EPOCH, to_key), 0);
 	expect(&fixture, &to_party, EPOCH, &late, "");
+	/* Whoever signs may have another key by now. */
+	expect(&fixture, &to_party, EPOCH, NULL, "");
+	tear_down(&fixture);
+	/* Its own key may be another one as well: a token that is right is enough, however old. */
+	fixture = set_up();
+	CHECK_EQ(put(&fixture, GW_IMAGE_FROZEN, EPOCH, expired_key), 0);
 	expect(&fixture, &to_party, EPOCH, NULL, "TOKEN_MISSING");
+	expect(&fixture, &to_party, EPOCH, &late, "");
 	tear_down(&fixture);
 }
 

@@ -280,8 +280,8 @@ class FetchClaims(_message.Message):
     destination: _builtins.str
     """DNS name of the destination, which its certificate must have: `<node>.node.godwit`."""
     expires_unix_s: _builtins.int
-    """Seconds since 1970 until which the first stream must be opened. Later ones of the same destination
-    and epoch are not held to it: a guest depends on them.
+    """Seconds since 1970 until which the first stream must be opened. Not looked at once the image is FROZEN
+    or the destination has been let in: a guest depends on it.
     """
     def __init__(
         self,
