@@ -22,18 +22,42 @@ static uint32_t method = GW_INSTALL_COPY;
 static char map_path[64];
 static uint8_t *source;
 
-static void need_huge_pages(void)
+static uint64_t meminfo(const char *name)
 {
-	uint64_t free_count = 0;
+	uint64_t value = 0;
 	char line[128];
 	FILE *const file = fopen("/proc/meminfo", "re");
 
 	CHECK(file);
 	while (fgets(line, sizeof(line), file))
-		if (strncmp(line, "HugePages_Free:", 15) == 0)
-			free_count = strtoull(line + 15, NULL, 10);
+		if (strncmp(line, name, strlen(name)) == 0)
+			value = strtoull(line + strlen(name), NULL, 10);
 	CHECK_EQ(fclose(file), 0);
-	check_need(free_count >= PAGE_COUNT, "hugetlb",
+	return value;
+}
+
+static bool reserve(const char *count)
+{
+	FILE *const file = fopen("/proc/sys/vm/nr_hugepages", "we");
+
+	return file && fputs(count, file) >= 0 && fclose(file) == 0;
+}
+
+static pid_t reserver;
+
+static void give_back(void)
+{
+	if (getpid() == reserver)
+		(void)reserve("0");
+}
+
+/* Where nobody has reserved any, some are for the time of the test: 32 MiB, by root. */
+static void need_huge_pages(void)
+{
+	reserver = getpid();
+	if (meminfo("HugePages_Total:") == 0 && reserve("16"))
+		CHECK_EQ(atexit(give_back), 0);
+	check_need(meminfo("HugePages_Free:") >= PAGE_COUNT, "hugetlb",
 		   "reserve huge pages of 2 MiB: sysctl vm.nr_hugepages=16");
 }
 
