@@ -581,6 +581,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include <godwit/pacer.h>
 #include <godwit/tls.h>
 #include <godwit/arrival.h>
+#include <godwit/collapse.h>
 #include <godwit/serve.h>
 #include <godwit/inject.h>
 #include <godwit/page_map.h>
@@ -589,174 +590,189 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 /************************************************************/
 
 static void *_cffi_types[] = {
-/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 21), // char const *()(uint64_t)
+/*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 25), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 154), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 168), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *)
-/* 17 */ _CFFI_OP(_CFFI_OP_POINTER, 143), // struct gw_arrival *
-/* 18 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, char const *, uint32_t)
-/* 20 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // char const *
-/* 22 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
-/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 24 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
-/* 25 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 26 */ _CFFI_OP(_CFFI_OP_POINTER, 156), // struct gw_pacer *
-/* 27 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 29 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, uint64_t)
-/* 30 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, uint64_t)
+/* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
+/* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *)
+/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 157), // struct gw_arrival *
+/* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // char const *
+/* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
+/* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
+/* 29 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // struct gw_pacer *
+/* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival *, uint8_t const *, uint64_t)
-/* 34 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 166), // uint8_t const *
-/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, struct gw_page_run const *, uint32_t)
+/* 34 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 171), // struct gw_page_run const *
+/* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *)
-/* 39 */ _CFFI_OP(_CFFI_OP_POINTER, 143), // struct gw_arrival const *
-/* 40 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, struct gw_arrival_status *)
-/* 42 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 43 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // struct gw_arrival_status *
-/* 44 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 45 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint64_t)
-/* 46 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 47 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 48 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint8_t *)
-/* 50 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 51 */ _CFFI_OP(_CFFI_OP_POINTER, 166), // uint8_t *
-/* 52 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival const *, uint8_t *, size_t)
-/* 54 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 55 */ _CFFI_OP(_CFFI_OP_NOOP, 51),
-/* 56 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
-/* 57 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 59 */ _CFFI_OP(_CFFI_OP_POINTER, 144), // struct gw_arrival_config const *
-/* 60 */ _CFFI_OP(_CFFI_OP_POINTER, 17), // struct gw_arrival * *
-/* 61 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *)
-/* 63 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_serve *
-/* 64 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 65 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *, char const *)
-/* 66 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
-/* 67 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 68 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 69 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve *, struct gw_serve_image const *)
-/* 70 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
-/* 71 */ _CFFI_OP(_CFFI_OP_POINTER, 160), // struct gw_serve_image const *
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 73 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *)
-/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_serve const *
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, uint64_t)
+/* 39 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 40 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, uint8_t const *, uint64_t)
+/* 43 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 181), // uint8_t const *
+/* 45 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *)
+/* 48 */ _CFFI_OP(_CFFI_OP_POINTER, 157), // struct gw_arrival const *
+/* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 161), // struct gw_arrival_status *
+/* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, struct gw_page_run *, uint32_t)
+/* 55 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 171), // struct gw_page_run *
+/* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint64_t)
+/* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 61 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint8_t *)
+/* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 181), // uint8_t *
+/* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
+/* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
+/* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_arrival_config const *
+/* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // struct gw_arrival * *
 /* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *, char const *)
-/* 77 */ _CFFI_OP(_CFFI_OP_NOOP, 74),
-/* 78 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 80 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve const *, struct gw_serve_stats *)
-/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 74),
-/* 82 */ _CFFI_OP(_CFFI_OP_POINTER, 163), // struct gw_serve_stats *
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 84 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 159), // struct gw_serve_config const *
-/* 86 */ _CFFI_OP(_CFFI_OP_POINTER, 63), // struct gw_serve * *
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 88 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_files const *, char *, struct gw_tls_identity * *)
-/* 89 */ _CFFI_OP(_CFFI_OP_POINTER, 164), // struct gw_tls_files const *
-/* 90 */ _CFFI_OP(_CFFI_OP_POINTER, 133), // char *
-/* 91 */ _CFFI_OP(_CFFI_OP_POINTER, 94), // struct gw_tls_identity * *
-/* 92 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_identity *, char *)
-/* 94 */ _CFFI_OP(_CFFI_OP_POINTER, 165), // struct gw_tls_identity *
-/* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 90),
-/* 96 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(struct gw_tls_identity *, uint8_t const *)
-/* 98 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 99 */ _CFFI_OP(_CFFI_OP_NOOP, 35),
-/* 100 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(uint64_t *)
-/* 102 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
-/* 103 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 104 */ _CFFI_OP(_CFFI_OP_FUNCTION, 142), // int()(uint64_t, struct gw_pacer * *)
-/* 105 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 106 */ _CFFI_OP(_CFFI_OP_POINTER, 26), // struct gw_pacer * *
-/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 108 */ _CFFI_OP(_CFFI_OP_FUNCTION, 94), // struct gw_tls_identity *()(struct gw_tls_identity *)
-/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *)
+/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 173), // struct gw_serve *
+/* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *, char const *)
+/* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
+/* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 25),
+/* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
+/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 175), // struct gw_serve_image const *
+/* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *)
+/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 173), // struct gw_serve const *
+/* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *, char const *)
+/* 91 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 92 */ _CFFI_OP(_CFFI_OP_NOOP, 25),
+/* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 178), // struct gw_serve_stats *
+/* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 174), // struct gw_serve_config const *
+/* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 77), // struct gw_serve * *
+/* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_files const *, char *, struct gw_tls_identity * *)
+/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // struct gw_tls_files const *
+/* 104 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // char *
+/* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // struct gw_tls_identity * *
+/* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_identity *, char *)
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // struct gw_tls_identity *
+/* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 104),
 /* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
-/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 39),
-/* 113 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_tls_identity const *)
-/* 115 */ _CFFI_OP(_CFFI_OP_POINTER, 165), // struct gw_tls_identity const *
-/* 116 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_arrival *)
-/* 118 */ _CFFI_OP(_CFFI_OP_NOOP, 17),
-/* 119 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 120 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_pacer *)
-/* 121 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 123 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_pacer *, uint64_t)
-/* 124 */ _CFFI_OP(_CFFI_OP_NOOP, 26),
-/* 125 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_serve *)
-/* 128 */ _CFFI_OP(_CFFI_OP_NOOP, 63),
-/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION, 167), // void()(struct gw_tls_identity *)
-/* 131 */ _CFFI_OP(_CFFI_OP_NOOP, 94),
-/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 133 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 134 */ _CFFI_OP(_CFFI_OP_ARRAY, 133), // char[192]
-/* 135 */ (_cffi_opcode_t)(192),
-/* 136 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 137 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
-/* 138 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
-/* 139 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
-/* 140 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
-/* 141 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
-/* 142 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 143 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 144 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 145 */ _CFFI_OP(_CFFI_OP_POINTER, 146), // struct gw_arrival_region const *
-/* 146 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 147 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 148 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
-/* 149 */ _CFFI_OP(_CFFI_OP_ARRAY, 148), // struct gw_hold[8]
-/* 150 */ (_cffi_opcode_t)(8),
-/* 151 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
-/* 152 */ _CFFI_OP(_CFFI_OP_ARRAY, 151), // struct gw_inject_range[64]
-/* 153 */ (_cffi_opcode_t)(64),
-/* 154 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
-/* 155 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
-/* 156 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
-/* 157 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_prefetch_summary
-/* 158 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_serve
-/* 159 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve_config
-/* 160 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_image
-/* 161 */ _CFFI_OP(_CFFI_OP_POINTER, 162), // struct gw_serve_region const *
-/* 162 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_region
-/* 163 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_stats
-/* 164 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct gw_tls_files
-/* 165 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct gw_tls_identity
-/* 166 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 167 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_identity *, uint8_t const *)
+/* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
+/* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(uint64_t *)
+/* 116 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
+/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(uint64_t, struct gw_pacer * *)
+/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 30), // struct gw_pacer * *
+/* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION, 108), // struct gw_tls_identity *()(struct gw_tls_identity *)
+/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
+/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_tls_identity const *)
+/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // struct gw_tls_identity const *
+/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_arrival *)
+/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_pacer *)
+/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_pacer *, uint64_t)
+/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_serve *)
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
+/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_tls_identity *)
+/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 148 */ _CFFI_OP(_CFFI_OP_ARRAY, 147), // char[192]
+/* 149 */ (_cffi_opcode_t)(192),
+/* 150 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
+/* 151 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
+/* 152 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
+/* 153 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
+/* 154 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
+/* 155 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 156 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 157 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 158 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 159 */ _CFFI_OP(_CFFI_OP_POINTER, 160), // struct gw_arrival_region const *
+/* 160 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 161 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 162 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
+/* 163 */ _CFFI_OP(_CFFI_OP_ARRAY, 162), // struct gw_hold[8]
+/* 164 */ (_cffi_opcode_t)(8),
+/* 165 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
+/* 166 */ _CFFI_OP(_CFFI_OP_ARRAY, 165), // struct gw_inject_range[64]
+/* 167 */ (_cffi_opcode_t)(64),
+/* 168 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
+/* 169 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
+/* 170 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
+/* 171 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_page_run
+/* 172 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_prefetch_summary
+/* 173 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve
+/* 174 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_config
+/* 175 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_image
+/* 176 */ _CFFI_OP(_CFFI_OP_POINTER, 177), // struct gw_serve_region const *
+/* 177 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_region
+/* 178 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct gw_serve_stats
+/* 179 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct gw_tls_files
+/* 180 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // struct gw_tls_identity
+/* 181 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 182 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -978,19 +994,19 @@ _cffi_f_gw_arrival_bitmap(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(51), arg1, (char **)&x1);
+      _cffi_type(65), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1035,19 +1051,19 @@ _cffi_f_gw_arrival_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(59), arg0, (char **)&x0);
+      _cffi_type(73), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(59), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(73), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(60), arg1, (char **)&x1);
+      _cffi_type(74), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(60), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(74), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1080,10 +1096,10 @@ _cffi_f_gw_arrival_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1118,10 +1134,10 @@ _cffi_f_gw_arrival_finish(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1156,10 +1172,10 @@ _cffi_f_gw_arrival_generation(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1200,10 +1216,10 @@ _cffi_f_gw_arrival_open_gate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1227,6 +1243,65 @@ _cffi_f_gw_arrival_open_gate(PyObject *self, PyObject *args)
 #  define _cffi_f_gw_arrival_open_gate _cffi_d_gw_arrival_open_gate
 #endif
 
+static int _cffi_d_gw_arrival_order(struct gw_arrival const * x0, struct gw_page_run * x1, uint32_t x2)
+{
+  return gw_arrival_order(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_arrival_order(PyObject *self, PyObject *args)
+{
+  struct gw_arrival const * x0;
+  struct gw_page_run * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "gw_arrival_order", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(48), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(56), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct gw_page_run *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(56), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_arrival_order(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_arrival_order _cffi_d_gw_arrival_order
+#endif
+
 static int _cffi_d_gw_arrival_page_server_key(struct gw_arrival const * x0, uint8_t * x1)
 {
   return gw_arrival_page_server_key(x0, x1);
@@ -1248,19 +1323,19 @@ _cffi_f_gw_arrival_page_server_key(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(51), arg1, (char **)&x1);
+      _cffi_type(65), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(51), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(65), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1301,10 +1376,10 @@ _cffi_f_gw_arrival_page_state(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1349,10 +1424,10 @@ _cffi_f_gw_arrival_set_bulk_rate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1374,6 +1449,65 @@ _cffi_f_gw_arrival_set_bulk_rate(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_gw_arrival_set_bulk_rate _cffi_d_gw_arrival_set_bulk_rate
+#endif
+
+static int _cffi_d_gw_arrival_set_order(struct gw_arrival * x0, struct gw_page_run const * x1, uint32_t x2)
+{
+  return gw_arrival_set_order(x0, x1, x2);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_arrival_set_order(PyObject *self, PyObject *args)
+{
+  struct gw_arrival * x0;
+  struct gw_page_run const * x1;
+  uint32_t x2;
+  Py_ssize_t datasize;
+  struct _cffi_freeme_s *large_args_free = NULL;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+  PyObject *arg2;
+
+  if (!PyArg_UnpackTuple(args, "gw_arrival_set_order", 3, 3, &arg0, &arg1, &arg2))
+    return NULL;
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(21), arg0, (char **)&x0);
+  if (datasize != 0) {
+    x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  datasize = _cffi_prepare_pointer_call_argument(
+      _cffi_type(35), arg1, (char **)&x1);
+  if (datasize != 0) {
+    x1 = ((size_t)datasize) <= 640 ? (struct gw_page_run const *)alloca((size_t)datasize) : NULL;
+    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+            datasize, &large_args_free) < 0)
+      return NULL;
+  }
+
+  x2 = _cffi_to_c_int(arg2, uint32_t);
+  if (x2 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_arrival_set_order(x0, x1, x2); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_arrival_set_order _cffi_d_gw_arrival_set_order
 #endif
 
 static int _cffi_d_gw_arrival_set_page_server(struct gw_arrival * x0, char const * x1, uint32_t x2)
@@ -1399,19 +1533,19 @@ _cffi_f_gw_arrival_set_page_server(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(21), arg1, (char **)&x1);
+      _cffi_type(25), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(25), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1458,19 +1592,19 @@ _cffi_f_gw_arrival_set_token(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(44), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1517,19 +1651,19 @@ _cffi_f_gw_arrival_share(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg1, (char **)&x1);
+      _cffi_type(30), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1568,10 +1702,10 @@ _cffi_f_gw_arrival_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1606,10 +1740,10 @@ _cffi_f_gw_arrival_start_bulk(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(17), arg0, (char **)&x0);
+      _cffi_type(21), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(17), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(21), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1650,19 +1784,19 @@ _cffi_f_gw_arrival_status(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(43), arg1, (char **)&x1);
+      _cffi_type(52), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_arrival_status *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(43), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(52), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1697,10 +1831,10 @@ _cffi_f_gw_arrival_wait_fd(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(39), arg0, (char **)&x0);
+      _cffi_type(48), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_arrival const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(39), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(48), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1718,6 +1852,46 @@ _cffi_f_gw_arrival_wait_fd(PyObject *self, PyObject *arg0)
 }
 #else
 #  define _cffi_f_gw_arrival_wait_fd _cffi_d_gw_arrival_wait_fd
+#endif
+
+static int _cffi_d_gw_collapse(int32_t x0, uint64_t x1)
+{
+  return gw_collapse(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_collapse(PyObject *self, PyObject *args)
+{
+  int32_t x0;
+  uint64_t x1;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_collapse", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, int32_t);
+  if (x0 == (int32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint64_t);
+  if (x1 == (uint64_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_collapse(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_collapse _cffi_d_gw_collapse
 #endif
 
 static int _cffi_d_gw_inject_take(int32_t x0, int32_t x1, int32_t x2, struct gw_inject_result * x3)
@@ -1871,10 +2045,10 @@ _cffi_f_gw_pacer_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(106), arg1, (char **)&x1);
+      _cffi_type(120), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(106), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(120), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1907,10 +2081,10 @@ _cffi_f_gw_pacer_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(30), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1949,10 +2123,10 @@ _cffi_f_gw_pacer_set_rate(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(26), arg0, (char **)&x0);
+      _cffi_type(30), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_pacer *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(26), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(30), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -1997,19 +2171,19 @@ _cffi_f_gw_serve_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(85), arg0, (char **)&x0);
+      _cffi_type(99), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve_config const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(85), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(99), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(86), arg1, (char **)&x1);
+      _cffi_type(100), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(86), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(100), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2042,10 +2216,10 @@ _cffi_f_gw_serve_destroy(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg0, (char **)&x0);
+      _cffi_type(77), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2080,10 +2254,10 @@ _cffi_f_gw_serve_drain(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg0, (char **)&x0);
+      _cffi_type(77), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2124,19 +2298,19 @@ _cffi_f_gw_serve_image_stream_count(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(74), arg0, (char **)&x0);
+      _cffi_type(88), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(21), arg1, (char **)&x1);
+      _cffi_type(25), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(25), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2171,10 +2345,10 @@ _cffi_f_gw_serve_port(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(74), arg0, (char **)&x0);
+      _cffi_type(88), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2215,19 +2389,19 @@ _cffi_f_gw_serve_put_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg0, (char **)&x0);
+      _cffi_type(77), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(71), arg1, (char **)&x1);
+      _cffi_type(85), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_image const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(71), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(85), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2268,19 +2442,19 @@ _cffi_f_gw_serve_remove_image(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg0, (char **)&x0);
+      _cffi_type(77), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(21), arg1, (char **)&x1);
+      _cffi_type(25), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(21), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(25), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2315,10 +2489,10 @@ _cffi_f_gw_serve_start(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(63), arg0, (char **)&x0);
+      _cffi_type(77), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(63), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(77), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2359,19 +2533,19 @@ _cffi_f_gw_serve_stats(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(74), arg0, (char **)&x0);
+      _cffi_type(88), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_serve const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(74), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(88), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(82), arg1, (char **)&x1);
+      _cffi_type(96), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_serve_stats *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(82), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(96), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2414,28 +2588,28 @@ _cffi_f_gw_tls_identity_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(89), arg0, (char **)&x0);
+      _cffi_type(103), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_files const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(89), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(103), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg1, (char **)&x1);
+      _cffi_type(104), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(104), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(91), arg2, (char **)&x2);
+      _cffi_type(105), arg2, (char **)&x2);
   if (datasize != 0) {
     x2 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(91), arg2, (char **)&x2,
+    if (_cffi_convert_array_argument(_cffi_type(105), arg2, (char **)&x2,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2476,19 +2650,19 @@ _cffi_f_gw_tls_identity_pin(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(44), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2523,10 +2697,10 @@ _cffi_f_gw_tls_identity_pinned_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(115), arg0, (char **)&x0);
+      _cffi_type(129), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(115), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(129), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2561,10 +2735,10 @@ _cffi_f_gw_tls_identity_ref(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2576,7 +2750,7 @@ _cffi_f_gw_tls_identity_ref(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(94));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(108));
   if (large_args_free != NULL) _cffi_free_array_arguments(large_args_free);
   return pyresult;
 }
@@ -2605,19 +2779,19 @@ _cffi_f_gw_tls_identity_reload(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(90), arg1, (char **)&x1);
+      _cffi_type(104), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (char *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(90), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(104), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2658,19 +2832,19 @@ _cffi_f_gw_tls_identity_unpin(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(35), arg1, (char **)&x1);
+      _cffi_type(44), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (uint8_t const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(35), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(44), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2703,10 +2877,10 @@ _cffi_f_gw_tls_identity_unref(PyObject *self, PyObject *arg0)
   struct _cffi_freeme_s *large_args_free = NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(94), arg0, (char **)&x0);
+      _cffi_type(108), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(94), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(108), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2749,7 +2923,7 @@ _cffi_f_gw_uffd_feature_name(PyObject *self, PyObject *arg0)
   Py_END_ALLOW_THREADS
 
   (void)self; /* unused */
-  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(21));
+  pyresult = _cffi_from_c_pointer((char *)result, _cffi_type(25));
   return pyresult;
 }
 #else
@@ -2771,10 +2945,10 @@ _cffi_f_gw_uffd_probe(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(102), arg0, (char **)&x0);
+      _cffi_type(116), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(102), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(116), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2812,6 +2986,15 @@ static int _cffi_const_GW_ARRIVAL_HOLD_COUNT_MAX(unsigned long long *o)
   return n;
 }
 
+static int _cffi_const_GW_ARRIVAL_ORDER_COUNT_MAX(unsigned long long *o)
+{
+  int n = (GW_ARRIVAL_ORDER_COUNT_MAX) <= 0;
+  *o = (unsigned long long)((GW_ARRIVAL_ORDER_COUNT_MAX) | 0);  /* check that GW_ARRIVAL_ORDER_COUNT_MAX is an integer */
+  if (!_cffi_check_int(*o, n, 65536U))
+    n |= 2;
+  return n;
+}
+
 static int _cffi_const_GW_ARRIVAL_REASON_LEN_MAX(unsigned long long *o)
 {
   int n = (GW_ARRIVAL_REASON_LEN_MAX) <= 0;
@@ -2844,6 +3027,15 @@ static int _cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX(unsigned long long *o)
   int n = (GW_ARRIVAL_UFFD_COUNT_MAX) <= 0;
   *o = (unsigned long long)((GW_ARRIVAL_UFFD_COUNT_MAX) | 0);  /* check that GW_ARRIVAL_UFFD_COUNT_MAX is an integer */
   if (!_cffi_check_int(*o, n, 16U))
+    n |= 2;
+  return n;
+}
+
+static int _cffi_const_GW_COLLAPSE_LEN(unsigned long long *o)
+{
+  int n = (GW_COLLAPSE_LEN) <= 0;
+  *o = (unsigned long long)((GW_COLLAPSE_LEN) | 0);  /* check that GW_COLLAPSE_LEN is an integer */
+  if (!_cffi_check_int(*o, n, 2097152U))
     n |= 2;
   return n;
 }
@@ -3098,6 +3290,7 @@ static void _cffi_checkfld_struct_gw_arrival_status(struct gw_arrival_status *p)
   (void)((p->link_lost_ns) | 0);  /* check that 'struct gw_arrival_status.link_lost_ns' is an integer */
   { struct gw_latency_summary *tmp = &p->fault_latency; (void)tmp; }
   { struct gw_prefetch_summary *tmp = &p->prefetch; (void)tmp; }
+  { struct gw_prefetch_summary *tmp = &p->recorded; (void)tmp; }
   (void)((p->hold_count) | 0);  /* check that 'struct gw_arrival_status.hold_count' is an integer */
   (void)((p->held_total_ns) | 0);  /* check that 'struct gw_arrival_status.held_total_ns' is an integer */
   { struct gw_hold(*tmp)[8] = &p->holds; (void)tmp; }
@@ -3156,6 +3349,16 @@ static void _cffi_checkfld_struct_gw_latency_summary(struct gw_latency_summary *
   (void)((p->max_ns) | 0);  /* check that 'struct gw_latency_summary.max_ns' is an integer */
 }
 struct _cffi_align_struct_gw_latency_summary { char x; struct gw_latency_summary y; };
+
+_CFFI_UNUSED_FN
+static void _cffi_checkfld_struct_gw_page_run(struct gw_page_run *p)
+{
+  /* only to generate compile-time warnings or errors */
+  (void)p;
+  (void)((p->first) | 0);  /* check that 'struct gw_page_run.first' is an integer */
+  (void)((p->count) | 0);  /* check that 'struct gw_page_run.count' is an integer */
+}
+struct _cffi_align_struct_gw_page_run { char x; struct gw_page_run y; };
 
 _CFFI_UNUSED_FN
 static void _cffi_checkfld_struct_gw_prefetch_summary(struct gw_prefetch_summary *p)
@@ -3259,12 +3462,14 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_ARRIVAL_HOLD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_HOLD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_LINK_LOST", (void *)_cffi_const_GW_ARRIVAL_LINK_LOST, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_NO_MEMORY", (void *)_cffi_const_GW_ARRIVAL_NO_MEMORY, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_ARRIVAL_ORDER_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_ORDER_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_REASON_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_REASON_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_REFUSED", (void *)_cffi_const_GW_ARRIVAL_REFUSED, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_ARRIVAL_REGION_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_TOKEN_LEN_MAX", (void *)_cffi_const_GW_ARRIVAL_TOKEN_LEN_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_UFFD_COUNT_MAX", (void *)_cffi_const_GW_ARRIVAL_UFFD_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_ARRIVAL_VIOLATION", (void *)_cffi_const_GW_ARRIVAL_VIOLATION, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_COLLAPSE_LEN", (void *)_cffi_const_GW_COLLAPSE_LEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_HOLD_AGENT_RESTART", (void *)_cffi_const_GW_HOLD_AGENT_RESTART, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_HOLD_LINK_LOST", (void *)_cffi_const_GW_HOLD_LINK_LOST, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_HOLD_NONE", (void *)_cffi_const_GW_HOLD_NONE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
@@ -3304,81 +3509,84 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_UFFD_FEATURE_WP_ASYNC", (void *)_cffi_const_GW_UFFD_FEATURE_WP_ASYNC, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM", (void *)_cffi_const_GW_UFFD_FEATURE_WP_HUGETLBFS_SHMEM, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_UFFD_FEATURE_WP_UNPOPULATED", (void *)_cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
-  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 53), (void *)_cffi_d_gw_arrival_bitmap },
-  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 58), (void *)_cffi_d_gw_arrival_create },
-  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 117), (void *)_cffi_d_gw_arrival_destroy },
-  { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_finish },
-  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 111), (void *)_cffi_d_gw_arrival_generation },
-  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_open_gate },
-  { "gw_arrival_page_server_key", (void *)_cffi_f_gw_arrival_page_server_key, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 49), (void *)_cffi_d_gw_arrival_page_server_key },
-  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 45), (void *)_cffi_d_gw_arrival_page_state },
-  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 29), (void *)_cffi_d_gw_arrival_set_bulk_rate },
-  { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 19), (void *)_cffi_d_gw_arrival_set_page_server },
-  { "gw_arrival_set_token", (void *)_cffi_f_gw_arrival_set_token, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 33), (void *)_cffi_d_gw_arrival_set_token },
-  { "gw_arrival_share", (void *)_cffi_f_gw_arrival_share, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 24), (void *)_cffi_d_gw_arrival_share },
-  { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start },
-  { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 16), (void *)_cffi_d_gw_arrival_start_bulk },
-  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 41), (void *)_cffi_d_gw_arrival_status },
-  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 38), (void *)_cffi_d_gw_arrival_wait_fd },
+  { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_gw_arrival_bitmap },
+  { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_gw_arrival_create },
+  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 131), (void *)_cffi_d_gw_arrival_destroy },
+  { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_gw_arrival_finish },
+  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 125), (void *)_cffi_d_gw_arrival_generation },
+  { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 38), (void *)_cffi_d_gw_arrival_open_gate },
+  { "gw_arrival_order", (void *)_cffi_f_gw_arrival_order, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 54), (void *)_cffi_d_gw_arrival_order },
+  { "gw_arrival_page_server_key", (void *)_cffi_f_gw_arrival_page_server_key, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_gw_arrival_page_server_key },
+  { "gw_arrival_page_state", (void *)_cffi_f_gw_arrival_page_state, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 59), (void *)_cffi_d_gw_arrival_page_state },
+  { "gw_arrival_set_bulk_rate", (void *)_cffi_f_gw_arrival_set_bulk_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 38), (void *)_cffi_d_gw_arrival_set_bulk_rate },
+  { "gw_arrival_set_order", (void *)_cffi_f_gw_arrival_set_order, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 33), (void *)_cffi_d_gw_arrival_set_order },
+  { "gw_arrival_set_page_server", (void *)_cffi_f_gw_arrival_set_page_server, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 23), (void *)_cffi_d_gw_arrival_set_page_server },
+  { "gw_arrival_set_token", (void *)_cffi_f_gw_arrival_set_token, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 42), (void *)_cffi_d_gw_arrival_set_token },
+  { "gw_arrival_share", (void *)_cffi_f_gw_arrival_share, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 28), (void *)_cffi_d_gw_arrival_share },
+  { "gw_arrival_start", (void *)_cffi_f_gw_arrival_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_gw_arrival_start },
+  { "gw_arrival_start_bulk", (void *)_cffi_f_gw_arrival_start_bulk, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_gw_arrival_start_bulk },
+  { "gw_arrival_status", (void *)_cffi_f_gw_arrival_status, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 50), (void *)_cffi_d_gw_arrival_status },
+  { "gw_arrival_wait_fd", (void *)_cffi_f_gw_arrival_wait_fd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 47), (void *)_cffi_d_gw_arrival_wait_fd },
+  { "gw_collapse", (void *)_cffi_f_gw_collapse, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 16), (void *)_cffi_d_gw_collapse },
   { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 3), (void *)_cffi_d_gw_inject_take },
   { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_gw_inject_uffd },
-  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 104), (void *)_cffi_d_gw_pacer_create },
-  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 120), (void *)_cffi_d_gw_pacer_destroy },
-  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 123), (void *)_cffi_d_gw_pacer_set_rate },
-  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 84), (void *)_cffi_d_gw_serve_create },
-  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 127), (void *)_cffi_d_gw_serve_destroy },
-  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_gw_serve_drain },
-  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 76), (void *)_cffi_d_gw_serve_image_stream_count },
-  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 73), (void *)_cffi_d_gw_serve_port },
-  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 69), (void *)_cffi_d_gw_serve_put_image },
-  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 65), (void *)_cffi_d_gw_serve_remove_image },
-  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 62), (void *)_cffi_d_gw_serve_start },
-  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 80), (void *)_cffi_d_gw_serve_stats },
-  { "gw_tls_identity_create", (void *)_cffi_f_gw_tls_identity_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 88), (void *)_cffi_d_gw_tls_identity_create },
-  { "gw_tls_identity_pin", (void *)_cffi_f_gw_tls_identity_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_gw_tls_identity_pin },
-  { "gw_tls_identity_pinned_count", (void *)_cffi_f_gw_tls_identity_pinned_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 114), (void *)_cffi_d_gw_tls_identity_pinned_count },
-  { "gw_tls_identity_ref", (void *)_cffi_f_gw_tls_identity_ref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 108), (void *)_cffi_d_gw_tls_identity_ref },
-  { "gw_tls_identity_reload", (void *)_cffi_f_gw_tls_identity_reload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 93), (void *)_cffi_d_gw_tls_identity_reload },
-  { "gw_tls_identity_unpin", (void *)_cffi_f_gw_tls_identity_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 97), (void *)_cffi_d_gw_tls_identity_unpin },
-  { "gw_tls_identity_unref", (void *)_cffi_f_gw_tls_identity_unref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 130), (void *)_cffi_d_gw_tls_identity_unref },
+  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 118), (void *)_cffi_d_gw_pacer_create },
+  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_gw_pacer_destroy },
+  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_gw_pacer_set_rate },
+  { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 98), (void *)_cffi_d_gw_serve_create },
+  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 141), (void *)_cffi_d_gw_serve_destroy },
+  { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 76), (void *)_cffi_d_gw_serve_drain },
+  { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 90), (void *)_cffi_d_gw_serve_image_stream_count },
+  { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 87), (void *)_cffi_d_gw_serve_port },
+  { "gw_serve_put_image", (void *)_cffi_f_gw_serve_put_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 83), (void *)_cffi_d_gw_serve_put_image },
+  { "gw_serve_remove_image", (void *)_cffi_f_gw_serve_remove_image, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 79), (void *)_cffi_d_gw_serve_remove_image },
+  { "gw_serve_start", (void *)_cffi_f_gw_serve_start, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 76), (void *)_cffi_d_gw_serve_start },
+  { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 94), (void *)_cffi_d_gw_serve_stats },
+  { "gw_tls_identity_create", (void *)_cffi_f_gw_tls_identity_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_gw_tls_identity_create },
+  { "gw_tls_identity_pin", (void *)_cffi_f_gw_tls_identity_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_gw_tls_identity_pin },
+  { "gw_tls_identity_pinned_count", (void *)_cffi_f_gw_tls_identity_pinned_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 128), (void *)_cffi_d_gw_tls_identity_pinned_count },
+  { "gw_tls_identity_ref", (void *)_cffi_f_gw_tls_identity_ref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_gw_tls_identity_ref },
+  { "gw_tls_identity_reload", (void *)_cffi_f_gw_tls_identity_reload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 107), (void *)_cffi_d_gw_tls_identity_reload },
+  { "gw_tls_identity_unpin", (void *)_cffi_f_gw_tls_identity_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_gw_tls_identity_unpin },
+  { "gw_tls_identity_unref", (void *)_cffi_f_gw_tls_identity_unref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_gw_tls_identity_unref },
   { "gw_uffd_feature_name", (void *)_cffi_f_gw_uffd_feature_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_gw_uffd_feature_name },
-  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 101), (void *)_cffi_d_gw_uffd_probe },
+  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 115), (void *)_cffi_d_gw_uffd_probe },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
   { "struct_size", offsetof(struct gw_arrival_config, struct_size),
                    sizeof(((struct gw_arrival_config *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "page_size", offsetof(struct gw_arrival_config, page_size),
                  sizeof(((struct gw_arrival_config *)0)->page_size),
-                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "epoch", offsetof(struct gw_arrival_config, epoch),
              sizeof(((struct gw_arrival_config *)0)->epoch),
              _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "page_map_path", offsetof(struct gw_arrival_config, page_map_path),
                      sizeof(((struct gw_arrival_config *)0)->page_map_path),
-                     _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "session_id", offsetof(struct gw_arrival_config, session_id),
                   sizeof(((struct gw_arrival_config *)0)->session_id),
-                  _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "image_id", offsetof(struct gw_arrival_config, image_id),
                 sizeof(((struct gw_arrival_config *)0)->image_id),
-                _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "page_host", offsetof(struct gw_arrival_config, page_host),
                  sizeof(((struct gw_arrival_config *)0)->page_host),
-                 _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "traceparent", offsetof(struct gw_arrival_config, traceparent),
                    sizeof(((struct gw_arrival_config *)0)->traceparent),
-                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "page_port", offsetof(struct gw_arrival_config, page_port),
                  sizeof(((struct gw_arrival_config *)0)->page_port),
-                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "uffds", offsetof(struct gw_arrival_config, uffds),
              sizeof(((struct gw_arrival_config *)0)->uffds),
-             _CFFI_OP(_CFFI_OP_NOOP, 141) },
+             _CFFI_OP(_CFFI_OP_NOOP, 155) },
   { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
                   sizeof(((struct gw_arrival_config *)0)->uffd_count),
-                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "ram_fd", offsetof(struct gw_arrival_config, ram_fd),
               sizeof(((struct gw_arrival_config *)0)->ram_fd),
               _CFFI_OP(_CFFI_OP_NOOP, 4) },
@@ -3390,34 +3598,34 @@ static const struct _cffi_field_s _cffi_fields[] = {
                         _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "install_method", offsetof(struct gw_arrival_config, install_method),
                       sizeof(((struct gw_arrival_config *)0)->install_method),
-                      _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "bulk_connection_count", offsetof(struct gw_arrival_config, bulk_connection_count),
                              sizeof(((struct gw_arrival_config *)0)->bulk_connection_count),
-                             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                             _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "adopt", offsetof(struct gw_arrival_config, adopt),
              sizeof(((struct gw_arrival_config *)0)->adopt),
-             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+             _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "bulk_bytes_per_s_max", offsetof(struct gw_arrival_config, bulk_bytes_per_s_max),
                             sizeof(((struct gw_arrival_config *)0)->bulk_bytes_per_s_max),
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 145) },
+               _CFFI_OP(_CFFI_OP_NOOP, 159) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_arrival_config, reserved),
                 sizeof(((struct gw_arrival_config *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "tls", offsetof(struct gw_arrival_config, tls),
            sizeof(((struct gw_arrival_config *)0)->tls),
-           _CFFI_OP(_CFFI_OP_NOOP, 94) },
+           _CFFI_OP(_CFFI_OP_NOOP, 108) },
   { "page_server_name", offsetof(struct gw_arrival_config, page_server_name),
                         sizeof(((struct gw_arrival_config *)0)->page_server_name),
-                        _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "token", offsetof(struct gw_arrival_config, token),
              sizeof(((struct gw_arrival_config *)0)->token),
-             _CFFI_OP(_CFFI_OP_NOOP, 35) },
+             _CFFI_OP(_CFFI_OP_NOOP, 44) },
   { "token_len", offsetof(struct gw_arrival_config, token_len),
                  sizeof(((struct gw_arrival_config *)0)->token_len),
                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3432,22 +3640,22 @@ static const struct _cffi_field_s _cffi_fields[] = {
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "uffd_index", offsetof(struct gw_arrival_region, uffd_index),
                   sizeof(((struct gw_arrival_region *)0)->uffd_index),
-                  _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_arrival_region, reserved),
                 sizeof(((struct gw_arrival_region *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "phase", offsetof(struct gw_arrival_status, phase),
              sizeof(((struct gw_arrival_status *)0)->phase),
-             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+             _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "bulk_done", offsetof(struct gw_arrival_status, bulk_done),
                  sizeof(((struct gw_arrival_status *)0)->bulk_done),
-                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "grpc_status", offsetof(struct gw_arrival_status, grpc_status),
                    sizeof(((struct gw_arrival_status *)0)->grpc_status),
                    _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "reserved", offsetof(struct gw_arrival_status, reserved),
                 sizeof(((struct gw_arrival_status *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "page_count", offsetof(struct gw_arrival_status, page_count),
                   sizeof(((struct gw_arrival_status *)0)->page_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3489,10 +3697,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 155) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "prefetch", offsetof(struct gw_arrival_status, prefetch),
                 sizeof(((struct gw_arrival_status *)0)->prefetch),
-                _CFFI_OP(_CFFI_OP_NOOP, 157) },
+                _CFFI_OP(_CFFI_OP_NOOP, 172) },
+  { "recorded", offsetof(struct gw_arrival_status, recorded),
+                sizeof(((struct gw_arrival_status *)0)->recorded),
+                _CFFI_OP(_CFFI_OP_NOOP, 172) },
   { "hold_count", offsetof(struct gw_arrival_status, hold_count),
                   sizeof(((struct gw_arrival_status *)0)->hold_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3501,19 +3712,19 @@ static const struct _cffi_field_s _cffi_fields[] = {
                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "holds", offsetof(struct gw_arrival_status, holds),
              sizeof(((struct gw_arrival_status *)0)->holds),
-             _CFFI_OP(_CFFI_OP_NOOP, 149) },
+             _CFFI_OP(_CFFI_OP_NOOP, 163) },
   { "hold_now", offsetof(struct gw_arrival_status, hold_now),
                 sizeof(((struct gw_arrival_status *)0)->hold_now),
-                _CFFI_OP(_CFFI_OP_NOOP, 148) },
+                _CFFI_OP(_CFFI_OP_NOOP, 162) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 134) },
+              _CFFI_OP(_CFFI_OP_NOOP, 148) },
   { "cause", offsetof(struct gw_hold, cause),
              sizeof(((struct gw_hold *)0)->cause),
-             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+             _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_hold, reserved),
                 sizeof(((struct gw_hold *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "outage_ns", offsetof(struct gw_hold, outage_ns),
                  sizeof(((struct gw_hold *)0)->outage_ns),
                  _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3543,13 +3754,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "range_count", offsetof(struct gw_inject_result, range_count),
                    sizeof(((struct gw_inject_result *)0)->range_count),
-                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_inject_result, reserved),
                 sizeof(((struct gw_inject_result *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 152) },
+              _CFFI_OP(_CFFI_OP_NOOP, 166) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3565,6 +3776,12 @@ static const struct _cffi_field_s _cffi_fields[] = {
   { "max_ns", offsetof(struct gw_latency_summary, max_ns),
               sizeof(((struct gw_latency_summary *)0)->max_ns),
               _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "first", offsetof(struct gw_page_run, first),
+             sizeof(((struct gw_page_run *)0)->first),
+             _CFFI_OP(_CFFI_OP_NOOP, 1) },
+  { "count", offsetof(struct gw_page_run, count),
+             sizeof(((struct gw_page_run *)0)->count),
+             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "window_count", offsetof(struct gw_prefetch_summary, window_count),
                     sizeof(((struct gw_prefetch_summary *)0)->window_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3579,43 +3796,43 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "off", offsetof(struct gw_prefetch_summary, off),
            sizeof(((struct gw_prefetch_summary *)0)->off),
-           _CFFI_OP(_CFFI_OP_NOOP, 22) },
+           _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_prefetch_summary, reserved),
                 sizeof(((struct gw_prefetch_summary *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "struct_size", offsetof(struct gw_serve_config, struct_size),
                    sizeof(((struct gw_serve_config *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "listen_port", offsetof(struct gw_serve_config, listen_port),
                    sizeof(((struct gw_serve_config *)0)->listen_port),
-                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "listen_host", offsetof(struct gw_serve_config, listen_host),
                    sizeof(((struct gw_serve_config *)0)->listen_host),
-                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "connection_count_max", offsetof(struct gw_serve_config, connection_count_max),
                             sizeof(((struct gw_serve_config *)0)->connection_count_max),
-                            _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                            _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "heartbeat_ms", offsetof(struct gw_serve_config, heartbeat_ms),
                     sizeof(((struct gw_serve_config *)0)->heartbeat_ms),
-                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "tls", offsetof(struct gw_serve_config, tls),
            sizeof(((struct gw_serve_config *)0)->tls),
-           _CFFI_OP(_CFFI_OP_NOOP, 94) },
+           _CFFI_OP(_CFFI_OP_NOOP, 108) },
   { "struct_size", offsetof(struct gw_serve_image, struct_size),
                    sizeof(((struct gw_serve_image *)0)->struct_size),
-                   _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "ram_fd", offsetof(struct gw_serve_image, ram_fd),
               sizeof(((struct gw_serve_image *)0)->ram_fd),
               _CFFI_OP(_CFFI_OP_NOOP, 4) },
   { "image_id", offsetof(struct gw_serve_image, image_id),
                 sizeof(((struct gw_serve_image *)0)->image_id),
-                _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "vm_id", offsetof(struct gw_serve_image, vm_id),
              sizeof(((struct gw_serve_image *)0)->vm_id),
-             _CFFI_OP(_CFFI_OP_NOOP, 21) },
+             _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "boot_id", offsetof(struct gw_serve_image, boot_id),
                sizeof(((struct gw_serve_image *)0)->boot_id),
-               _CFFI_OP(_CFFI_OP_NOOP, 21) },
+               _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "epoch", offsetof(struct gw_serve_image, epoch),
              sizeof(((struct gw_serve_image *)0)->epoch),
              _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3627,25 +3844,25 @@ static const struct _cffi_field_s _cffi_fields[] = {
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "state", offsetof(struct gw_serve_image, state),
              sizeof(((struct gw_serve_image *)0)->state),
-             _CFFI_OP(_CFFI_OP_NOOP, 22) },
+             _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "region_count", offsetof(struct gw_serve_image, region_count),
                     sizeof(((struct gw_serve_image *)0)->region_count),
-                    _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                    _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 161) },
+               _CFFI_OP(_CFFI_OP_NOOP, 176) },
   { "destination", offsetof(struct gw_serve_image, destination),
                    sizeof(((struct gw_serve_image *)0)->destination),
-                   _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                   _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "destination_epoch", offsetof(struct gw_serve_image, destination_epoch),
                          sizeof(((struct gw_serve_image *)0)->destination_epoch),
                          _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "destination_key", offsetof(struct gw_serve_image, destination_key),
                        sizeof(((struct gw_serve_image *)0)->destination_key),
-                       _CFFI_OP(_CFFI_OP_NOOP, 35) },
+                       _CFFI_OP(_CFFI_OP_NOOP, 44) },
   { "token_key", offsetof(struct gw_serve_image, token_key),
                  sizeof(((struct gw_serve_image *)0)->token_key),
-                 _CFFI_OP(_CFFI_OP_NOOP, 35) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 44) },
   { "gpa", offsetof(struct gw_serve_region, gpa),
            sizeof(((struct gw_serve_region *)0)->gpa),
            _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3657,10 +3874,10 @@ static const struct _cffi_field_s _cffi_fields[] = {
                    _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "page_size", offsetof(struct gw_serve_region, page_size),
                  sizeof(((struct gw_serve_region *)0)->page_size),
-                 _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "reserved", offsetof(struct gw_serve_region, reserved),
                 sizeof(((struct gw_serve_region *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 22) },
+                _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "connection_count", offsetof(struct gw_serve_stats, connection_count),
                         sizeof(((struct gw_serve_stats *)0)->connection_count),
                         _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3690,63 +3907,65 @@ static const struct _cffi_field_s _cffi_fields[] = {
                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "certificate_path", offsetof(struct gw_tls_files, certificate_path),
                         sizeof(((struct gw_tls_files *)0)->certificate_path),
-                        _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                        _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "key_path", offsetof(struct gw_tls_files, key_path),
                 sizeof(((struct gw_tls_files *)0)->key_path),
-                _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                _CFFI_OP(_CFFI_OP_NOOP, 25) },
   { "authority_path", offsetof(struct gw_tls_files, authority_path),
                       sizeof(((struct gw_tls_files *)0)->authority_path),
-                      _CFFI_OP(_CFFI_OP_NOOP, 21) },
+                      _CFFI_OP(_CFFI_OP_NOOP, 25) },
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 143, _CFFI_F_OPAQUE,
+  { "gw_arrival", 157, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 144, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_config", 158, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 25 },
-  { "gw_arrival_region", 146, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_region", 160, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 25, 5 },
-  { "gw_arrival_status", 147, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 30, 24 },
-  { "gw_hold", 148, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 54, 4 },
-  { "gw_inject_range", 151, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 58, 3 },
-  { "gw_inject_result", 154, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 61, 7 },
-  { "gw_latency_summary", 155, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 68, 5 },
-  { "gw_pacer", 156, _CFFI_F_OPAQUE,
+  { "gw_arrival_status", 161, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 30, 25 },
+  { "gw_hold", 162, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 55, 4 },
+  { "gw_inject_range", 165, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 59, 3 },
+  { "gw_inject_result", 168, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 62, 7 },
+  { "gw_latency_summary", 169, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 69, 5 },
+  { "gw_pacer", 170, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_prefetch_summary", 157, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 73, 6 },
-  { "gw_serve", 158, _CFFI_F_OPAQUE,
+  { "gw_page_run", 171, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_page_run), offsetof(struct _cffi_align_struct_gw_page_run, y), 74, 2 },
+  { "gw_prefetch_summary", 172, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 76, 6 },
+  { "gw_serve", 173, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 159, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 79, 6 },
-  { "gw_serve_image", 160, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 85, 15 },
-  { "gw_serve_region", 162, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 100, 5 },
-  { "gw_serve_stats", 163, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 105, 9 },
-  { "gw_tls_files", 164, _CFFI_F_CHECK_FIELDS,
-    sizeof(struct gw_tls_files), offsetof(struct _cffi_align_struct_gw_tls_files, y), 114, 3 },
-  { "gw_tls_identity", 165, _CFFI_F_OPAQUE,
+  { "gw_serve_config", 174, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 82, 6 },
+  { "gw_serve_image", 175, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 88, 15 },
+  { "gw_serve_region", 177, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 103, 5 },
+  { "gw_serve_stats", 178, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 108, 9 },
+  { "gw_tls_files", 179, _CFFI_F_CHECK_FIELDS,
+    sizeof(struct gw_tls_files), offsetof(struct _cffi_align_struct_gw_tls_files, y), 117, 3 },
+  { "gw_tls_identity", 180, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "gw_arrival_phase", 136, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
+  { "gw_arrival_phase", 150, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
     "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION,GW_ARRIVAL_NO_MEMORY" },
-  { "gw_hold_cause", 137, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
+  { "gw_hold_cause", 151, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
     "GW_HOLD_NONE,GW_HOLD_LINK_LOST,GW_HOLD_PAGE_SERVER,GW_HOLD_AGENT_RESTART,GW_HOLD_NO_MEMORY" },
-  { "gw_image_state", 138, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+  { "gw_image_state", 152, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 139, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 153, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
-  { "gw_page_state", 140, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+  { "gw_page_state", 154, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
 };
@@ -3758,12 +3977,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  93,  /* num_globals */
-  17,  /* num_struct_unions */
+  98,  /* num_globals */
+  18,  /* num_struct_unions */
   5,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  168,  /* num_types */
+  183,  /* num_types */
   0,  /* flags */
 };
 

@@ -241,7 +241,10 @@ static int open_map(struct gw_arrival *arrival, const struct gw_arrival_config *
 	for (uint32_t i = 0; i < config->region_count; i++)
 		identity.page_count += config->regions[i].len / config->page_size;
 	arrival->page_count = identity.page_count;
-	prefetch_init(&arrival->prefetch, arrival->page_count, config->page_size);
+	const int err = prefetch_init(&arrival->prefetch, arrival->page_count, config->page_size);
+
+	if (err < 0)
+		return err;
 	return config->adopt ? gw_page_map_adopt(config->page_map_path, &identity, &arrival->map)
 			     : gw_page_map_create(config->page_map_path, &identity, &arrival->map);
 }
@@ -365,6 +368,7 @@ void gw_arrival_destroy(struct gw_arrival *arrival)
 	demand_fini(&arrival->demand);
 	for (uint32_t i = 0; i < GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX; i++)
 		bulk_fini(&arrival->bulks[i]);
+	prefetch_fini(&arrival->prefetch);
 	gw_install_fini(&arrival->install);
 	gw_exits_detach(arrival->exits);
 	gw_page_map_destroy(arrival->map);
@@ -413,6 +417,17 @@ int gw_arrival_start(struct gw_arrival *arrival)
 }
 
 /* --- told ------------------------------------------------------------------------------------- */
+
+int gw_arrival_set_order(struct gw_arrival *arrival, const struct gw_page_run *runs, uint32_t count)
+{
+	return arrival->started ? -EALREADY : prefetch_set_order(&arrival->prefetch, runs, count);
+}
+
+int gw_arrival_order(const struct gw_arrival *arrival, struct gw_page_run *ret_runs,
+		     uint32_t count_max)
+{
+	return (int)prefetch_faults(&arrival->prefetch, ret_runs, count_max);
+}
 
 int gw_arrival_open_gate(struct gw_arrival *arrival, uint64_t generation)
 {
@@ -560,7 +575,7 @@ int gw_arrival_status(const struct gw_arrival *arrival, struct gw_arrival_status
 
 	hold_status(arrival, &status);
 	gw_histogram_summarise(&arrival->latency, &status.fault_latency);
-	prefetch_summarise(&arrival->prefetch, &status.prefetch);
+	prefetch_summarise(&arrival->prefetch, &status.prefetch, &status.recorded);
 	(void)pthread_mutex_lock(text_lock);
 	memcpy(status.reason, arrival->reason, sizeof(status.reason));
 	(void)pthread_mutex_unlock(text_lock);

@@ -264,19 +264,29 @@ static uint64_t allowance(struct arrival_bulk *bulk, uint64_t now_ns, uint64_t *
 }
 
 /*
- * Fill the window. Returns when there may be more to ask for.
- *
- * Just after the switch the guest needs its working set, a page after the other, and every page of
- * bulk takes a core from it: for ARRIVAL_NEAR_NS, while faults are hot, only their neighbours are asked for.
+ * Just after the switch the guest needs its working set, a page after the other, and every page of bulk
+ * takes a core from it: for ARRIVAL_NEAR_NS only what is wanted soon is asked for, as long as it
+ * faults every now and then; between two faults it computes, so the gate's own time is too short to tell.
  */
+static bool is_near_only(struct gw_arrival *arrival, uint64_t now_ns, uint64_t *ret_until_ns)
+{
+	const uint64_t until_ns = atomic_load_explicit(&arrival->fault_ns, memory_order_relaxed) +
+				  ARRIVAL_NEAR_HOT_NS;
+
+	if (arrival_gate_is_closed(arrival, now_ns, ret_until_ns))
+		return true;
+	*ret_until_ns = until_ns;
+	return now_ns < until_ns;
+}
+
+/* Fill the window. Returns when there may be more to ask for. */
 static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 {
 	struct gw_arrival *const arrival = bulk->arrival;
 	struct arrival_link *const link = &bulk->link;
 	const uint64_t full_ns = atomic_load(&arrival->bulk_full_ns);
 	uint64_t gate_ns = 0;
-	const bool near_only = now_ns < full_ns &&
-			       arrival_gate_is_closed(arrival, now_ns, &gate_ns);
+	const bool near_only = now_ns < full_ns && is_near_only(arrival, now_ns, &gate_ns);
 	uint64_t due_ns = near_only ? (gate_ns < full_ns ? gate_ns : full_ns) : UINT64_MAX;
 	bool found = true;
 
@@ -296,7 +306,7 @@ static uint64_t ask(struct arrival_bulk *bulk, uint64_t now_ns)
 			break;
 		}
 		const uint64_t count_max = len / arrival->page_size;
-		const uint64_t count = near_only ? pick_near_fault(arrival, count_max, &first)
+		const uint64_t count = near_only ? pick_wanted_soon(arrival, count_max, &first)
 						 : pick_run(bulk, count_max, &first);
 
 		rate_refund(arrival, len - count * arrival->page_size);

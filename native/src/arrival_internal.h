@@ -61,6 +61,7 @@
 #define ARRIVAL_BULK_REST_MAX	    UINT64_C(2000000)	  /* from one to the next, ns */
 #define ARRIVAL_GATE_NS		    UINT64_C(100000)	  /* how long they stay so after the last */
 #define ARRIVAL_NEAR_NS		    UINT64_C(100000000) /* how long bulk keeps to the faults at first */
+#define ARRIVAL_NEAR_HOT_NS	    UINT64_C(2000000)	 /* since the last fault */
 #define ARRIVAL_NEAR_LEN	    (UINT64_C(64) << 10) /* and how much it asks for at once */
 #define ARRIVAL_ID_LEN_MAX	    128
 #define ARRIVAL_SESSION_LEN_MAX	    64
@@ -392,8 +393,8 @@ bool arrival_gate_is_closed(struct gw_arrival *arrival, uint64_t now_ns, uint64_
 /* arrival_pick.c */
 /* Claim a run (REQUESTED_BULK) of up to count_max pages. Its length; 0 = nothing to ask for now. */
 uint64_t pick_run(struct arrival_bulk *bulk, uint64_t count_max, uint64_t *ret_first);
-/* The same, but only what follows a recent fault. */
-uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first);
+/* The same, but only what follows a recent fault, or a recorded order names. */
+uint64_t pick_wanted_soon(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first);
 /* Ask for these next. Of the demand thread. */
 void pick_hint(struct gw_arrival *arrival, uint64_t first, uint32_t count);
 /* Spend bytes of the limit. 0, or how long to wait first. */

@@ -70,7 +70,7 @@ static uint64_t claim_between(struct gw_arrival *arrival, uint64_t from, uint64_
  * What prefetch.h has named, the newest first. A hint belongs to who exchanged it for 0; what
  * is left of it goes back only into an empty slot: a newer one is worth more than a rest.
  */
-uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
+static uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
 {
 	const uint32_t newest = atomic_load_explicit(&arrival->hint_next, memory_order_relaxed);
 
@@ -94,18 +94,47 @@ uint64_t pick_near_fault(struct gw_arrival *arrival, uint64_t count_max, uint64_
 								      hint_of(rest, end - rest),
 								      memory_order_relaxed,
 								      memory_order_relaxed);
-		atomic_fetch_add_explicit(&arrival->prefetch.wanted_page_count, claimed,
+		atomic_fetch_add_explicit(&arrival->prefetch.window.wanted_page_count, claimed,
 					  memory_order_relaxed);
 		return claimed;
 	}
 	return 0;
 }
 
+/* Along the recorded order. Where it stands may be stale without harm: pages are won by their states. */
+static uint64_t pick_recorded(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
+{
+	uint64_t first = 0;
+	uint64_t at = 0;
+	uint64_t count;
+
+	while ((count = prefetch_order_next(&arrival->prefetch, &first, &at)) > 0) {
+		const uint64_t claimed =
+			claim_between(arrival, first, first + count, count_max, ret_first);
+
+		prefetch_order_advance(&arrival->prefetch, at,
+				       claimed > 0 ? *ret_first + claimed - first : count);
+		if (claimed == 0)
+			continue;
+		atomic_fetch_add_explicit(&arrival->prefetch.recorded.wanted_page_count, claimed,
+					  memory_order_relaxed);
+		return claimed;
+	}
+	return 0;
+}
+
+uint64_t pick_wanted_soon(struct gw_arrival *arrival, uint64_t count_max, uint64_t *ret_first)
+{
+	const uint64_t claimed = pick_near_fault(arrival, count_max, ret_first);
+
+	return claimed > 0 ? claimed : pick_recorded(arrival, count_max, ret_first);
+}
+
 uint64_t pick_run(struct arrival_bulk *bulk, uint64_t count_max, uint64_t *ret_first)
 {
 	struct gw_arrival *const arrival = bulk->arrival;
 	const uint64_t version = atomic_load(&arrival->returned_version);
-	uint64_t claimed = pick_near_fault(arrival, count_max, ret_first);
+	uint64_t claimed = pick_wanted_soon(arrival, count_max, ret_first);
 
 	if (claimed > 0)
 		return claimed;

@@ -74,6 +74,16 @@ class AgentCollector(Collector):
             if vm.record.role is Role.SEALED:
                 retained.add_metric([vm.vm_id], retained_bytes(vm.record, node.boot_id))
         yield retained
+        collapsed = GaugeMetricFamily(
+            "godwit_agent_collapsed_bytes",
+            "Memory of guests that arrived, by what --collapse made of it",
+            labels=["vm", "result"],
+        )
+        for vm in node.known_vms():
+            if vm.collapsed is not None:
+                collapsed.add_metric([vm.vm_id, "huge"], vm.collapsed.huge_bytes)
+                collapsed.add_metric([vm.vm_id, "left"], vm.collapsed.left_bytes)
+        yield collapsed
         yield from self._arrivals()
 
     def _arrivals(self) -> Iterator[Metric]:
@@ -95,8 +105,13 @@ class AgentCollector(Collector):
         )
         prefetch = CounterMetricFamily(
             "godwit_agent_arrival_prefetch_windows",
-            "Runs asked for because of a fault before them, by what became of them",
+            "Guesses that were judged: windows behind a fault, or faults against a recorded order",
             labels=["vm", "policy", "result"],
+        )
+        prefetch_pages = CounterMetricFamily(
+            "godwit_agent_arrival_prefetch_pages",
+            "Pages asked for because of a guess, before their turn",
+            labels=["vm", "policy"],
         )
         prefetch_off = GaugeMetricFamily(
             "godwit_agent_arrival_prefetch_off",
@@ -125,10 +140,13 @@ class AgentCollector(Collector):
                 held_now.add_metric([vm.vm_id, cause], status.hold_now.held_ns / 1e9)
             frozen.add_metric([vm.vm_id], int(vm.frozen_in is not None))
             counters[vm.vm_id] = vm.watch.counters
-            prefetch.add_metric([vm.vm_id, "window", "hit"], status.prefetch.hit_count)
-            prefetch.add_metric([vm.vm_id, "window", "miss"], status.prefetch.miss_count)
-            prefetch_off.add_metric([vm.vm_id, "window"], int(status.prefetch.off))
-        yield from (phase, absent, held, lost, held_now, frozen, prefetch, prefetch_off)
+            for policy, guessed in (("window", status.prefetch), ("recorded", status.recorded)):
+                prefetch.add_metric([vm.vm_id, policy, "hit"], guessed.hit_count)
+                prefetch.add_metric([vm.vm_id, policy, "miss"], guessed.miss_count)
+                prefetch_pages.add_metric([vm.vm_id, policy], guessed.page_count)
+                prefetch_off.add_metric([vm.vm_id, policy], int(guessed.off))
+        yield from (phase, absent, held, lost, held_now, frozen)
+        yield from (prefetch, prefetch_pages, prefetch_off)
         for name, text, field in _ARRIVAL_COUNTERS:
             family = CounterMetricFamily(f"godwit_agent_arrival_{name}", text, labels=["vm"])
             for vm_id, values in counters.items():

@@ -10,15 +10,17 @@ import ipaddress
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 from services.common.errors import FailedPreconditionError, GodwitError, UnavailableError
 from services.common.listen import Address, parse_address
 from services.common.vm_spec import PAGE_BYTES
-from services.fault_agent import hold_policy, processes
+from services.fault_agent import first_touch, hold_policy, processes
 from services.fault_agent.arrival_watch import ArrivalWatch
 from services.fault_agent.bandwidth import Bandwidth
+from services.fault_agent.collapse import Collapsed, collapse, why_refused
 from services.fault_agent.drivers.api import (
     Armed,
     ArmTarget,
@@ -222,6 +224,8 @@ class ArrivalEngines:
             # Before it runs: an outage that ends from now on is ours to tell.
             holds_seen = arrival.status().hold_count
             self._bandwidth.share(arrival, address.host, vm.spec.bandwidth_weight)
+            page_count = vm.spec.memory_bytes // PAGE_BYTES
+            arrival.set_order(await asyncio.to_thread(first_touch.read, vm.directory, page_count))
             arrival.start()
             vm.watch = ArrivalWatch(
                 arrival,
@@ -313,7 +317,29 @@ class ArrivalEngines:
                     raise
                 log.warning("%s ended before its memory was let go", vm.vm_id)
             await vm.write(replace(vm.record, arriving=replace(arriving, unregistered=True)))
+            await asyncio.to_thread(first_touch.keep, vm.directory, watch.arrival)
+            if self._node.config.collapse and armed is not None:
+                work = self._collapse(vm, why_refused(armed.faults.backend))
+                self._node.start_task(work, f"collapse {vm.vm_id}")
         watch.wake()
+
+    async def _collapse(self, vm: Vm, why_not: str) -> None:
+        """Huge pages for a guest that is whole, unless there is a reason why not."""
+        stopping = threading.Event()
+
+        def stop() -> bool:
+            return stopping.is_set() or vm.record.role not in (Role.ARRIVED, Role.RESIDENT)
+
+        if why_not:
+            vm.collapsed = Collapsed(huge_bytes=0, left_bytes=0, why_not=why_not)
+        else:
+            try:
+                vm.collapsed = await asyncio.to_thread(
+                    collapse, self._node.pagecore, vm.record.ram_path, stop=stop
+                )
+            finally:
+                stopping.set()
+        log.info("memory of %s, collapsed: %s", vm.vm_id, vm.collapsed)
 
     async def _ask_again(self, vm: Vm) -> None:
         """A guest that runs here has no other source: refusals are asked again, for ever."""

@@ -15,6 +15,9 @@ serves them.
 --peer-bytes-per-s-max limits what the guests that arrive from one host fetch in bulk, all together;
 they share it by the bandwidth_weight of their specs. What a guest waits for is never limited.
 
+With --collapse the memory of a guest that has arrived whole is put into huge pages, for KVM to map;
+what cannot be, and why, is logged.
+
 With --respawn it runs in a child of the process that was started, which has imported all it needs
 and forks the next one when this one is killed: the guest waits for milliseconds, not for Python.
 
@@ -98,6 +101,7 @@ class Config:
         parser.add_argument("--orchestrator", default="", metavar="HOST:PORT")
         parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
         parser.add_argument("--microvm", default=MICROVM, metavar="PROGRAM")
+        parser.add_argument("--collapse", action="store_true")
         parser.add_argument("--peer-bytes-per-s-max", type=int, default=0, metavar="BYTES")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
         parser.add_argument("--respawn", action="store_true")
@@ -117,6 +121,7 @@ class Config:
                     images_dir=(args.images_dir or args.state_dir / "images").absolute(),
                     page_server_control=str(parse_address(args.page_server_control)),
                     peer_bytes_per_s_max=args.peer_bytes_per_s_max,
+                    collapse=args.collapse,
                 ),
                 listen=parse_listen(args.listen, insecure_plaintext=args.insecure_plaintext),
                 metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),

@@ -50,6 +50,8 @@ class NodeConfig:
     """Image records, shared with the page server."""
     page_server_control: str
     """host:port of the page server's control port."""
+    collapse: bool = False
+    """Whether guests that have arrived get huge pages (`collapse.py`)."""
     peer_bytes_per_s_max: int = 0
     """Of bulk from one host, all guests together, shared by their weights; 0: no limit."""
 

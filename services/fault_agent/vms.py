@@ -18,6 +18,7 @@ from services.common.errors import FailedPreconditionError, NotFoundError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
 from services.fault_agent.arrival_watch import ArrivalWatch
+from services.fault_agent.collapse import Collapsed
 from services.fault_agent.device_state import Peer
 from services.fault_agent.drivers.api import Driver, Launch, Vmm, VmmState, VmmUnreachableError
 from services.fault_agent.fence import Command, Fence, admit, wrong_state
@@ -48,6 +49,8 @@ class Vm:
         """Monotonic, of its VMM's last word that they run."""
         self.frozen_in: VmmState | None = None
         """What its VMM did when the policy on a lost link froze it; None: it is not frozen."""
+        self.collapsed: Collapsed | None = None
+        """What --collapse made of its memory, once it was whole."""
         self.loading = False
         """A device state is on its way into the VMM."""
         self.peer: Peer | None = None

@@ -172,7 +172,13 @@ class PrefetchSummary:
     miss_count: int = 0
     page_count: int = 0
     off: bool = False
-    """It did not pay, and is tried again within a second."""
+    """It did not pay. Windows are tried again within a second, a recorded order is not."""
+
+
+PageRun = tuple[int, int]
+"""struct gw_page_run: the first page and how many, > 0."""
+ORDER_RUNS_MAX = 65536
+"""GW_ARRIVAL_ORDER_COUNT_MAX."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +204,9 @@ class ArrivalStatus:
     fault_latency: LatencySummary
     reason: str
     prefetch: PrefetchSummary = PrefetchSummary()
+    """Of the windows behind faults."""
+    recorded: PrefetchSummary = PrefetchSummary()
+    """Of the order that `Arrival.set_order` was given."""
     hold_count: int = 0
     held_total_ns: int = 0
     """Of all outages, the one that is not over included."""
@@ -224,6 +233,14 @@ class Arrival(Protocol):
 
     def share(self, pacer: Pacer, weight: int) -> None:
         """Before `start`: bulk takes its share of the pacer, weight 1 to 1000."""
+        ...
+
+    def set_order(self, runs: Sequence[PageRun]) -> None:
+        """Before `start`: bulk asks for these pages first, in this order."""
+        ...
+
+    def order(self) -> list[PageRun]:
+        """What the guest touched while it was absent, in the order of the first touch."""
         ...
 
     def start(self) -> None: ...
@@ -353,6 +370,10 @@ class PageCore(Protocol):
         ...
 
     def take_uffd(self, *, pid: int, remote_fd: int, ram_fd: int) -> Injection: ...
+    def collapse(self, ram_fd: int, offset: int) -> None:
+        """Make the range of 2 MiB at `offset` huge; see native/include/godwit/collapse.h."""
+        ...
+
     def uffd_features(self) -> tuple[str, ...]:
         """Names of the userfaultfd features of this kernel; empty if userfaultfd cannot be used."""
         ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from services.pagecore import uffd_names
@@ -22,6 +23,7 @@ from services.pagecore.api import (
     Injection,
     LatencySummary,
     Pacer,
+    PageRun,
     ServeImage,
     ServeStats,
     TlsIdentity,
@@ -122,6 +124,9 @@ class FakeArrival(_Closable):
         self.server_key = b""
         """What `page_server_key` says; a test sets it."""
         self.shares: tuple[Pacer, int] | None = None
+        self.given_order: list[PageRun] = []
+        self.touched: list[PageRun] = []
+        """What `order` tells."""
         self.started = False
         self.bulk_started = False
         self.finished = False
@@ -210,6 +215,18 @@ class FakeArrival(_Closable):
         if self.started or self.shares is not None:
             raise _error(errno.EALREADY, "gw_arrival_share")
         self.shares = (pacer, weight)
+
+    def set_order(self, runs: Sequence[PageRun]) -> None:
+        """Kept in `given_order`."""
+        self._need_open()
+        if self.started or self.given_order:
+            raise _error(errno.EALREADY, "gw_arrival_set_order")
+        self.given_order = list(runs)
+
+    def order(self) -> list[PageRun]:
+        """What a test put into `touched`."""
+        self._need_open()
+        return self.touched
 
     def start(self) -> None:
         """Both lanes come up at once, unless `FakePageCore.auto_connect` is off."""
@@ -484,6 +501,11 @@ class FakePageCore:
         self.injected_pids.append(pid)
         uffd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         return replace(self.injections[pid], uffd=uffd)
+
+    def collapse(self, ram_fd: int, offset: int) -> None:
+        """As on a kernel that cannot."""
+        del ram_fd, offset
+        raise _error(errno.EINVAL, "gw_collapse")
 
     def uffd_features(self) -> tuple[str, ...]:
         """`features`, without those that GODWIT_MASK_UFFD_FEATURES hides."""

@@ -14,7 +14,7 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from services.pagecore import uffd_names
 from services.pagecore.api import (
     HOLDS_MAX,
+    ORDER_RUNS_MAX,
     TLS_KEY_BYTES,
     Arrival,
     ArrivalConfig,
@@ -33,6 +34,7 @@ from services.pagecore.api import (
     Injection,
     LatencySummary,
     Pacer,
+    PageRun,
     PageServer,
     PrefetchSummary,
     ServeImage,
@@ -226,6 +228,16 @@ def _identity(tls: TlsIdentity | None) -> Any:
     return tls.reference()
 
 
+def _prefetch(native: Any) -> PrefetchSummary:
+    return PrefetchSummary(
+        window_count=native.window_count,
+        hit_count=native.hit_count,
+        miss_count=native.miss_count,
+        page_count=native.page_count,
+        off=bool(native.off),
+    )
+
+
 def _hold(native: Any, number: int) -> Hold:
     return Hold(
         number=number,
@@ -302,6 +314,19 @@ class NativeArrival:
             raise TypeError(f"a pacer of the native page core is needed, got {pacer!r}")
         with self._handle.open() as pointer:
             check("gw_arrival_share", pacer.add_to(pointer, weight))
+
+    def set_order(self, runs: Sequence[PageRun]) -> None:
+        """Ask for these pages first; see gw_arrival_set_order. Before `start`."""
+        native = ffi.new("struct gw_page_run[]", max(len(runs), 1))
+        for target, (first, count) in zip(native, runs, strict=False):
+            target.first, target.count = first, count
+        self._handle.call("gw_arrival_set_order", native, len(runs))
+
+    def order(self) -> list[PageRun]:
+        """What the guest touched while it was absent, in the order of the first touch."""
+        native = ffi.new("struct gw_page_run[]", ORDER_RUNS_MAX)
+        count = self._handle.call("gw_arrival_order", native, ORDER_RUNS_MAX)
+        return [(run.first, run.count) for run in native[0:count]]
 
     def start(self) -> None:
         """Connect both lanes and serve."""
@@ -380,13 +405,8 @@ class NativeArrival:
             ),
             hold_now=_hold(native.hold_now, native.hold_count + 1),
             reason=ffi.string(native.reason).decode(errors="replace"),
-            prefetch=PrefetchSummary(
-                window_count=native.prefetch.window_count,
-                hit_count=native.prefetch.hit_count,
-                miss_count=native.prefetch.miss_count,
-                page_count=native.prefetch.page_count,
-                off=bool(native.prefetch.off),
-            ),
+            prefetch=_prefetch(native.prefetch),
+            recorded=_prefetch(native.recorded),
         )
 
     def bitmap(self) -> bytes:
@@ -569,6 +589,14 @@ class NativePageCore:
         native = ffi.new("struct gw_inject_result *")
         check("gw_inject_take", lib.gw_inject_take(pid, remote_fd, ram_fd, native))
         return _injection(native)
+
+    def collapse(self, ram_fd: int, offset: int) -> None:
+        """Make the range of 2 MiB at `offset` one huge page.
+
+        Raises:
+            OSError: EINVAL, EAGAIN, EBUSY, ENOMEM, EPERM: see gw_collapse.
+        """
+        check("gw_collapse", lib.gw_collapse(ram_fd, offset))
 
     def uffd_features(self) -> tuple[str, ...]:
         """Names of what this kernel's userfaultfd can do; empty if it cannot be used."""

@@ -15,6 +15,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,40 @@ def test_a_pacer_is_shared_before_the_start(
         assert destination.guest.read(0, PAGE_COUNT) == expected(0, PAGE_COUNT)
         prefetch = arrival.status().prefetch
         assert prefetch.hit_count + prefetch.miss_count <= prefetch.window_count
+
+
+def test_a_recorded_order_comes_first(
+    core: NativePageCore, node: PageNode, source: Process
+) -> None:
+    """Bulk goes along it before anything else; what this guest touches is the next order."""
+    from services.pagecore.native import NativeArrival
+
+    order = [(1900, 3), (200, 2)]
+    with destination_of(core, node, source) as destination:
+        slow = replace(destination.config, bulk_bytes_per_s_max=50 * PAGE)
+        with contextlib.closing(NativeArrival(slow)) as arrival:
+            with pytest.raises(OSError, match="gw_arrival_set_order") as caught:
+                arrival.set_order([(PAGE_COUNT - 1, 2)])
+            assert caught.value.errno == errno.EINVAL
+            arrival.set_order(order)
+            arrival.start()
+            with pytest.raises(OSError, match="gw_arrival_set_order") as caught:
+                arrival.set_order(order)
+            assert caught.value.errno == errno.EALREADY
+            wait_phase(arrival, ArrivalPhase.ARMED)
+            arrival.open_gate(1)
+            for page in (5, 6, 1500, 9):
+                assert destination.guest.read(page) == expected(page)
+            assert arrival.order() == [(5, 2), (1500, 1)]  # 9 may go on yet
+            assert arrival.status().recorded.miss_count == 4
+            arrival.start_bulk()
+            deadline_s = time.monotonic() + WAIT_MS / 1000
+            while arrival.status().recorded.page_count < 5:
+                assert time.monotonic() < deadline_s, arrival.status()
+            assert arrival.status().bulk_page_count <= 5 + arrival.status().prefetch.page_count
+            arrival.set_bulk_rate(0)
+            wait_phase(arrival, ArrivalPhase.COMPLETE)
+            assert destination.guest.read(0, PAGE_COUNT) == expected(0, PAGE_COUNT)
 
 
 def test_faults_are_served_while_python_stands_still(

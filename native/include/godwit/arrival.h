@@ -35,6 +35,7 @@
 #define GW_ARRIVAL_REASON_LEN_MAX	     192
 #define GW_ARRIVAL_HOLD_COUNT_MAX	     8
 #define GW_ARRIVAL_TOKEN_LEN_MAX	     1024
+#define GW_ARRIVAL_ORDER_COUNT_MAX	     65536
 
 /* Opaque. One per guest being received. */
 struct gw_arrival;
@@ -114,13 +115,20 @@ struct gw_latency_summary {
 	uint64_t p50_ns, p99_ns, p999_ns, max_ns;
 };
 
-/* How well it is guessed which pages are wanted next. */
+/* Consecutive pages of the image. */
+struct gw_page_run {
+	uint64_t first;
+	uint64_t count; /* > 0 */
+};
+
+/* How well a prefetch policy guesses: docs/design/page-path.md. */
 struct gw_prefetch_summary {
-	uint64_t window_count; /* runs that were asked for because of a fault before them */
-	uint64_t hit_count;    /* of those judged: the guest went on there */
-	uint64_t miss_count;   /* or not */
+	uint64_t window_count; /* runs that were asked for because of it */
+	uint64_t hit_count;    /* windows judged, or faults: it was right */
+	uint64_t miss_count;   /* or wrong */
 	uint64_t page_count;   /* pages asked for so */
-	uint32_t off;	       /* 1: it did not pay, and is tried again within a second */
+	uint32_t
+		off; /* 1: it did not pay. Windows are tried again within a second, an order is not */
 	uint32_t reserved;
 };
 
@@ -150,7 +158,8 @@ struct gw_arrival_status {
 	uint64_t received_bytes, checksum_error_count, reconnect_count, violation_count;
 	uint64_t link_lost_ns; /* how long the demand lane has been down, now; 0 = up */
 	struct gw_latency_summary fault_latency;
-	struct gw_prefetch_summary prefetch;
+	struct gw_prefetch_summary prefetch; /* windows behind faults */
+	struct gw_prefetch_summary recorded; /* the order of gw_arrival_set_order */
 	/* Outages of this arrival that are over, across adoptions: the last ones, by number - 1 modulo. */
 	uint64_t hold_count;
 	uint64_t held_total_ns; /* the one that is not over included */
@@ -196,6 +205,26 @@ int gw_arrival_set_bulk_rate(struct gw_arrival *arrival, uint64_t bytes_per_s_ma
  * is less. Before start. Returns 0; -EINVAL weight is not 1..GW_PACER_WEIGHT_MAX; -EALREADY.
  */
 int gw_arrival_share(struct gw_arrival *arrival, struct gw_pacer *pacer, uint32_t weight);
+
+/*
+ * Ask for these pages first, in this order: an earlier arrival's, or a snapshot's (gw_arrival_order). Demand and
+ * what follows faults come before them, all the rest after. Given up when under a quarter of the
+ * faults are on pages of it. Before start.
+ *
+ * Returns 0; -EINVAL a run beyond the image, or more than GW_ARRIVAL_ORDER_COUNT_MAX; -EALREADY
+ * started, or given before; -ENOMEM.
+ */
+int gw_arrival_set_order(struct gw_arrival *arrival, const struct gw_page_run *runs,
+			 uint32_t count);
+
+/*
+ * The pages that were touched while absent, in the order of their first touch; the last run may grow
+ * yet and is left out. The first GW_ARRIVAL_ORDER_COUNT_MAX runs are kept. Never blocks.
+ *
+ * Returns how many runs were written, at most `count_max`.
+ */
+int gw_arrival_order(const struct gw_arrival *arrival, struct gw_page_run *ret_runs,
+		     uint32_t count_max);
 
 /* Fetch from another page server from now on; streams are opened again. */
 int gw_arrival_set_page_server(struct gw_arrival *arrival, const char *host, uint32_t port);

@@ -176,7 +176,7 @@ async def kill_vmms(host: Host) -> None:
 
 @contextlib.asynccontextmanager
 async def running_agent(
-    host: Host, core: PageCore, *, peer_bytes_per_s_max: int = 0
+    host: Host, core: PageCore, *, peer_bytes_per_s_max: int = 0, collapse: bool = False
 ) -> AsyncIterator[Agent]:
     """The agent of a node; its VMMs outlive it."""
     config = agent_main.Config(
@@ -187,6 +187,7 @@ async def running_agent(
             images_dir=host.images_dir,
             page_server_control=host.control,
             peer_bytes_per_s_max=peer_bytes_per_s_max,
+            collapse=collapse,
         ),
         listen=ANY_PORT,
         metrics=ANY_PORT,

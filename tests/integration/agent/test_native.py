@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from services.common.errors import GodwitError
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
+from services.fault_agent.drivers.qemu import QemuVmm
 from services.pagecore.api import ArrivalPhase, PageCore
 from tests.harness.console import Console
 from tests.integration.agent import nodes
@@ -27,6 +29,8 @@ from tests.integration.agent.nodes import (
 pytestmark = pytest.mark.requires("qemu", "uffd", "root")
 
 MakeSpec = Callable[..., VmSpec]
+MIB = 1 << 20
+BALLOON_LEAVES_BYTES = 112 * MIB
 SLOW_BYTES_PER_S = 8 << 20
 """Slow enough that a test can do something while memory arrives."""
 
@@ -211,3 +215,39 @@ async def test_no_page_moves_before_the_gate(
         path = Path(b.serving.node.vm("guest").record.ram_path)
         assert path.stat().st_blocks == 0  # noqa: ASYNC240
         await nodes.abort(b, orders, pb.SIDE_DESTINATION)
+
+
+def _pages(ram_path: str) -> int:
+    """With memory behind them."""
+    return Path(ram_path).stat().st_blocks * 512 // 4096
+
+
+async def test_what_the_guest_gave_back_before_is_never_fetched(
+    native: PageCore, hosts: tuple[Host, Host], make_spec: MakeSpec
+) -> None:
+    """A balloon is blown up at the source: its pages are holes there, and stay holes here."""
+    spec, orders = make_spec(balloon=True), Orders(vm_id="guest", epoch=2, migration_id="m2")
+    async with running_agent(hosts[0], native) as a, running_agent(hosts[1], native) as b:
+        await nodes.start_vm(a, spec, epoch=1)
+        console = Console(a.vm_dir("guest") / "console-1.log")
+        await console.wait_sweeps(1)
+        source_ram = a.serving.node.vm("guest").record.ram_path
+        before = _pages(source_ram)
+        vmm = a.serving.node.vm("guest").vmm
+        assert isinstance(vmm, QemuVmm)
+        await vmm.monitor.execute("balloon", {"value": BALLOON_LEAVES_BYTES})
+        # Most of what it gives back it never touched; some it did, while it booted.
+        deadline_s = time.monotonic() + 60
+        while _pages(source_ram) > before - MIB // 4096:
+            assert time.monotonic() < deadline_s, "the guest gives nothing back"
+            await asyncio.sleep(0.05)
+        await console.wait_sweeps(console.sweeps() + 1)
+        pages_with_data = _pages(source_ram)
+        console = await hand_over(a, b, orders)
+        complete = await nodes.wait_phase(b, orders, pb.ARRIVAL_PHASE_COMPLETE)
+        counters = complete.counters
+        fetched = counters.demand_page_count + counters.bulk_page_count
+        assert fetched <= pages_with_data
+        assert counters.zero_page_count >= spec.memory_bytes // 4096 - pages_with_data
+        await console.wait_sweeps(2)
+        assert console.errors() == []
