@@ -13,25 +13,22 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tests.bench import bars, counts, lanes, memory, report, sizes, streams, threads
+from tests.bench import bars, child, counts, report
 from tests.bench.bars import Bar
-from tests.bench.peers import section as peers
 from tests.bench.processes import REPO
-from tests.bench.section import Result, Scale, Section, joined
+from tests.bench.section import Result, Scale, Section, failed, joined, why_failed
+from tests.bench.sections import LIMITS_S, MOVES_SHARE, QUICK, SECTIONS, WHOLE_S
 
 OUT = REPO / "build/bench"
 DOCS = REPO / "docs/bench"
-_MODULES = (lanes, streams, threads, memory, sizes, counts)
-_PEERS = (peers.UNCAPPED, peers.FAST, peers.SLOW)
-SECTIONS: dict[str, Section] = {found.name: cast(Section, found) for found in (*_MODULES, *_PEERS)}
-QUICK = ("lanes", "streams", "threads", "memory", "counts")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,13 +52,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _measure(section: Section, scale: Scale, path: Path, *, more: bool) -> Result:
+def _measure(section: Section, scale: Scale, path: Path, limit_s: float, *, more: bool) -> Result:
+    """Measure in a process of its own; what it found is in `path`, too."""
+    before = _collect(path) if more and path.exists() else {}
     begin_s = time.monotonic()
-    result = section.run(scale)
+    scale = replace(scale, seconds=min(scale.seconds, MOVES_SHARE * limit_s))
+    print(f"{section.name} ...", file=sys.stderr, flush=True)
+    result = child.measure(section.name, scale, path, limit_s)
     elapsed_s = time.monotonic() - begin_s
-    print(f"{section.name}: {elapsed_s:.0f} s", file=sys.stderr, flush=True)
-    if more and path.exists():
-        result = joined(_collect(path), result)
+    how = why_failed(result) or "measured"
+    print(f"{section.name}: {elapsed_s:.0f} s, {how}", file=sys.stderr, flush=True)
+    if before and not why_failed(before) and not why_failed(result):
+        result = joined(before, result)
     about: dict[str, Any] = {
         "section": section.name,
         "machine": report.machine(),
@@ -69,7 +71,6 @@ def _measure(section: Section, scale: Scale, path: Path, *, more: bool) -> Resul
         "elapsed_s": elapsed_s,
         "quick": scale.quick,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "result": result}) + "\n")
     return result
 
@@ -79,28 +80,48 @@ def _collect(path: Path) -> Result:
     return result
 
 
+def _judge(results: dict[str, Result], names: Sequence[str], path: Path) -> list[Bar]:
+    """Every bar of `names`; those that are not measured yet are missed, until they are."""
+    found: list[Bar] = []
+    for name in names:
+        section, result = SECTIONS[name], results.get(name, failed("not reached"))
+        try:
+            found += section.bars(result)
+        except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+            found += section.bars(failed(f"the result is not whole: {error!r}"))
+    bars.write(found, path)
+    return found
+
+
 def main(argv: Sequence[str] | None = None, out: Path = OUT, docs: Path = DOCS) -> int:
     """Do it; the exit status."""
     args = _arguments(argv)
-    # Ended by whomever, what was started is taken down.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     scale = Scale(quick=args.quick, rounds=args.rounds, seconds=args.seconds)
+    # Somebody who says how many rounds knows how long they take.
+    is_bounded = args.rounds is None
+    end_s = time.monotonic() + WHOLE_S
     results: dict[str, Result] = {}
-    all_bars: list[Bar] = []
+    out.mkdir(parents=True, exist_ok=True)
     for name in args.sections:
         path = out / f"{name}.json"
-        section = SECTIONS[name]
-        results[name] = (
-            _collect(path) if args.collect else _measure(section, scale, path, more=args.more)
-        )
-        if name == counts.name and args.reference:
+        _judge(results, args.sections, out / "bars.json")
+        if args.collect:
+            results[name] = _collect(path)
+        elif is_bounded and end_s - time.monotonic() < 1:
+            results[name] = failed(f"{WHOLE_S / 60:.0f} minutes were over before")
+        else:
+            limit_s = min(LIMITS_S[name], end_s - time.monotonic()) if is_bounded else math.inf
+            results[name] = _measure(SECTIONS[name], scale, path, limit_s, more=args.more)
+        if name == counts.name and args.reference and not why_failed(results[name]):
             counts.write_reference(results[name])
-        all_bars += section.bars(results[name])
-    bars.write(all_bars, out / "bars.json")
+    all_bars = _judge(results, args.sections, out / "bars.json")
     told = [(SECTIONS[name], result) for name, result in results.items()]
-    report.write(told, all_bars, docs if args.docs else out)
     for section, result in told:
-        print("\n".join(["", section.title, *report.markdown(section.rows(result))]))
+        print("\n".join(["", section.title, *report.table_of(section, result)]))
+    try:
+        report.write(told, all_bars, docs if args.docs else out)
+    except Exception:  # noqa: BLE001 - a plot that cannot be drawn changes no verdict
+        traceback.print_exc()
     print("\n".join(["", report.machine(), "", *bars.table(all_bars)]), flush=True)
     return bars.exit_status(all_bars)
 

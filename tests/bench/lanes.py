@@ -11,10 +11,19 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bench.bars import Bar
-from tests.bench.estimate import Rounds, estimate, median, quantile, ratio, total
+from tests.bench.estimate import (
+    Estimate,
+    Rounds,
+    Statistic,
+    estimate,
+    median,
+    quantile,
+    ratio,
+    total,
+)
 from tests.bench.grpcio_client import grpcio_fetch
 from tests.bench.page_path import Kind, page_path
-from tests.bench.section import Result, Rows, Scale, figure, in_turns
+from tests.bench.section import Result, Rows, Scale, figure, in_turns, judged
 
 name = "lanes"
 title = "A page on demand"
@@ -72,39 +81,36 @@ def run(scale: Scale) -> Result:
     return {"us": taken, "bulk_mbs": bulk_mbs}
 
 
+_BARS = (
+    Bar(name="demand, idle: p50 / (raw TCP + local uffd)", limit=1.3),
+    Bar(name="demand, idle: p99 / (raw TCP + local uffd), p99 of each", limit=2),
+    Bar(name="demand, bulk without limit: p50 / idle", limit=2),
+    Bar(name="demand, bulk at 10 MiB/s: p50 / idle", limit=1.2),
+)
+
+
 def bars(result: Result) -> list[Bar]:
     """Judge."""
+    return judged(_BARS, lambda: _values(result), result)
+
+
+def _values(result: Result) -> list[Estimate]:
     us: dict[str, Rounds] = result["us"]
     count = len(us["idle"])
 
-    def of(key: str, q: float) -> Any:
+    def of(key: str, q: float) -> Statistic:
         return quantile(us[key], q)
 
-    def floor(q: float) -> Any:
+    def floor(q: float) -> Statistic:
         return total(of("tcp", q), of("uffd", q))
 
-    return [
-        Bar(
-            name="demand, idle: p50 / (raw TCP + local uffd)",
-            limit=1.3,
-            value=estimate(count, ratio(of("idle", 0.5), floor(0.5))),
-        ),
-        Bar(
-            name="demand, idle: p99 / (raw TCP + local uffd), p99 of each",
-            limit=2,
-            value=estimate(count, ratio(of("idle", 0.99), floor(0.99))),
-        ),
-        Bar(
-            name="demand, bulk without limit: p50 / idle",
-            limit=2,
-            value=estimate(count, ratio(of("bulk", 0.5), of("idle", 0.5))),
-        ),
-        Bar(
-            name="demand, bulk at 10 MiB/s: p50 / idle",
-            limit=1.2,
-            value=estimate(count, ratio(of("capped", 0.5), of("idle", 0.5))),
-        ),
-    ]
+    ratios = (
+        ratio(of("idle", 0.5), floor(0.5)),
+        ratio(of("idle", 0.99), floor(0.99)),
+        ratio(of("bulk", 0.5), of("idle", 0.5)),
+        ratio(of("capped", 0.5), of("idle", 0.5)),
+    )
+    return [estimate(count, one) for one in ratios]
 
 
 def rows(result: Result) -> Rows:

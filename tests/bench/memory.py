@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.bench.bars import Bar
-from tests.bench.estimate import estimate, median
+from tests.bench.estimate import Estimate, estimate, median
 from tests.bench.page_path import Kind, page_path
-from tests.bench.section import Result, Rows, Scale, figure
+from tests.bench.section import Result, Rows, Scale, figure, judged
 
 name = "memory"
 title = "The agent's memory, and zero pages"
@@ -49,42 +49,32 @@ def _growth(run: dict[str, Any]) -> float:
     return float((after - before + run["guest_blocks"]) * 512 / run["bytes"] * 100)
 
 
+_BARS = (
+    Bar(name="8 GiB of zero pages: resident", limit=0.5, unit="s"),
+    Bar(name="8 GiB of zero pages: on the wire", limit=1, unit="MiB"),
+    Bar(name="8 GiB of zero pages: blocks allocated", limit=1, unit="%"),
+    Bar(name="agent memory above idle and 2 bytes a page, the worst run", limit=32, unit="MiB"),
+)
+
+
 def bars(result: Result) -> list[Bar]:
     """Judge."""
+    return judged(_BARS, lambda: _values(result), result)
+
+
+def _values(result: Result) -> list[Estimate]:
     zeros = result["zeros"]
     runs = [*zeros, *(run for runs in result["dense"].values() for run in runs)]
-    count = len(zeros)
 
-    def of(values: list[float]) -> Any:
+    def of(values: list[float]) -> Estimate:
         return estimate(len(values), median(values))
 
-    worst = max(_excess_mib(run) for run in runs)
     return [
-        Bar(
-            name="8 GiB of zero pages: resident",
-            limit=0.5,
-            unit="s",
-            value=of([run["elapsed_ns"] / 1e9 for run in zeros]),
-        ),
-        Bar(
-            name="8 GiB of zero pages: on the wire",
-            limit=1,
-            unit="MiB",
-            value=of([run["wire_bytes"] / (1 << 20) for run in zeros]),
-        ),
-        Bar(
-            name="8 GiB of zero pages: blocks allocated",
-            limit=1,
-            unit="%",
-            value=of([_growth(run) for run in zeros]),
-        ),
-        Bar(
-            name="agent memory above idle and 2 bytes a page, the worst run",
-            limit=32,
-            unit="MiB",
-            value=estimate(1, median([worst])),
-        ),
-    ][: 4 if count else 0]
+        of([run["elapsed_ns"] / 1e9 for run in zeros]),
+        of([run["wire_bytes"] / (1 << 20) for run in zeros]),
+        of([_growth(run) for run in zeros]),
+        of([max(_excess_mib(run) for run in runs)]),
+    ]
 
 
 def rows(result: Result) -> Rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.bench import bars
 from tests.bench.bars import Bar
-from tests.bench.section import Result, Rows, Section
+from tests.bench.section import Result, Rows, Section, why_failed
 
 
 def machine() -> str:
@@ -39,6 +39,16 @@ def markdown(rows: Rows) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [head, align, *body]]
 
 
+def table_of(section: Section, result: Result) -> list[str]:
+    """Its table, or why there is none."""
+    if why := why_failed(result):
+        return [f"Not measured: {why}."]
+    try:
+        return markdown(section.rows(result))
+    except (KeyError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        return [f"The result is not whole: {error!r}."]
+
+
 def section_text(section: Section, result: Result) -> list[str]:
     """Title, what was measured, the table."""
     about = (section.__doc__ or "").split("\n", 1)
@@ -46,7 +56,7 @@ def section_text(section: Section, result: Result) -> list[str]:
     return [
         "\n".join(lines).replace("\n\n\n", "\n\n").rstrip(),
         "",
-        *markdown(section.rows(result)),
+        *table_of(section, result),
     ]
 
 
@@ -80,5 +90,7 @@ def write(
     """page-path.md and its plots."""
     from tests.bench import plots  # slow to import, and not needed to judge
 
-    drawn = plots.draw({section.name: result for section, result in results}, directory)
+    drawn = plots.draw(
+        {section.name: result for section, result in results if not why_failed(result)}, directory
+    )
     (directory / "page-path.md").write_text(text(results, all_bars, drawn))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tests.bench.bars import Bar
@@ -84,6 +84,25 @@ def joined(before: Result, after: Result) -> Result:
         else:
             whole[key] = value
     return whole
+
+
+def failed(why: str) -> Result:
+    """Of a section that has none."""
+    return {"why_not": why}
+
+
+def why_failed(result: Result) -> str:
+    """Empty: there is a result."""
+    return str(result.get("why_not", ""))
+
+
+def judged(
+    bars: Sequence[Bar], values: Callable[[], Sequence[Estimate]], result: Result
+) -> list[Bar]:
+    """Each with its value; without one, and with the reason, where the section has failed."""
+    if why := why_failed(result):
+        return [replace(bar, why_not=why) for bar in bars]
+    return [replace(bar, value=value) for bar, value in zip(bars, values(), strict=True)]
 
 
 def figure(value: Estimate, digits: int = 1) -> str:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from tests.bench.bars import Bar
-from tests.bench.estimate import Statistic, estimate, median, ratio
+from tests.bench.estimate import Estimate, estimate, median, ratio
 from tests.bench.grpcio_client import grpcio_fetch
 from tests.bench.page_path import Kind, PagePath, page_path
-from tests.bench.section import Result, Rows, Scale, figure, in_turns
+from tests.bench.section import Result, Rows, Scale, figure, in_turns, judged
 
 name = "streams"
 title = "Memory in bulk"
@@ -71,22 +71,25 @@ def _while_faulting(ours: PagePath) -> float:
     return float((MEMORY_MIB << 20) / elapsed_ns * 1000)
 
 
+_BARS = (
+    Bar(name="bulk, not installed / raw TCP stream", limit=0.75, at_most=False),
+    Bar(name="bulk, installed / raw TCP stream", limit=0.5, at_most=False),
+    Bar(name="bulk, installed / grpcio", limit=4, at_most=False),
+)
+
+
 def bars(result: Result) -> list[Bar]:
     """Judge."""
+    return judged(_BARS, lambda: _values(result), result)
+
+
+def _values(result: Result) -> list[Estimate]:
     count = len(result["mbs"]["raw"])
 
-    def of(key: str) -> Statistic:
-        return median(result["mbs"][key])
+    def of(above: str, below: str) -> Estimate:
+        return estimate(count, ratio(median(result["mbs"][above]), median(result["mbs"][below])))
 
-    def bar(what: str, limit: float, above: str, below: str) -> Bar:
-        value = estimate(count, ratio(of(above), of(below)))
-        return Bar(name=what, limit=limit, at_most=False, value=value)
-
-    return [
-        bar("bulk, not installed / raw TCP stream", 0.75, "wire", "stream"),
-        bar("bulk, installed / raw TCP stream", 0.5, "raw", "stream"),
-        bar("bulk, installed / grpcio", 4, "raw", "grpcio"),
-    ]
+    return [of("wire", "stream"), of("raw", "stream"), of("raw", "grpcio")]
 
 
 def rows(result: Result) -> Rows:

@@ -30,6 +30,7 @@ PRECOPY_S = 0.03
 START_S = 60.0
 MOVE_S_MAX = 200.0
 NEWEST_SUITE = "sid"
+UNPACK_S = 180.0
 _UNLIMITED = 10 << 30
 _STAYS = ("postcopy-blocktime", "postcopy-latency", "postcopy-latency-dist")
 
@@ -59,12 +60,16 @@ def system_qemu() -> Qemu | None:
 def newest_qemu() -> tuple[Qemu | None, str]:
     """The newest that Debian packages, unpacked under build/; or why it cannot be had."""
     directory = REPO / "build/peers/qemu-newest"
-    done = subprocess.run(
-        [REPO / "tools/unpack_debian.sh", NEWEST_SUITE, directory, "qemu-system-x86"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [REPO / "tools/unpack_debian.sh", NEWEST_SUITE, directory, "qemu-system-x86"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=UNPACK_S,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"it was not there after {UNPACK_S:.0f} s"
     if done.returncode != 0:
         return None, done.stderr.strip()
     command = (str(directory / "run"), "qemu-system-x86_64")

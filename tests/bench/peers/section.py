@@ -22,23 +22,29 @@ from pathlib import Path
 from typing import Any
 
 from godwit.client import AsyncClient
+from godwit.errors import GodwitClientError
 
 from services.demo import guest_image
 from services.demo.cluster import running_cluster
 from services.demo.console import ConsoleFollower
 from services.demo.run import cache_directory
+from services.fault_agent.drivers.qmp import QmpError
 from tests.bench.bars import Bar
 from tests.bench.estimate import estimate, median, ratio
+from tests.bench.peers import criu
 from tests.bench.peers import guest as guests
 from tests.bench.peers.guest import Guest
 from tests.bench.peers.ours import OurGuest
 from tests.bench.peers.qemu import Qemu, QemuGuest, newest_qemu, system_qemu
-from tests.bench.section import Result, Rows, Scale, figure
+from tests.bench.section import Result, Rows, Scale, figure, why_failed
 
 OURS = "ours"
 OLD, OLD_PREEMPT = "system QEMU", "system QEMU, preempt"
 NEW, NEW_PREEMPT = "newest QEMU", "newest QEMU, preempt"
 _GUEST_OF = {OURS: OURS, OLD: "old", OLD_PREEMPT: "old", NEW: "new", NEW_PREEMPT: "new"}
+
+_FAILURES = (RuntimeError, ValueError, OSError, GodwitClientError, QmpError)
+"""Of a move: its guest is not moved again; the others are measured on."""
 
 Pick = Callable[[dict[str, Any]], float]
 
@@ -59,6 +65,7 @@ class PeerSection:
 
     async def _run(self, round_count: int, end_s: float) -> Result:
         moves: dict[str, list[dict[str, Any]]] = {variant: [] for variant in self.variants}
+        failures: dict[str, str] = {}
         async with _guests({_GUEST_OF[variant] for variant in self.variants}) as place:
             variants = [v for v in self.variants if _GUEST_OF[v] in place.guests]
             for number in range(round_count):
@@ -66,9 +73,21 @@ class PeerSection:
                     break
                 shift = number % len(variants)
                 for variant in [*variants[shift:], *variants[:shift]]:
-                    moves[variant].append(await self._move(place, variant))
+                    if _GUEST_OF[variant] in failures:
+                        continue
+                    try:
+                        moves[variant].append(await self._move(place, variant))
+                    except _FAILURES as error:
+                        failures[_GUEST_OF[variant]] = f"{variant}: {error}"
+                        print(f"{self.name}: {variant}: {error!r}", file=sys.stderr, flush=True)
                 print(f"{self.name}: round {number + 1} of {round_count}", file=sys.stderr)
-            return {"versions": place.versions, "missing": place.missing, "moves": moves}
+            missing = {**place.missing, **failures}
+            return {
+                "versions": place.versions,
+                "missing": missing,
+                "skipped": {criu.NAME: criu.why_skipped()},
+                "moves": moves,
+            }
 
     async def _move(self, place: _Place, variant: str) -> dict[str, Any]:
         guest = place.guests[_GUEST_OF[variant]]
@@ -79,13 +98,15 @@ class PeerSection:
 
     def bars(self, result: Result) -> list[Bar]:
         """Judge."""
-        moves, label = result["moves"], self.title.split(": ")[1]
+        moves, label = result.get("moves", {}), self.title.split(": ")[1]
+        missing: dict[str, str] = result.get("missing", {})
 
         def bar(what: str, limit: float, pick: Pick, peer: str, *, at_most: bool = True) -> Bar:
-            ours, theirs = moves[OURS], moves.get(peer, [])
+            ours, theirs = moves.get(OURS, []), moves.get(peer, [])
             name = f"{what}, {label}: ours / {peer}"
-            if not ours or not theirs:
-                why = "; ".join(result["missing"].values()) or "no runs"
+            # A move of ours that fails is no move that was quick.
+            if not ours or not theirs or OURS in missing:
+                why = why_failed(result) or "; ".join(missing.values()) or "no runs"
                 return Bar(name=name, limit=limit, at_most=at_most, why_not=why)
             count = min(len(ours), len(theirs))
             value = estimate(
@@ -111,7 +132,7 @@ class PeerSection:
                 )
             )
         if not self.cap:
-            found.append(_agent_memory(moves[OURS]))
+            found.append(_agent_memory(moves.get(OURS, [])))
         found.append(bar("memory there", 1, lambda run: float(run["memory_s"]), NEW_PREEMPT))
         return found
 
@@ -129,6 +150,7 @@ class PeerSection:
                 continue
             version = result["versions"].get(_GUEST_OF[variant], "")
             table.append([variant.replace("QEMU", f"QEMU {version}"), *_cells(runs)])
+        table += [[what, "0", *"-----", why] for what, why in result.get("skipped", {}).items()]
         return table
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from tests.bench import bars, memory
-from tests.bench.__main__ import SECTIONS, main
+from tests.bench.__main__ import main
 from tests.bench.bars import Bar
 from tests.bench.estimate import Estimate
+from tests.bench.section import failed
+from tests.bench.sections import LIMITS_S, QUICK, SECTIONS, WHOLE_S
 
 
 def value(at: float, low: float | None = None, high: float | None = None) -> Estimate:
@@ -102,3 +104,35 @@ def test_a_section_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_sections_are_named_as_they_are_called() -> None:
     assert all(section.name == name for name, section in SECTIONS.items())
+
+
+def test_what_one_section_does_costs_its_own_bars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One failed, the result of one is damaged: the others are judged, all bars are named."""
+    good = json.dumps({"result": _zeros(0.4)})
+    (tmp_path / "memory.json").write_text(good)
+    (tmp_path / "lanes.json").write_text(json.dumps({"result": failed("it ended with -9: gone")}))
+    (tmp_path / "streams.json").write_text(json.dumps({"result": {"mbs": {}}}))
+    assert main(["memory", "lanes", "streams", "--collect"], out=tmp_path) == 1
+    rows = json.loads((tmp_path / "bars.json").read_text())
+    assert [row["ok"] for row in rows] == [True] * 4 + [False] * 7
+    assert all(row["value"] is None for row in rows[4:])
+    out = capsys.readouterr().out
+    assert "Not measured: it ended with -9: gone." in out
+    assert "MISSED (not measured: it ended with -9: gone)" in out
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_bar_is_named_without_a_result(name: str) -> None:
+    """`make bench` says what it owes before it has anything."""
+    section = SECTIONS[name]
+    found = section.bars(failed("why"))
+    assert all(bar.why_not == "why" and not bar.ok for bar in found if name != "peers")
+    assert found or name in ("threads", "sizes")
+
+
+def test_the_whole_ends_in_time() -> None:
+    assert sum(LIMITS_S[name] for name in SECTIONS) < 55 * 60
+    assert WHOLE_S <= 44 * 60
+    assert set(LIMITS_S) == set(SECTIONS) >= set(QUICK)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.bench import counts, estimate, lanes, report, streams
-from tests.bench.__main__ import SECTIONS, main
+from tests.bench.__main__ import main
+from tests.bench.sections import SECTIONS
 
 BULK = {
     "bytes": 8 << 30,
