@@ -296,6 +296,9 @@ static int read_file(int fd, uint64_t offset, uint8_t *ret_data, size_t len)
 
 		if (got == -EINTR)
 			continue;
+		/* Room that a page needs to be read in at all, from swap say: it passes. */
+		if (got == -ENOMEM)
+			return -ENOMEM;
 		/* 0 is the end of a file that was cut short, an error a medium that failed. */
 		if (got <= 0)
 			return -ENODATA;

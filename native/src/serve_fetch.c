@@ -380,6 +380,23 @@ static bool is_waited_for(const struct serve_stream *stream)
 	       stream->want_done_len < stream->wants[stream->want_first].len;
 }
 
+/* False, and the stream is ended. What passes is told as such: the guest waits, and is asked for again. */
+static bool read_memory(struct serve_stream *stream, const struct gw_image *image, uint64_t offset,
+			uint8_t *ret_data, size_t len)
+{
+	const int err = gw_image_read(image, offset, ret_data, len);
+
+	if (err == -ENOMEM)
+		serve_stream_end(stream, GW_GRPC_UNAVAILABLE,
+				 "MEMORY: no room to read the memory at offset %llu",
+				 (unsigned long long)offset);
+	else if (err)
+		serve_stream_end(stream, GW_GRPC_DATA_LOSS,
+				 "MEMORY_LOST: the memory at offset %llu cannot be read any more",
+				 (unsigned long long)offset);
+	return err == 0;
+}
+
 /* Read [offset, offset + len) and queue it, zeros apart. */
 static enum outcome send_data(struct serve_stream *stream, const struct gw_image *image,
 			      uint64_t offset, size_t len)
@@ -397,12 +414,8 @@ static enum outcome send_data(struct serve_stream *stream, const struct gw_image
 	if (stream->lz4.state)
 		packing = serve_lz4_begin(&stream->lz4, gw_sys_now_ns());
 	data = buffer->data + buffer->used_len;
-	if (gw_image_read(image, offset, data, len)) {
-		serve_stream_end(stream, GW_GRPC_DATA_LOSS,
-				 "MEMORY_LOST: the memory at offset %llu cannot be read any more",
-				 (unsigned long long)offset);
+	if (!read_memory(stream, image, offset, data, len))
 		return ENDED;
-	}
 	GW_HOOK("serve.read");
 	while (at < len && outcome == QUEUED) {
 		const size_t piece = next_piece(data + at, len - at, &zero);

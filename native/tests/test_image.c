@@ -359,6 +359,9 @@ static void failing_system_calls_are_told(void)
 	CHECK_EQ(gw_image_read(image, 0, data, PAGE), 0);
 	gw_sys_fail_nth(GW_SYS_PREAD, 1, EIO);
 	CHECK_EQ(gw_image_read(image, 0, data, PAGE), -ENODATA);
+	gw_sys_fail_nth(GW_SYS_PREAD, 1, ENOMEM);
+	CHECK_EQ(gw_image_read(image, 0, data, PAGE), -ENOMEM);
+	CHECK_EQ(gw_image_read(image, 0, data, PAGE), 0);
 	/* A file system without holes: all is data. */
 	gw_sys_fail_from(GW_SYS_LSEEK, 1, EINVAL);
 	CHECK_EQ(gw_image_hole_len(image, 0, PAGE), 0);

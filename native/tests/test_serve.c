@@ -751,6 +751,25 @@ static void lost_memory_is_data_loss_of_one_image(void)
 	tear_down(&fixture);
 }
 
+static void no_room_to_read_is_no_data_loss(void)
+{
+	struct fixture fixture;
+	struct client client;
+
+	set_up(&fixture, 0);
+	client_start(&client, fixture.port, "img", 6, GW_PAGE_LANE_DEMAND);
+	gw_sys_fail_nth(GW_SYS_PREAD, 1, ENOMEM);
+	client_want(&client, 0, PAGE, 2);
+	client_expect_end(&client, GW_GRPC_UNAVAILABLE, "MEMORY");
+	gw_sys_fail_none();
+	client_close(&client);
+	client_start(&client, fixture.port, "img", 6, GW_PAGE_LANE_DEMAND);
+	client_want(&client, 0, PAGE, 2);
+	CLIENT_UNTIL(&client, client.pages_count == 1);
+	client_close(&client);
+	tear_down(&fixture);
+}
+
 static void nobody_who_is_answered_gets_heartbeats(void)
 {
 	struct fixture fixture;
@@ -969,6 +988,7 @@ int main(void)
 	RUN(put_image_waits_for_the_message);
 	RUN(a_removed_image_ends_its_streams);
 	RUN(lost_memory_is_data_loss_of_one_image);
+	RUN(no_room_to_read_is_no_data_loss);
 	RUN(nobody_who_is_answered_gets_heartbeats);
 	RUN(silence_is_answered_with_heartbeats_and_then_given_up);
 	RUN(a_draining_server_finishes_what_is_open);

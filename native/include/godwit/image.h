@@ -80,8 +80,8 @@ uint64_t gw_image_page_begin(const struct gw_image *image, uint64_t offset);
  * Read exactly `len` bytes. Holes read as zeros and stay holes. `ret_data` should be page
  * aligned: see grpc_receive.c for what it costs if not.
  *
- * Returns 0; -ERANGE outside the image; -ENODATA the memory cannot be read any more: it was
- * cut short, or the medium failed.
+ * Returns 0; -ERANGE outside the image; -ENOMEM not now; -ENODATA the memory cannot be read any
+ * more: it was cut short, or the medium failed.
  */
 int gw_image_read(const struct gw_image *image, uint64_t offset, void *ret_data, size_t len);
 
