@@ -13,29 +13,54 @@
  * long after one that looking would have caught, half as long after any other, 100 us at most.
  * So a guest that faults every now and then costs nothing, and one that faults all the time at
  * most the core that it would have used.
+ *
+ * A core that is given away for longer than it would ever look is one that others want: they have a time
+ * slice each, milliseconds, and a fault in such a turn waits for all of them (three busy
+ * processes on two cores: 1.7 ms a fault, 40 us sleeping; who sleeps and is woken comes first). So it
+ * sleeps for a second then. test_arrival.c: a_crowded_host_is_not_looked_away.
  */
 #include "arrival_internal.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
+#include <time.h>
 
 #include <godwit/sys.h>
 
 enum { TAG_UFFD, TAG_WAKE, TAG_LINK, TAG_DOORBELL };
 
+#define AGAIN_NS	    20000L
 #define EVENT_COUNT_MAX	    (GW_ARRIVAL_UFFD_COUNT_MAX + 3)
 #define SPIN_UFFD_COUNT_MAX 2U /* each is a call a look; with more epoll asks them all at once */
+
+/* Give the core away. False: for so long that looking does not pay here. */
+static bool yield(struct arrival_demand *demand, uint64_t *ret_now_ns)
+{
+	const uint64_t begin_ns = gw_sys_now_ns();
+
+	(void)sched_yield();
+	GW_HOOK("demand.yielded");
+	*ret_now_ns = gw_sys_now_ns();
+	if (*ret_now_ns - begin_ns <= ARRIVAL_SPIN_NS_MAX)
+		return true;
+	demand->crowded_ns = *ret_now_ns + ARRIVAL_CROWDED_NS;
+	return false;
+}
 
 static int on_again(void *user)
 {
 	struct arrival_demand *const demand = user;
+	uint64_t now_ns = gw_sys_now_ns();
 
 	if (atomic_load_explicit(&demand->arrival->stopping, memory_order_relaxed))
 		return -ECANCELED;
 	demand_read_events(demand);
 	/* Read, and held back still: the guest's thread has to come out of its madvise. */
-	(void)sched_yield();
+	if (now_ns < demand->crowded_ns)
+		(void)nanosleep(&(struct timespec){.tv_nsec = AGAIN_NS}, NULL);
+	else
+		(void)yield(demand, &now_ns);
 	return 0;
 }
 
@@ -223,8 +248,8 @@ static bool look(struct arrival_demand *demand, uint64_t now_ns)
 /* May looking pay? Not if epoll has to say when the socket takes more. */
 static bool may_spin(const struct arrival_demand *demand, uint64_t due_ns, uint64_t now_ns)
 {
-	return demand->spin_ns > 0 && due_ns > now_ns && demand->link.up &&
-	       demand->arrival->uffd_count <= SPIN_UFFD_COUNT_MAX &&
+	return demand->spin_ns > 0 && now_ns >= demand->crowded_ns && due_ns > now_ns &&
+	       demand->link.up && demand->arrival->uffd_count <= SPIN_UFFD_COUNT_MAX &&
 	       arrival_is_fetching(demand->arrival) && !gw_grpc_wants_write(demand->link.conn);
 }
 
@@ -237,10 +262,12 @@ static bool spin(struct arrival_demand *demand, uint64_t due_ns, uint64_t begin_
 
 	do {
 		/* First: whoever we have just given work may need this core for it. */
-		(void)sched_yield();
-		now_ns = gw_sys_now_ns();
+		const bool pays = yield(demand, &now_ns);
+
 		if (look(demand, now_ns))
 			return true;
+		if (!pays)
+			return false;
 	} while (now_ns < end_ns);
 	return false;
 }

@@ -71,6 +71,7 @@
 #define ARRIVAL_WAIT_MS_MAX    100
 #define ARRIVAL_SPIN_NS_MIN    UINT64_C(12500)
 #define ARRIVAL_SPIN_NS_MAX    UINT64_C(100000)
+#define ARRIVAL_CROWDED_NS     UINT64_C(1000000000) /* it sleeps for so long, then looks again */
 #define ARRIVAL_WANT_COUNT_MAX 8192U /* of a demand link: a 2 MiB page is two wants */
 
 struct gw_arrival;
@@ -192,6 +193,7 @@ struct arrival_demand {
 	uint32_t removal_count;
 	bool phase_untold;	   /* the eventfd could not be written */
 	uint64_t spin_ns;	   /* how long it looks before it sleeps; 0 = not */
+	uint64_t crowded_ns;	   /* until then not at all: others want its core */
 	bool wake_bulk;		   /* there are hints: once the wants are out */
 	uint64_t held_page_plus_1; /* whose fault holds the guest (arrival_hold.c); 0: none */
 };

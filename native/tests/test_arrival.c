@@ -983,6 +983,33 @@ static void the_limit_is_bulks_alone(void)
 	bench_close(&bench);
 }
 
+static void core_is_taken(void *argument)
+{
+	(void)argument;
+	(void)nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+}
+
+/*
+ * Whoever yields its core to others that want it gets it back milliseconds later: the thread that serves
+ * faults finds out once, and sleeps instead, for a second.
+ */
+static void a_crowded_host_is_not_looked_away(void)
+{
+	struct bench bench = bench_open();
+	struct vcpu vcpu = {.guest = &bench.guest, .seed = 3};
+
+	gw_hook_call("demand.yielded", core_is_taken, NULL);
+	const uint64_t begin_ns = gw_sys_now_ns();
+
+	CHECK_EQ(pthread_create(&vcpu.thread, NULL, vcpu_main, &vcpu), 0);
+	CHECK_EQ(pthread_join(vcpu.thread, NULL), 0);
+	const uint64_t passed_s = (gw_sys_now_ns() - begin_ns) / 1000000000;
+
+	CHECK(gw_hook_reach_count("demand.yielded") <= passed_s + 2);
+	gw_hook_call("demand.yielded", NULL, NULL);
+	bench_close(&bench);
+}
+
 static void many_waiters_at_once(void)
 {
 	enum { WAITER_COUNT = 200 };
@@ -1065,6 +1092,7 @@ int main(int argc, char **argv)
 	RUN_IF(a_failing_call_in_create_leaves_nothing);
 	RUN_IF(a_failing_call_anywhere_is_survived);
 	RUN_IF(the_limit_is_bulks_alone);
+	RUN_IF(a_crowded_host_is_not_looked_away);
 	RUN_IF(many_waiters_at_once);
 	RUN_IF(start_twice_and_destroy_early);
 	return EXIT_SUCCESS;
