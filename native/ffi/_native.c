@@ -585,6 +585,7 @@ static void (*_cffi_call_python_org)(struct _cffi_externpy_s *, char *);
 #include <godwit/serve.h>
 #include <godwit/inject.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 #include <godwit/uffd.h>
 
 /************************************************************/
@@ -593,186 +594,192 @@ static void *_cffi_types[] = {
 /*  0 */ _CFFI_OP(_CFFI_OP_FUNCTION, 25), // char const *()(uint64_t)
 /*  1 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24), // uint64_t
 /*  2 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
+/*  3 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(int32_t, int32_t, int32_t, struct gw_inject_result *)
 /*  4 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21), // int32_t
 /*  5 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /*  6 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
-/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 168), // struct gw_inject_result *
+/*  7 */ _CFFI_OP(_CFFI_OP_POINTER, 174), // struct gw_inject_result *
 /*  8 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
+/*  9 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(int32_t, int32_t, uint64_t, uint64_t, struct gw_inject_result *)
 /* 10 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 11 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 12 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 13 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 14 */ _CFFI_OP(_CFFI_OP_NOOP, 7),
 /* 15 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(int32_t, uint64_t)
+/* 16 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(int32_t, uint64_t)
 /* 17 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 21),
 /* 18 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 19 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *)
-/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 157), // struct gw_arrival *
+/* 20 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *)
+/* 21 */ _CFFI_OP(_CFFI_OP_POINTER, 163), // struct gw_arrival *
 /* 22 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, char const *, uint32_t)
+/* 23 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *, char const *, uint32_t)
 /* 24 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // char const *
+/* 25 */ _CFFI_OP(_CFFI_OP_POINTER, 151), // char const *
 /* 26 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22), // uint32_t
 /* 27 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
+/* 28 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *, struct gw_pacer *, uint32_t)
 /* 29 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 170), // struct gw_pacer *
+/* 30 */ _CFFI_OP(_CFFI_OP_POINTER, 176), // struct gw_pacer *
 /* 31 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 32 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, struct gw_page_run const *, uint32_t)
+/* 33 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *, struct gw_page_run const *, uint32_t)
 /* 34 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 171), // struct gw_page_run const *
+/* 35 */ _CFFI_OP(_CFFI_OP_POINTER, 177), // struct gw_page_run const *
 /* 36 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 37 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, uint64_t)
+/* 38 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *, uint64_t)
 /* 39 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
 /* 40 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 41 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival *, uint8_t const *, uint64_t)
+/* 42 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival *, uint8_t const *, uint64_t)
 /* 43 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 181), // uint8_t const *
+/* 44 */ _CFFI_OP(_CFFI_OP_POINTER, 187), // uint8_t const *
 /* 45 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 46 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *)
-/* 48 */ _CFFI_OP(_CFFI_OP_POINTER, 157), // struct gw_arrival const *
+/* 47 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *)
+/* 48 */ _CFFI_OP(_CFFI_OP_POINTER, 163), // struct gw_arrival const *
 /* 49 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, struct gw_arrival_status *)
+/* 50 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *, struct gw_arrival_status *)
 /* 51 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
-/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 161), // struct gw_arrival_status *
+/* 52 */ _CFFI_OP(_CFFI_OP_POINTER, 167), // struct gw_arrival_status *
 /* 53 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, struct gw_page_run *, uint32_t)
+/* 54 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *, struct gw_page_run *, uint32_t)
 /* 55 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
-/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 171), // struct gw_page_run *
+/* 56 */ _CFFI_OP(_CFFI_OP_POINTER, 177), // struct gw_page_run *
 /* 57 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
 /* 58 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint64_t)
+/* 59 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *, uint64_t)
 /* 60 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
 /* 61 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
 /* 62 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint8_t *)
+/* 63 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *, uint8_t *)
 /* 64 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
-/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 181), // uint8_t *
+/* 65 */ _CFFI_OP(_CFFI_OP_POINTER, 187), // uint8_t *
 /* 66 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival const *, uint8_t *, size_t)
+/* 67 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival const *, uint8_t *, size_t)
 /* 68 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
 /* 69 */ _CFFI_OP(_CFFI_OP_NOOP, 65),
 /* 70 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 28), // size_t
 /* 71 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
-/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 158), // struct gw_arrival_config const *
+/* 72 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_arrival_config const *, struct gw_arrival * *)
+/* 73 */ _CFFI_OP(_CFFI_OP_POINTER, 164), // struct gw_arrival_config const *
 /* 74 */ _CFFI_OP(_CFFI_OP_POINTER, 21), // struct gw_arrival * *
 /* 75 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *)
-/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 173), // struct gw_serve *
+/* 76 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve *)
+/* 77 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // struct gw_serve *
 /* 78 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *, char const *)
+/* 79 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve *, char const *)
 /* 80 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
 /* 81 */ _CFFI_OP(_CFFI_OP_NOOP, 25),
 /* 82 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve *, struct gw_serve_image const *)
+/* 83 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve *, struct gw_serve_image const *)
 /* 84 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
-/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 175), // struct gw_serve_image const *
+/* 85 */ _CFFI_OP(_CFFI_OP_POINTER, 181), // struct gw_serve_image const *
 /* 86 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *)
-/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 173), // struct gw_serve const *
+/* 87 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve const *)
+/* 88 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // struct gw_serve const *
 /* 89 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *, char const *)
+/* 90 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve const *, char const *)
 /* 91 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
 /* 92 */ _CFFI_OP(_CFFI_OP_NOOP, 25),
 /* 93 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve const *, struct gw_serve_stats *)
+/* 94 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve const *, struct gw_serve_stats *)
 /* 95 */ _CFFI_OP(_CFFI_OP_NOOP, 88),
-/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 178), // struct gw_serve_stats *
+/* 96 */ _CFFI_OP(_CFFI_OP_POINTER, 184), // struct gw_serve_stats *
 /* 97 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_serve_config const *, struct gw_serve * *)
-/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 174), // struct gw_serve_config const *
+/* 98 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_serve_config const *, struct gw_serve * *)
+/* 99 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // struct gw_serve_config const *
 /* 100 */ _CFFI_OP(_CFFI_OP_POINTER, 77), // struct gw_serve * *
 /* 101 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_files const *, char *, struct gw_tls_identity * *)
-/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 179), // struct gw_tls_files const *
-/* 104 */ _CFFI_OP(_CFFI_OP_POINTER, 147), // char *
+/* 102 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_tls_files const *, char *, struct gw_tls_identity * *)
+/* 103 */ _CFFI_OP(_CFFI_OP_POINTER, 185), // struct gw_tls_files const *
+/* 104 */ _CFFI_OP(_CFFI_OP_POINTER, 151), // char *
 /* 105 */ _CFFI_OP(_CFFI_OP_POINTER, 108), // struct gw_tls_identity * *
 /* 106 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_identity *, char *)
-/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // struct gw_tls_identity *
+/* 107 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_tls_identity *, char *)
+/* 108 */ _CFFI_OP(_CFFI_OP_POINTER, 186), // struct gw_tls_identity *
 /* 109 */ _CFFI_OP(_CFFI_OP_NOOP, 104),
 /* 110 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(struct gw_tls_identity *, uint8_t const *)
+/* 111 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(struct gw_tls_identity *, uint8_t const *)
 /* 112 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
 /* 113 */ _CFFI_OP(_CFFI_OP_NOOP, 44),
 /* 114 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(uint64_t *)
-/* 116 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
-/* 117 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION, 156), // int()(uint64_t, struct gw_pacer * *)
-/* 119 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
-/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 30), // struct gw_pacer * *
+/* 115 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(uint32_t, uint32_t)
+/* 116 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 117 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 22),
+/* 118 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 119 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(uint64_t *)
+/* 120 */ _CFFI_OP(_CFFI_OP_POINTER, 1), // uint64_t *
 /* 121 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION, 108), // struct gw_tls_identity *()(struct gw_tls_identity *)
-/* 123 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
-/* 124 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
-/* 126 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
-/* 127 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_tls_identity const *)
-/* 129 */ _CFFI_OP(_CFFI_OP_POINTER, 180), // struct gw_tls_identity const *
-/* 130 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_arrival *)
-/* 132 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
-/* 133 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_pacer *)
-/* 135 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 136 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_pacer *, uint64_t)
-/* 138 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
-/* 139 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 122 */ _CFFI_OP(_CFFI_OP_FUNCTION, 162), // int()(uint64_t, struct gw_pacer * *)
+/* 123 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 124 */ _CFFI_OP(_CFFI_OP_POINTER, 30), // struct gw_pacer * *
+/* 125 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 126 */ _CFFI_OP(_CFFI_OP_FUNCTION, 108), // struct gw_tls_identity *()(struct gw_tls_identity *)
+/* 127 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 128 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 129 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_arrival const *)
+/* 130 */ _CFFI_OP(_CFFI_OP_NOOP, 48),
+/* 131 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 132 */ _CFFI_OP(_CFFI_OP_FUNCTION, 1), // uint64_t()(struct gw_tls_identity const *)
+/* 133 */ _CFFI_OP(_CFFI_OP_POINTER, 186), // struct gw_tls_identity const *
+/* 134 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 135 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // void()(struct gw_arrival *)
+/* 136 */ _CFFI_OP(_CFFI_OP_NOOP, 21),
+/* 137 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 138 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // void()(struct gw_pacer *)
+/* 139 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
 /* 140 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_serve *)
-/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
-/* 143 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION, 182), // void()(struct gw_tls_identity *)
-/* 145 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
-/* 146 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
-/* 147 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
-/* 148 */ _CFFI_OP(_CFFI_OP_ARRAY, 147), // char[192]
-/* 149 */ (_cffi_opcode_t)(192),
-/* 150 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
-/* 151 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
-/* 152 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
-/* 153 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
-/* 154 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
-/* 155 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
-/* 156 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
-/* 157 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
-/* 158 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
-/* 159 */ _CFFI_OP(_CFFI_OP_POINTER, 160), // struct gw_arrival_region const *
-/* 160 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
-/* 161 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
-/* 162 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
-/* 163 */ _CFFI_OP(_CFFI_OP_ARRAY, 162), // struct gw_hold[8]
-/* 164 */ (_cffi_opcode_t)(8),
-/* 165 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
-/* 166 */ _CFFI_OP(_CFFI_OP_ARRAY, 165), // struct gw_inject_range[64]
-/* 167 */ (_cffi_opcode_t)(64),
-/* 168 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
-/* 169 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
-/* 170 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
-/* 171 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_page_run
-/* 172 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_prefetch_summary
-/* 173 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve
-/* 174 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_config
-/* 175 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_image
-/* 176 */ _CFFI_OP(_CFFI_OP_POINTER, 177), // struct gw_serve_region const *
-/* 177 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_region
-/* 178 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct gw_serve_stats
-/* 179 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct gw_tls_files
-/* 180 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // struct gw_tls_identity
-/* 181 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
-/* 182 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
+/* 141 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // void()(struct gw_pacer *, uint64_t)
+/* 142 */ _CFFI_OP(_CFFI_OP_NOOP, 30),
+/* 143 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 24),
+/* 144 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 145 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // void()(struct gw_serve *)
+/* 146 */ _CFFI_OP(_CFFI_OP_NOOP, 77),
+/* 147 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 148 */ _CFFI_OP(_CFFI_OP_FUNCTION, 188), // void()(struct gw_tls_identity *)
+/* 149 */ _CFFI_OP(_CFFI_OP_NOOP, 108),
+/* 150 */ _CFFI_OP(_CFFI_OP_FUNCTION_END, 0),
+/* 151 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 2), // char
+/* 152 */ _CFFI_OP(_CFFI_OP_ARRAY, 151), // char[192]
+/* 153 */ (_cffi_opcode_t)(192),
+/* 154 */ _CFFI_OP(_CFFI_OP_ENUM, 0), // enum gw_arrival_phase
+/* 155 */ _CFFI_OP(_CFFI_OP_ENUM, 1), // enum gw_hold_cause
+/* 156 */ _CFFI_OP(_CFFI_OP_ENUM, 2), // enum gw_image_state
+/* 157 */ _CFFI_OP(_CFFI_OP_ENUM, 3), // enum gw_install_method
+/* 158 */ _CFFI_OP(_CFFI_OP_ENUM, 4), // enum gw_page_state
+/* 159 */ _CFFI_OP(_CFFI_OP_ENUM, 5), // enum gw_sandbox_kind
+/* 160 */ _CFFI_OP(_CFFI_OP_ENUM, 6), // enum gw_sandbox_mode
+/* 161 */ _CFFI_OP(_CFFI_OP_POINTER, 4), // int32_t const *
+/* 162 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 7), // int
+/* 163 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 0), // struct gw_arrival
+/* 164 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 1), // struct gw_arrival_config
+/* 165 */ _CFFI_OP(_CFFI_OP_POINTER, 166), // struct gw_arrival_region const *
+/* 166 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 2), // struct gw_arrival_region
+/* 167 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 3), // struct gw_arrival_status
+/* 168 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 4), // struct gw_hold
+/* 169 */ _CFFI_OP(_CFFI_OP_ARRAY, 168), // struct gw_hold[8]
+/* 170 */ (_cffi_opcode_t)(8),
+/* 171 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 5), // struct gw_inject_range
+/* 172 */ _CFFI_OP(_CFFI_OP_ARRAY, 171), // struct gw_inject_range[64]
+/* 173 */ (_cffi_opcode_t)(64),
+/* 174 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 6), // struct gw_inject_result
+/* 175 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 7), // struct gw_latency_summary
+/* 176 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 8), // struct gw_pacer
+/* 177 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 9), // struct gw_page_run
+/* 178 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 10), // struct gw_prefetch_summary
+/* 179 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 11), // struct gw_serve
+/* 180 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 12), // struct gw_serve_config
+/* 181 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 13), // struct gw_serve_image
+/* 182 */ _CFFI_OP(_CFFI_OP_POINTER, 183), // struct gw_serve_region const *
+/* 183 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 14), // struct gw_serve_region
+/* 184 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 15), // struct gw_serve_stats
+/* 185 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 16), // struct gw_tls_files
+/* 186 */ _CFFI_OP(_CFFI_OP_STRUCT_UNION, 17), // struct gw_tls_identity
+/* 187 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 18), // uint8_t
+/* 188 */ _CFFI_OP(_CFFI_OP_PRIMITIVE, 0), // void
 };
 
 static int _cffi_const_GW_ARRIVAL_CONNECTING(unsigned long long *o)
@@ -968,6 +975,41 @@ static int _cffi_const_GW_PAGE_POISONED(unsigned long long *o)
 {
   int n = (GW_PAGE_POISONED) <= 0;
   *o = (unsigned long long)((GW_PAGE_POISONED) | 0);  /* check that GW_PAGE_POISONED is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_SANDBOX_PAGE_SERVER(unsigned long long *o)
+{
+  int n = (GW_SANDBOX_PAGE_SERVER) <= 0;
+  *o = (unsigned long long)((GW_SANDBOX_PAGE_SERVER) | 0);  /* check that GW_SANDBOX_PAGE_SERVER is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_SANDBOX_PAGE_THREAD(unsigned long long *o)
+{
+  int n = (GW_SANDBOX_PAGE_THREAD) <= 0;
+  *o = (unsigned long long)((GW_SANDBOX_PAGE_THREAD) | 0);  /* check that GW_SANDBOX_PAGE_THREAD is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_SANDBOX_OFF(unsigned long long *o)
+{
+  int n = (GW_SANDBOX_OFF) <= 0;
+  *o = (unsigned long long)((GW_SANDBOX_OFF) | 0);  /* check that GW_SANDBOX_OFF is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_SANDBOX_LOG(unsigned long long *o)
+{
+  int n = (GW_SANDBOX_LOG) <= 0;
+  *o = (unsigned long long)((GW_SANDBOX_LOG) | 0);  /* check that GW_SANDBOX_LOG is an integer */
+  return n;
+}
+
+static int _cffi_const_GW_SANDBOX_ENFORCE(unsigned long long *o)
+{
+  int n = (GW_SANDBOX_ENFORCE) <= 0;
+  *o = (unsigned long long)((GW_SANDBOX_ENFORCE) | 0);  /* check that GW_SANDBOX_ENFORCE is an integer */
   return n;
 }
 
@@ -2045,10 +2087,10 @@ _cffi_f_gw_pacer_create(PyObject *self, PyObject *args)
     return NULL;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(120), arg1, (char **)&x1);
+      _cffi_type(124), arg1, (char **)&x1);
   if (datasize != 0) {
     x1 = ((size_t)datasize) <= 640 ? (struct gw_pacer * *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(120), arg1, (char **)&x1,
+    if (_cffi_convert_array_argument(_cffi_type(124), arg1, (char **)&x1,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2148,6 +2190,46 @@ _cffi_f_gw_pacer_set_rate(PyObject *self, PyObject *args)
 }
 #else
 #  define _cffi_f_gw_pacer_set_rate _cffi_d_gw_pacer_set_rate
+#endif
+
+static int _cffi_d_gw_sandbox_enter(uint32_t x0, uint32_t x1)
+{
+  return gw_sandbox_enter(x0, x1);
+}
+#ifndef PYPY_VERSION
+static PyObject *
+_cffi_f_gw_sandbox_enter(PyObject *self, PyObject *args)
+{
+  uint32_t x0;
+  uint32_t x1;
+  int result;
+  PyObject *pyresult;
+  PyObject *arg0;
+  PyObject *arg1;
+
+  if (!PyArg_UnpackTuple(args, "gw_sandbox_enter", 2, 2, &arg0, &arg1))
+    return NULL;
+
+  x0 = _cffi_to_c_int(arg0, uint32_t);
+  if (x0 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  x1 = _cffi_to_c_int(arg1, uint32_t);
+  if (x1 == (uint32_t)-1 && PyErr_Occurred())
+    return NULL;
+
+  Py_BEGIN_ALLOW_THREADS
+  _cffi_restore_errno();
+  { result = gw_sandbox_enter(x0, x1); }
+  _cffi_save_errno();
+  Py_END_ALLOW_THREADS
+
+  (void)self; /* unused */
+  pyresult = _cffi_from_c_int(result, int);
+  return pyresult;
+}
+#else
+#  define _cffi_f_gw_sandbox_enter _cffi_d_gw_sandbox_enter
 #endif
 
 static int _cffi_d_gw_serve_create(struct gw_serve_config const * x0, struct gw_serve * * x1)
@@ -2697,10 +2779,10 @@ _cffi_f_gw_tls_identity_pinned_count(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(129), arg0, (char **)&x0);
+      _cffi_type(133), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (struct gw_tls_identity const *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(129), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(133), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -2945,10 +3027,10 @@ _cffi_f_gw_uffd_probe(PyObject *self, PyObject *arg0)
   PyObject *pyresult;
 
   datasize = _cffi_prepare_pointer_call_argument(
-      _cffi_type(116), arg0, (char **)&x0);
+      _cffi_type(120), arg0, (char **)&x0);
   if (datasize != 0) {
     x0 = ((size_t)datasize) <= 640 ? (uint64_t *)alloca((size_t)datasize) : NULL;
-    if (_cffi_convert_array_argument(_cffi_type(116), arg0, (char **)&x0,
+    if (_cffi_convert_array_argument(_cffi_type(120), arg0, (char **)&x0,
             datasize, &large_args_free) < 0)
       return NULL;
   }
@@ -3245,7 +3327,7 @@ static void _cffi_checkfld_struct_gw_arrival_config(struct gw_arrival_config *p)
   (void)((p->bulk_bytes_per_s_max) | 0);  /* check that 'struct gw_arrival_config.bulk_bytes_per_s_max' is an integer */
   { struct gw_arrival_region const * *tmp = &p->regions; (void)tmp; }
   (void)((p->region_count) | 0);  /* check that 'struct gw_arrival_config.region_count' is an integer */
-  (void)((p->reserved) | 0);  /* check that 'struct gw_arrival_config.reserved' is an integer */
+  (void)((p->sandbox) | 0);  /* check that 'struct gw_arrival_config.sandbox' is an integer */
   { struct gw_tls_identity * *tmp = &p->tls; (void)tmp; }
   { char const * *tmp = &p->page_server_name; (void)tmp; }
   { uint8_t const * *tmp = &p->token; (void)tmp; }
@@ -3491,6 +3573,11 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_PAGE_REQUESTED_BULK", (void *)_cffi_const_GW_PAGE_REQUESTED_BULK, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_REQUESTED_DEMAND", (void *)_cffi_const_GW_PAGE_REQUESTED_DEMAND, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_PAGE_ZERO", (void *)_cffi_const_GW_PAGE_ZERO, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_SANDBOX_ENFORCE", (void *)_cffi_const_GW_SANDBOX_ENFORCE, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_SANDBOX_LOG", (void *)_cffi_const_GW_SANDBOX_LOG, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_SANDBOX_OFF", (void *)_cffi_const_GW_SANDBOX_OFF, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_SANDBOX_PAGE_SERVER", (void *)_cffi_const_GW_SANDBOX_PAGE_SERVER, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
+  { "GW_SANDBOX_PAGE_THREAD", (void *)_cffi_const_GW_SANDBOX_PAGE_THREAD, _CFFI_OP(_CFFI_OP_ENUM, -1), (void *)0 },
   { "GW_SERVE_REGION_COUNT_MAX", (void *)_cffi_const_GW_SERVE_REGION_COUNT_MAX, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_SERVE_TOKEN_KEY_LEN", (void *)_cffi_const_GW_SERVE_TOKEN_KEY_LEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "GW_TLS_KEY_LEN", (void *)_cffi_const_GW_TLS_KEY_LEN, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
@@ -3511,9 +3598,9 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "GW_UFFD_FEATURE_WP_UNPOPULATED", (void *)_cffi_const_GW_UFFD_FEATURE_WP_UNPOPULATED, _CFFI_OP(_CFFI_OP_CONSTANT_INT, -1), (void *)0 },
   { "gw_arrival_bitmap", (void *)_cffi_f_gw_arrival_bitmap, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 67), (void *)_cffi_d_gw_arrival_bitmap },
   { "gw_arrival_create", (void *)_cffi_f_gw_arrival_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 72), (void *)_cffi_d_gw_arrival_create },
-  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 131), (void *)_cffi_d_gw_arrival_destroy },
+  { "gw_arrival_destroy", (void *)_cffi_f_gw_arrival_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 135), (void *)_cffi_d_gw_arrival_destroy },
   { "gw_arrival_finish", (void *)_cffi_f_gw_arrival_finish, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 20), (void *)_cffi_d_gw_arrival_finish },
-  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 125), (void *)_cffi_d_gw_arrival_generation },
+  { "gw_arrival_generation", (void *)_cffi_f_gw_arrival_generation, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 129), (void *)_cffi_d_gw_arrival_generation },
   { "gw_arrival_open_gate", (void *)_cffi_f_gw_arrival_open_gate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 38), (void *)_cffi_d_gw_arrival_open_gate },
   { "gw_arrival_order", (void *)_cffi_f_gw_arrival_order, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 54), (void *)_cffi_d_gw_arrival_order },
   { "gw_arrival_page_server_key", (void *)_cffi_f_gw_arrival_page_server_key, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 63), (void *)_cffi_d_gw_arrival_page_server_key },
@@ -3530,11 +3617,12 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "gw_collapse", (void *)_cffi_f_gw_collapse, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 16), (void *)_cffi_d_gw_collapse },
   { "gw_inject_take", (void *)_cffi_f_gw_inject_take, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 3), (void *)_cffi_d_gw_inject_take },
   { "gw_inject_uffd", (void *)_cffi_f_gw_inject_uffd, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 9), (void *)_cffi_d_gw_inject_uffd },
-  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 118), (void *)_cffi_d_gw_pacer_create },
-  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 134), (void *)_cffi_d_gw_pacer_destroy },
-  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 137), (void *)_cffi_d_gw_pacer_set_rate },
+  { "gw_pacer_create", (void *)_cffi_f_gw_pacer_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 122), (void *)_cffi_d_gw_pacer_create },
+  { "gw_pacer_destroy", (void *)_cffi_f_gw_pacer_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 138), (void *)_cffi_d_gw_pacer_destroy },
+  { "gw_pacer_set_rate", (void *)_cffi_f_gw_pacer_set_rate, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 141), (void *)_cffi_d_gw_pacer_set_rate },
+  { "gw_sandbox_enter", (void *)_cffi_f_gw_sandbox_enter, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 115), (void *)_cffi_d_gw_sandbox_enter },
   { "gw_serve_create", (void *)_cffi_f_gw_serve_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 98), (void *)_cffi_d_gw_serve_create },
-  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 141), (void *)_cffi_d_gw_serve_destroy },
+  { "gw_serve_destroy", (void *)_cffi_f_gw_serve_destroy, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 145), (void *)_cffi_d_gw_serve_destroy },
   { "gw_serve_drain", (void *)_cffi_f_gw_serve_drain, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 76), (void *)_cffi_d_gw_serve_drain },
   { "gw_serve_image_stream_count", (void *)_cffi_f_gw_serve_image_stream_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 90), (void *)_cffi_d_gw_serve_image_stream_count },
   { "gw_serve_port", (void *)_cffi_f_gw_serve_port, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 87), (void *)_cffi_d_gw_serve_port },
@@ -3544,13 +3632,13 @@ static const struct _cffi_global_s _cffi_globals[] = {
   { "gw_serve_stats", (void *)_cffi_f_gw_serve_stats, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 94), (void *)_cffi_d_gw_serve_stats },
   { "gw_tls_identity_create", (void *)_cffi_f_gw_tls_identity_create, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 102), (void *)_cffi_d_gw_tls_identity_create },
   { "gw_tls_identity_pin", (void *)_cffi_f_gw_tls_identity_pin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_gw_tls_identity_pin },
-  { "gw_tls_identity_pinned_count", (void *)_cffi_f_gw_tls_identity_pinned_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 128), (void *)_cffi_d_gw_tls_identity_pinned_count },
-  { "gw_tls_identity_ref", (void *)_cffi_f_gw_tls_identity_ref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 122), (void *)_cffi_d_gw_tls_identity_ref },
+  { "gw_tls_identity_pinned_count", (void *)_cffi_f_gw_tls_identity_pinned_count, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 132), (void *)_cffi_d_gw_tls_identity_pinned_count },
+  { "gw_tls_identity_ref", (void *)_cffi_f_gw_tls_identity_ref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 126), (void *)_cffi_d_gw_tls_identity_ref },
   { "gw_tls_identity_reload", (void *)_cffi_f_gw_tls_identity_reload, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 107), (void *)_cffi_d_gw_tls_identity_reload },
   { "gw_tls_identity_unpin", (void *)_cffi_f_gw_tls_identity_unpin, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_V, 111), (void *)_cffi_d_gw_tls_identity_unpin },
-  { "gw_tls_identity_unref", (void *)_cffi_f_gw_tls_identity_unref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 144), (void *)_cffi_d_gw_tls_identity_unref },
+  { "gw_tls_identity_unref", (void *)_cffi_f_gw_tls_identity_unref, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 148), (void *)_cffi_d_gw_tls_identity_unref },
   { "gw_uffd_feature_name", (void *)_cffi_f_gw_uffd_feature_name, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 0), (void *)_cffi_d_gw_uffd_feature_name },
-  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 115), (void *)_cffi_d_gw_uffd_probe },
+  { "gw_uffd_probe", (void *)_cffi_f_gw_uffd_probe, _CFFI_OP(_CFFI_OP_CPYTHON_BLTN_O, 119), (void *)_cffi_d_gw_uffd_probe },
 };
 
 static const struct _cffi_field_s _cffi_fields[] = {
@@ -3583,7 +3671,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                  _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "uffds", offsetof(struct gw_arrival_config, uffds),
              sizeof(((struct gw_arrival_config *)0)->uffds),
-             _CFFI_OP(_CFFI_OP_NOOP, 155) },
+             _CFFI_OP(_CFFI_OP_NOOP, 161) },
   { "uffd_count", offsetof(struct gw_arrival_config, uffd_count),
                   sizeof(((struct gw_arrival_config *)0)->uffd_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 26) },
@@ -3610,13 +3698,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                             _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "regions", offsetof(struct gw_arrival_config, regions),
                sizeof(((struct gw_arrival_config *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 159) },
+               _CFFI_OP(_CFFI_OP_NOOP, 165) },
   { "region_count", offsetof(struct gw_arrival_config, region_count),
                     sizeof(((struct gw_arrival_config *)0)->region_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
-  { "reserved", offsetof(struct gw_arrival_config, reserved),
-                sizeof(((struct gw_arrival_config *)0)->reserved),
-                _CFFI_OP(_CFFI_OP_NOOP, 26) },
+  { "sandbox", offsetof(struct gw_arrival_config, sandbox),
+               sizeof(((struct gw_arrival_config *)0)->sandbox),
+               _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "tls", offsetof(struct gw_arrival_config, tls),
            sizeof(((struct gw_arrival_config *)0)->tls),
            _CFFI_OP(_CFFI_OP_NOOP, 108) },
@@ -3697,13 +3785,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "fault_latency", offsetof(struct gw_arrival_status, fault_latency),
                      sizeof(((struct gw_arrival_status *)0)->fault_latency),
-                     _CFFI_OP(_CFFI_OP_NOOP, 169) },
+                     _CFFI_OP(_CFFI_OP_NOOP, 175) },
   { "prefetch", offsetof(struct gw_arrival_status, prefetch),
                 sizeof(((struct gw_arrival_status *)0)->prefetch),
-                _CFFI_OP(_CFFI_OP_NOOP, 172) },
+                _CFFI_OP(_CFFI_OP_NOOP, 178) },
   { "recorded", offsetof(struct gw_arrival_status, recorded),
                 sizeof(((struct gw_arrival_status *)0)->recorded),
-                _CFFI_OP(_CFFI_OP_NOOP, 172) },
+                _CFFI_OP(_CFFI_OP_NOOP, 178) },
   { "hold_count", offsetof(struct gw_arrival_status, hold_count),
                   sizeof(((struct gw_arrival_status *)0)->hold_count),
                   _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3712,13 +3800,13 @@ static const struct _cffi_field_s _cffi_fields[] = {
                      _CFFI_OP(_CFFI_OP_NOOP, 1) },
   { "holds", offsetof(struct gw_arrival_status, holds),
              sizeof(((struct gw_arrival_status *)0)->holds),
-             _CFFI_OP(_CFFI_OP_NOOP, 163) },
+             _CFFI_OP(_CFFI_OP_NOOP, 169) },
   { "hold_now", offsetof(struct gw_arrival_status, hold_now),
                 sizeof(((struct gw_arrival_status *)0)->hold_now),
-                _CFFI_OP(_CFFI_OP_NOOP, 162) },
+                _CFFI_OP(_CFFI_OP_NOOP, 168) },
   { "reason", offsetof(struct gw_arrival_status, reason),
               sizeof(((struct gw_arrival_status *)0)->reason),
-              _CFFI_OP(_CFFI_OP_NOOP, 148) },
+              _CFFI_OP(_CFFI_OP_NOOP, 152) },
   { "cause", offsetof(struct gw_hold, cause),
              sizeof(((struct gw_hold *)0)->cause),
              _CFFI_OP(_CFFI_OP_NOOP, 26) },
@@ -3760,7 +3848,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                 _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "ranges", offsetof(struct gw_inject_result, ranges),
               sizeof(((struct gw_inject_result *)0)->ranges),
-              _CFFI_OP(_CFFI_OP_NOOP, 166) },
+              _CFFI_OP(_CFFI_OP_NOOP, 172) },
   { "sample_count", offsetof(struct gw_latency_summary, sample_count),
                     sizeof(((struct gw_latency_summary *)0)->sample_count),
                     _CFFI_OP(_CFFI_OP_NOOP, 1) },
@@ -3850,7 +3938,7 @@ static const struct _cffi_field_s _cffi_fields[] = {
                     _CFFI_OP(_CFFI_OP_NOOP, 26) },
   { "regions", offsetof(struct gw_serve_image, regions),
                sizeof(((struct gw_serve_image *)0)->regions),
-               _CFFI_OP(_CFFI_OP_NOOP, 176) },
+               _CFFI_OP(_CFFI_OP_NOOP, 182) },
   { "destination", offsetof(struct gw_serve_image, destination),
                    sizeof(((struct gw_serve_image *)0)->destination),
                    _CFFI_OP(_CFFI_OP_NOOP, 25) },
@@ -3917,57 +4005,61 @@ static const struct _cffi_field_s _cffi_fields[] = {
 };
 
 static const struct _cffi_struct_union_s _cffi_struct_unions[] = {
-  { "gw_arrival", 157, _CFFI_F_OPAQUE,
+  { "gw_arrival", 163, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_arrival_config", 158, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_config", 164, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_config), offsetof(struct _cffi_align_struct_gw_arrival_config, y), 0, 25 },
-  { "gw_arrival_region", 160, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_region", 166, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_region), offsetof(struct _cffi_align_struct_gw_arrival_region, y), 25, 5 },
-  { "gw_arrival_status", 161, _CFFI_F_CHECK_FIELDS,
+  { "gw_arrival_status", 167, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_arrival_status), offsetof(struct _cffi_align_struct_gw_arrival_status, y), 30, 25 },
-  { "gw_hold", 162, _CFFI_F_CHECK_FIELDS,
+  { "gw_hold", 168, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_hold), offsetof(struct _cffi_align_struct_gw_hold, y), 55, 4 },
-  { "gw_inject_range", 165, _CFFI_F_CHECK_FIELDS,
+  { "gw_inject_range", 171, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_inject_range), offsetof(struct _cffi_align_struct_gw_inject_range, y), 59, 3 },
-  { "gw_inject_result", 168, _CFFI_F_CHECK_FIELDS,
+  { "gw_inject_result", 174, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_inject_result), offsetof(struct _cffi_align_struct_gw_inject_result, y), 62, 7 },
-  { "gw_latency_summary", 169, _CFFI_F_CHECK_FIELDS,
+  { "gw_latency_summary", 175, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_latency_summary), offsetof(struct _cffi_align_struct_gw_latency_summary, y), 69, 5 },
-  { "gw_pacer", 170, _CFFI_F_OPAQUE,
+  { "gw_pacer", 176, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_page_run", 171, _CFFI_F_CHECK_FIELDS,
+  { "gw_page_run", 177, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_page_run), offsetof(struct _cffi_align_struct_gw_page_run, y), 74, 2 },
-  { "gw_prefetch_summary", 172, _CFFI_F_CHECK_FIELDS,
+  { "gw_prefetch_summary", 178, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_prefetch_summary), offsetof(struct _cffi_align_struct_gw_prefetch_summary, y), 76, 6 },
-  { "gw_serve", 173, _CFFI_F_OPAQUE,
+  { "gw_serve", 179, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
-  { "gw_serve_config", 174, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_config", 180, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_config), offsetof(struct _cffi_align_struct_gw_serve_config, y), 82, 6 },
-  { "gw_serve_image", 175, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_image", 181, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_image), offsetof(struct _cffi_align_struct_gw_serve_image, y), 88, 15 },
-  { "gw_serve_region", 177, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_region", 183, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_region), offsetof(struct _cffi_align_struct_gw_serve_region, y), 103, 5 },
-  { "gw_serve_stats", 178, _CFFI_F_CHECK_FIELDS,
+  { "gw_serve_stats", 184, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_serve_stats), offsetof(struct _cffi_align_struct_gw_serve_stats, y), 108, 9 },
-  { "gw_tls_files", 179, _CFFI_F_CHECK_FIELDS,
+  { "gw_tls_files", 185, _CFFI_F_CHECK_FIELDS,
     sizeof(struct gw_tls_files), offsetof(struct _cffi_align_struct_gw_tls_files, y), 117, 3 },
-  { "gw_tls_identity", 180, _CFFI_F_OPAQUE,
+  { "gw_tls_identity", 186, _CFFI_F_OPAQUE,
     (size_t)-1, -1, -1, 0 /* opaque */ },
 };
 
 static const struct _cffi_enum_s _cffi_enums[] = {
-  { "gw_arrival_phase", 150, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
+  { "gw_arrival_phase", 154, _cffi_prim_int(sizeof(enum gw_arrival_phase), ((enum gw_arrival_phase)-1) <= 0),
     "GW_ARRIVAL_CONNECTING,GW_ARRIVAL_ARMED,GW_ARRIVAL_FETCHING,GW_ARRIVAL_LINK_LOST,GW_ARRIVAL_COMPLETE,GW_ARRIVAL_ENDED,"
     "GW_ARRIVAL_REFUSED,GW_ARRIVAL_VIOLATION,GW_ARRIVAL_NO_MEMORY" },
-  { "gw_hold_cause", 151, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
+  { "gw_hold_cause", 155, _cffi_prim_int(sizeof(enum gw_hold_cause), ((enum gw_hold_cause)-1) <= 0),
     "GW_HOLD_NONE,GW_HOLD_LINK_LOST,GW_HOLD_PAGE_SERVER,GW_HOLD_AGENT_RESTART,GW_HOLD_NO_MEMORY" },
-  { "gw_image_state", 152, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
+  { "gw_image_state", 156, _cffi_prim_int(sizeof(enum gw_image_state), ((enum gw_image_state)-1) <= 0),
     "GW_IMAGE_LIVE,GW_IMAGE_FROZEN" },
-  { "gw_install_method", 153, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
+  { "gw_install_method", 157, _cffi_prim_int(sizeof(enum gw_install_method), ((enum gw_install_method)-1) <= 0),
     "GW_INSTALL_COPY,GW_INSTALL_CONTINUE,GW_INSTALL_WRITE" },
-  { "gw_page_state", 154, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
+  { "gw_page_state", 158, _cffi_prim_int(sizeof(enum gw_page_state), ((enum gw_page_state)-1) <= 0),
     "GW_PAGE_ABSENT,GW_PAGE_REQUESTED_BULK,GW_PAGE_REQUESTED_DEMAND,GW_PAGE_INSTALLING,GW_PAGE_FILLED,GW_PAGE_PRESENT,"
     "GW_PAGE_ZERO,GW_PAGE_REMOVED,GW_PAGE_POISONED" },
+  { "gw_sandbox_kind", 159, _cffi_prim_int(sizeof(enum gw_sandbox_kind), ((enum gw_sandbox_kind)-1) <= 0),
+    "GW_SANDBOX_PAGE_SERVER,GW_SANDBOX_PAGE_THREAD" },
+  { "gw_sandbox_mode", 160, _cffi_prim_int(sizeof(enum gw_sandbox_mode), ((enum gw_sandbox_mode)-1) <= 0),
+    "GW_SANDBOX_OFF,GW_SANDBOX_LOG,GW_SANDBOX_ENFORCE" },
 };
 
 static const struct _cffi_type_context_s _cffi_type_context = {
@@ -3977,12 +4069,12 @@ static const struct _cffi_type_context_s _cffi_type_context = {
   _cffi_struct_unions,
   _cffi_enums,
   NULL,  /* no typenames */
-  98,  /* num_globals */
+  104,  /* num_globals */
   18,  /* num_struct_unions */
-  5,  /* num_enums */
+  7,  /* num_enums */
   0,  /* num_typenames */
   NULL,  /* no includes */
-  183,  /* num_types */
+  189,  /* num_types */
   0,  /* flags */
 };
 

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
+#include <godwit/sandbox.h>
 #include <godwit/sys.h>
 
 /* --- shared by the threads -------------------------------------------------------------------- */
@@ -143,9 +144,9 @@ static bool copy_token(struct gw_arrival *arrival, const uint8_t *token, uint64_
 
 static bool copy_config(struct gw_arrival *arrival, const struct gw_arrival_config *config)
 {
-	if (config->struct_size != sizeof(*config) || config->reserved != 0 || config->epoch == 0 ||
-	    config->page_port == 0 || config->page_port > UINT16_MAX || config->adopt > 1 ||
-	    config->bulk_connection_count == 0 ||
+	if (config->struct_size != sizeof(*config) || config->sandbox > GW_SANDBOX_ENFORCE ||
+	    config->epoch == 0 || config->page_port == 0 || config->page_port > UINT16_MAX ||
+	    config->adopt > 1 || config->bulk_connection_count == 0 ||
 	    config->bulk_connection_count > GW_ARRIVAL_BULK_CONNECTION_COUNT_MAX ||
 	    config->region_count == 0 || config->region_count > GW_ARRIVAL_REGION_COUNT_MAX ||
 	    !config->regions || !config->page_map_path ||
@@ -157,6 +158,7 @@ static bool copy_config(struct gw_arrival *arrival, const struct gw_arrival_conf
 	    (config->uffd_count == 0 && config->exit_channel_fd < 0))
 		return false;
 	arrival->page_size = config->page_size;
+	arrival->sandbox = config->sandbox;
 	arrival->epoch = config->epoch;
 	arrival->port = config->page_port;
 	arrival->bulk_count = config->bulk_connection_count;

@@ -22,6 +22,7 @@
 #include <sys/eventfd.h>
 #include <time.h>
 
+#include <godwit/sandbox.h>
 #include <godwit/sys.h>
 
 enum { TAG_WAKE, TAG_LINK };
@@ -348,6 +349,7 @@ void *bulk_main(void *argument)
 	struct gw_arrival *const arrival = bulk->arrival;
 	uint64_t now_ns = gw_sys_now_ns();
 
+	(void)gw_sandbox_enter(GW_SANDBOX_PAGE_THREAD, arrival->sandbox);
 	while (!atomic_load(&arrival->stopping)) {
 		struct epoll_event events[2];
 		uint64_t due_ns = UINT64_MAX;

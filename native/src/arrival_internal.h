@@ -238,6 +238,7 @@ struct gw_arrival {
 	int wait_fd;
 	int wake_fd; /* the demand thread's */
 	uint32_t page_size;
+	uint32_t sandbox; /* enum gw_sandbox_mode */
 	uint64_t page_count;
 	uint64_t epoch;
 	struct gw_page_map *map;

@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
@@ -382,6 +383,16 @@ ssize_t gw_sys_process_vm_writev(pid_t pid, const struct iovec *local, const str
 {
 	RETURN_OF(GW_SYS_PROCESS_VM_WRITEV, ssize_t,
 		  process_vm_writev(pid, local, 1, remote, 1, 0));
+}
+
+int gw_sys_prctl(int option, unsigned long argument)
+{
+	RETURN_OF(GW_SYS_PRCTL, int, prctl(option, argument, 0UL, 0UL, 0UL));
+}
+
+int gw_sys_seccomp(unsigned int operation, unsigned int flags, void *argument)
+{
+	RETURN_OF(GW_SYS_SECCOMP, int, (int)syscall(SYS_seccomp, operation, flags, argument));
 }
 
 uint64_t gw_sys_now_ns(void)

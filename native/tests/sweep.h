@@ -77,6 +77,8 @@ static const int sweep_errors[GW_SYS_CALL_COUNT][SWEEP_ERROR_COUNT_MAX] = {
 	[GW_SYS_MPROTECT] = {ENOMEM, EACCES},
 	[GW_SYS_FUTEX] = {EINTR, EAGAIN},
 	[GW_SYS_IOCTL] = {EAGAIN, EEXIST, EINVAL, ENOENT, ENOMEM, ENOSPC, ESRCH, EBUSY, EPERM},
+	[GW_SYS_PRCTL] = {EINVAL},
+	[GW_SYS_SECCOMP] = {EINVAL, ENOSYS, ENOMEM, EACCES},
 	[GW_SYS_USERFAULTFD] = {EMFILE, ENFILE, ENOMEM, EPERM, ENOSYS},
 	[GW_SYS_PIDFD_OPEN] = {EMFILE, ENFILE, ENOMEM, ESRCH},
 	[GW_SYS_PIDFD_GETFD] = {EMFILE, EPERM, ESRCH},
@@ -186,6 +188,8 @@ struct sweep_elsewhere {
 static const struct sweep_elsewhere sweep_elsewhere[] = {
 	{GW_SYS_USERFAULTFD, "`test_vmm_create.c`: the substitute of /dev/userfaultfd"},
 	{GW_SYS_MPROTECT, "`test_vmm_threads.c`, `test_vmm_create.c`, `test_vmm_handoff.c`"},
+	{GW_SYS_PRCTL, "`test_sandbox.c`"},
+	{GW_SYS_SECCOMP, "`test_sandbox.c`"},
 	{GW_SYS_READV, "not called"},
 	{GW_SYS_WRITEV, "not called"},
 	{GW_SYS_SHUTDOWN, "not called"},

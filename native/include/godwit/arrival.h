@@ -103,8 +103,9 @@ struct gw_arrival_config {
 	uint64_t bulk_bytes_per_s_max;	/* 0 = no limit; demand is never limited */
 	const struct gw_arrival_region *regions; /* ascending, not overlapping */
 	uint32_t region_count;			 /* 1..GW_ARRIVAL_REGION_COUNT_MAX */
-	uint32_t reserved;			 /* zero */
-	struct gw_tls_identity *tls;		 /* NULL: plaintext; a reference is taken */
+	uint32_t
+		sandbox; /* enum gw_sandbox_mode of its threads; where it cannot be, they run without */
+	struct gw_tls_identity *tls;  /* NULL: plaintext; a reference is taken */
 	const char *page_server_name; /* with TLS: the name that its certificate must have */
 	const uint8_t *token;	      /* a FetchToken; NULL: none */
 	uint64_t token_len;	      /* up to GW_ARRIVAL_TOKEN_LEN_MAX */

@@ -85,6 +85,8 @@
 	X(WAITPID)           \
 	X(PROCESS_VM_READV)  \
 	X(PROCESS_VM_WRITEV) \
+	X(PRCTL)             \
+	X(SECCOMP)           \
 	X(REMOTE)
 
 enum gw_sys_call {
@@ -166,6 +168,10 @@ long gw_sys_ptrace(int request, pid_t pid, void *address, void *data);
 pid_t gw_sys_waitpid(pid_t pid, int *ret_status, int options);
 ssize_t gw_sys_process_vm_readv(pid_t pid, const struct iovec *local, const struct iovec *remote);
 ssize_t gw_sys_process_vm_writev(pid_t pid, const struct iovec *local, const struct iovec *remote);
+
+/* The calling thread's own. */
+int gw_sys_prctl(int option, unsigned long argument);
+int gw_sys_seccomp(unsigned int operation, unsigned int flags, void *argument);
 
 /* CLOCK_MONOTONIC in ns. Cannot fail, and is not failed by tests. */
 uint64_t gw_sys_now_ns(void);
