@@ -19,6 +19,7 @@ from typing import Any
 
 from services.common import telemetry
 from services.common.errors import GodwitError
+from services.common.privileges import capabilities
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def run(service: str, main: Callable[[], Coroutine[Any, Any, ExitStatus]]) -> Ex
     wrong and what to do, and the status is BAD_CONFIG. Anything else is a bug and is raised.
     """
     with telemetry.configured(service):
+        capabilities.log_held()
         try:
             return asyncio.run(main())
         except GodwitError as error:

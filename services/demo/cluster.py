@@ -29,6 +29,8 @@ from services.fault_agent.drivers.command_line import (
 )
 
 RAM_PARENT = Path("/dev/shm")  # noqa: S108 - guest memory has to be tmpfs
+NETWORK_CAPABILITIES = ("sys_admin",)
+"""Our bridges are in network namespaces, which a tap is made in by setns(2)."""
 _STOP_VM_TIMEOUT_S = 10.0
 
 
@@ -132,6 +134,7 @@ async def running_cluster(
     rest_at: str = "",
     made: Callable[[Path], None] | None = None,
     agent_flags: Sequence[str] = (),
+    kept_capabilities: Sequence[str] = NETWORK_CAPABILITIES,
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -144,12 +147,15 @@ async def running_cluster(
         places: where a node, or "orchestrator", is, if it is not here.
         rest_at: HOST:PORT at which we reach REST, if it is not where the orchestrator listens.
         agent_flags: further arguments of each agent.
+        kept_capabilities: what each agent keeps beside what every agent does.
         made: called with `directory` when it is there and still empty.
 
     Raises:
         FileExistsError: `directory` exists.
         UnavailableError: a part did not start.
     """
+    keep = (f"--keep-capability={name}" for name in kept_capabilities)
+    flags = (*agent_flags, *keep)
     directory.mkdir(parents=True)  # noqa: ASYNC240 - local and quick, here and below
     if made is not None:
         made(directory)
@@ -171,7 +177,13 @@ async def running_cluster(
             for name in node_names:
                 place = places.get(name, HERE)
                 await _start_node(
-                    name, cluster, nodes, base, hooked=hooked, place=place, agent_flags=agent_flags
+                    name,
+                    cluster,
+                    nodes,
+                    base,
+                    hooked=hooked,
+                    place=place,
+                    agent_flags=flags,
                 )
             await _wait_reachable(cluster)
             yield cluster
@@ -221,6 +233,7 @@ async def _start_node(
             *("--control", "127.0.0.1:0"),
             *("--metrics", "127.0.0.1:0"),
             *("--images-dir", str(images_dir)),
+            *("--ram-dir", str(ram_dir)),
             *place.flags,
         ],
         pinned={"page": "--listen", "control": "--control", "metrics": "--metrics"},

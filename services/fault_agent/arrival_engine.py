@@ -211,6 +211,7 @@ class ArrivalEngines:
             traceparent=arriving.traceparent,
             adopt=adopt,
             bulk_bytes_per_s_max=arriving.bulk_bytes_per_s_max,
+            sandbox=self._node.config.sandbox,
         )
         try:
             arrival = self._node.pagecore.create_arrival(config)

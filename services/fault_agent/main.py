@@ -44,6 +44,9 @@ from services.common import grpc_server, health, hooks, lifecycle, metrics, resp
 from services.common.errors import GodwitError, InvalidArgumentError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_listen
+from services.common.privileges import capabilities
+from services.common.privileges.capabilities import Capability, parse_capability
+from services.common.privileges.option import add_sandbox_option
 from services.fault_agent import registration
 from services.fault_agent.agent_metrics import AgentCollector, guest_held_seconds
 from services.fault_agent.arrival_engine import ArrivalEngines
@@ -67,6 +70,10 @@ NODE_NAME_LEN_MAX = 63
 BYTES_PER_S_MAX = 1 << 50
 
 
+KEPT = (Capability.NET_ADMIN, Capability.SYS_PTRACE)
+"""And what --keep-capability adds. A VMM has at most these."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything the process is told from outside, already checked."""
@@ -84,6 +91,8 @@ class Config:
     """Name or path of the godwit-microvm to start."""
     respawn: bool = False
     """Whether a parent stays that forks the next one when this one is killed."""
+    capabilities: tuple[Capability, ...] = KEPT
+    """What it keeps, as far as it has it."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -105,6 +114,15 @@ class Config:
         parser.add_argument("--peer-bytes-per-s-max", type=int, default=0, metavar="BYTES")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
         parser.add_argument("--respawn", action="store_true")
+        parser.add_argument(
+            "--keep-capability",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="keep this one too: sys_admin for taps in namespaces, dac_override for disks of"
+            " other users; repeat it",
+        )
+        add_sandbox_option(parser)
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
@@ -122,6 +140,7 @@ class Config:
                     page_server_control=str(parse_address(args.page_server_control)),
                     peer_bytes_per_s_max=args.peer_bytes_per_s_max,
                     collapse=args.collapse,
+                    sandbox=args.sandbox,
                 ),
                 listen=parse_listen(args.listen, insecure_plaintext=args.insecure_plaintext),
                 metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),
@@ -130,9 +149,14 @@ class Config:
                 drain_s=args.drain_s,
                 microvm=args.microvm,
                 respawn=args.respawn,
+                capabilities=_kept(args.keep_capability),
             )
         except GodwitError as error:
             parser.error(str(error))
+
+
+def _kept(further: Sequence[str]) -> tuple[Capability, ...]:
+    return (*KEPT, *(parse_capability(text) for text in further))
 
 
 def _node_name(text: str) -> str:
@@ -234,6 +258,8 @@ def _nobody(_text: str) -> None:
 
 async def run(config: Config, core: PageCore, tell: respawn.Tell = _nobody) -> ExitStatus:
     """Serve until SIGTERM or SIGINT, then drain. `tell`: where it listens, for a successor."""
+    if why_not := core.why_no_filter(config.node.sandbox):
+        log.warning("system calls of page threads are not filtered: %s", why_not)
     with lifecycle.stop_on_signal() as stop:
         async with serving(config, core) as running:
             tasks = {}
@@ -258,6 +284,8 @@ async def run(config: Config, core: PageCore, tell: respawn.Tell = _nobody) -> E
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the container image and of `godwit fault-agent`."""
     config = Config.from_argv(sys.argv[1:] if argv is None else argv)
+    # With --respawn the parent's too: a child has what its parent has.
+    capabilities.keep_only(config.capabilities)
     # After the command line is known to be good: it loads the native module.
     from services.pagecore.native import NativePageCore
 

@@ -29,7 +29,7 @@ from services.fault_agent.images import Images
 from services.fault_agent.journal import Journal, JournalCorruptError, Record
 from services.fault_agent.obeyed_store import ObeyedStore
 from services.fault_agent.vms import Vm
-from services.pagecore.api import PageCore
+from services.pagecore.api import PageCore, SandboxMode
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class NodeConfig:
     """Whether guests that have arrived get huge pages (`collapse.py`)."""
     peer_bytes_per_s_max: int = 0
     """Of bulk from one host, all guests together, shared by their weights; 0: no limit."""
+    sandbox: SandboxMode = SandboxMode.ENFORCE
+    """Of the threads that answer page faults."""
 
 
 class Node:

@@ -16,6 +16,7 @@ from pathlib import Path
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import FailedPreconditionError
+from services.common.privileges.capabilities import Capability, held
 from services.common.vm_spec import Disk, VmSpec
 from services.fault_agent import host
 from services.fault_agent.checks import Check, verdict
@@ -272,13 +273,15 @@ class Preflight:
                 continue
             if nic.tap.netns and not (NAMESPACES / nic.tap.netns).exists():
                 problems.append(f"no network namespace {nic.tap.netns}")
+            elif nic.tap.netns and Capability.SYS_ADMIN not in held().permitted:
+                problems.append(f"{nic.tap.netns} needs --keep-capability sys_admin of the agent")
             elif not _bridge_exists(nic.tap.netns, nic.tap.bridge):
                 problems.append(f"no bridge {nic.tap.bridge}")
         return verdict(
             "tap-bridge",
             "; ".join(problems),
             fine="every bridge is there",
-            hint="make the bridge under the same name on every node",
+            hint="make the bridge under the same name on every node, and let the agent reach it",
         )
 
     async def _disks_direct(self, disks: Sequence[Disk]) -> Check:

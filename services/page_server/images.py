@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class ImageTable:
         self._boot_id = boot_id
         self._served: dict[str, _Served] = {}
         self._lock = threading.Lock()
+        self.open_ram: Callable[[str, int], int] = open_ram
+        """How memory is opened; ram_file.open_ram, or what is left of it. Set it before threads."""
 
     def reload(self, image_id: str = "") -> Reloaded:
         """Read every record again, or that of one image; in force on return.
@@ -115,7 +117,9 @@ class ImageTable:
             record.ram_path,
             record.inode,
         )
-        ram_fd = held.ram_fd if held and same_memory else open_ram(record.ram_path, record.inode)
+        ram_fd = (
+            held.ram_fd if held and same_memory else self.open_ram(record.ram_path, record.inode)
+        )
         try:
             self._server.put_image(record.serve_image(ram_fd))
         except OSError as error:

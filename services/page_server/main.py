@@ -29,14 +29,19 @@ from services.common import grpc_server, health, hooks, lifecycle, metrics
 from services.common.errors import GodwitError, UnavailableError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_listen
+from services.common.privileges import capabilities
+from services.common.privileges.capabilities import Capability
+from services.common.privileges.option import add_sandbox_option
 from services.page_server.collector import ServeCollector
+from services.page_server.confinement import Confinement
 from services.page_server.images import ImageTable, this_boot_id
 from services.page_server.servicer import ImageAdminServicer
-from services.pagecore.api import PageCore, PageServer
+from services.pagecore.api import PageCore, PageServer, SandboxMode
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "page_server"
+DEFAULT_RAM_DIRS = (Path("/dev/shm"),)  # noqa: S108 - guest memory has to be tmpfs
 DRAIN_POLL_S = 0.05
 DRAIN_REPORT_S = 10.0
 
@@ -56,6 +61,9 @@ class Config:
     """How long SIGTERM waits for migrations in progress. Seconds, > 0."""
     connection_count_max: int
     """Of the native listener. 1..1024."""
+    ram_dirs: tuple[Path, ...] = DEFAULT_RAM_DIRS
+    """Where guest memory lies. Nothing outside is opened, but for what is served at the start."""
+    sandbox: SandboxMode = SandboxMode.ENFORCE
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -67,12 +75,23 @@ class Config:
         parser.add_argument("--control", required=True, metavar="HOST:PORT")
         parser.add_argument("--metrics", default="127.0.0.1:0", metavar="HOST:PORT")
         parser.add_argument("--images-dir", required=True, type=Path, metavar="DIR")
+        parser.add_argument(
+            "--ram-dir",
+            action="append",
+            type=Path,
+            metavar="DIR",
+            help="the agent's; repeat it; it must be there (default: /dev/shm)",
+        )
+        add_sandbox_option(parser)
         parser.add_argument("--drain-s", type=float, default=600.0, metavar="SECONDS")
         parser.add_argument("--connections-max", type=int, default=64, metavar="N")
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
             parser.error(f"--drain-s must be > 0, got {args.drain_s}")
+        for ram_dir in args.ram_dir or ():
+            if not ram_dir.is_dir():
+                parser.error(f"--ram-dir {ram_dir} is no directory")
         if not 1 <= args.connections_max <= 1024:
             parser.error(f"--connections-max must be 1..1024, got {args.connections_max}")
         try:
@@ -89,7 +108,13 @@ class Config:
             images_dir=args.images_dir,
             drain_s=args.drain_s,
             connection_count_max=args.connections_max,
+            ram_dirs=tuple(path.resolve() for path in args.ram_dir or DEFAULT_RAM_DIRS),
+            sandbox=args.sandbox,
         )
+
+    def confinement(self) -> Confinement:
+        """What this process is left with while it serves."""
+        return Confinement(images_dir=self.images_dir, ram_dirs=self.ram_dirs, mode=self.sandbox)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +145,15 @@ def _bind(core: PageCore, config: Config) -> PageServer:
 
 
 @contextlib.asynccontextmanager
-async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
+async def serving(
+    config: Config, core: PageCore, confinement: Confinement | None = None
+) -> AsyncIterator[Serving]:
     """Serve for the length of the block.
 
     Order: the port is bound, the records are read, and only then is anybody answered. A
     destination that has waited for our return must not be told that its image is unknown.
+    In between the process is confined, if it is to be: what was served before a restart is open by
+    then, so that no mistake of a configuration keeps it from a guest that waits.
 
     Raises:
         UnavailableError: LISTEN_FAILED, IMAGES_DIR_UNREADABLE.
@@ -139,6 +168,8 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
         images = ImageTable(server, config.images_dir, boot_id=this_boot_id())
         with contextlib.closing(images):
             images.reload()
+            if confinement is not None:
+                images.open_ram = confinement.enter(core)
             registry.register(ServeCollector(server, images))
             await hooks.reach("page_server.start")
             server.start()
@@ -185,7 +216,7 @@ async def drain(running: Serving, drain_s: float) -> ExitStatus:
 async def run(config: Config, core: PageCore) -> ExitStatus:
     """Serve until SIGTERM or SIGINT, then drain."""
     with lifecycle.stop_on_signal() as stop:
-        async with serving(config, core) as running:
+        async with serving(config, core, config.confinement()) as running:
             print(  # noqa: T201 - the supervisor and the tests read it
                 f"listening page={running.page} control={running.control}"
                 f" metrics={running.metrics}",
@@ -196,9 +227,16 @@ async def run(config: Config, core: PageCore) -> ExitStatus:
             return await drain(running, config.drain_s)
 
 
+def _capabilities(config: Config) -> list[Capability]:
+    """What is kept: nothing. What it reads belongs to its own user or group."""
+    ports = (config.listen.port, config.control.port, config.metrics.port)
+    return [Capability.NET_BIND_SERVICE] if any(0 < port < 1024 for port in ports) else []
+
+
 def main(argv: Sequence[str] | None = None) -> ExitStatus:
     """Entry point of the container image and of `godwit page-server`."""
     config = Config.from_argv(sys.argv[1:] if argv is None else argv)
+    capabilities.keep_only(_capabilities(config))
     hooks.hold_gil_on_signal()
     # After the command line is known to be good: it loads the native module.
     from services.pagecore.native import NativePageCore

@@ -10,6 +10,7 @@ import ctypes
 import os
 import re
 import stat
+from errno import EACCES
 
 from services.common.errors import FailedPreconditionError
 
@@ -51,7 +52,17 @@ def open_ram(path: str, inode: int) -> int:
         # O_NONBLOCK: opening a FIFO that somebody has put there must not hang a reload.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | no_follow)
     except OSError as error:
-        raise _refuse(f"{path}: {error.strerror}") from error
+        outside = "is it beneath the page server's --ram-dir?" if error.errno == EACCES else ""
+        raise _refuse(f"{path}: {error.strerror}", outside) from error
+    return check_ram(fd, path, inode)
+
+
+def check_ram(fd: int, path: str, inode: int) -> int:
+    """`fd` if it is the memory that a record says; it is closed else.
+
+    Raises:
+        FailedPreconditionError: RAM_FILE_REFUSED.
+    """
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):

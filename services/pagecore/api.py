@@ -38,6 +38,15 @@ class InstallMethod(enum.IntEnum):
     """Written to the RAM file: no userfaultfd; only with an exit channel."""
 
 
+class SandboxMode(enum.IntEnum):
+    """enum gw_sandbox_mode: what becomes of a system call that is on no list."""
+
+    OFF = 0
+    LOG = 1
+    """It is let through, and is in the kernel's log."""
+    ENFORCE = 2
+
+
 class ImageState(enum.IntEnum):
     """enum gw_image_state; equal to godwit.common.v1.ImageState."""
 
@@ -121,6 +130,8 @@ class ArrivalConfig:
     """With TLS: the name that the page server's certificate must have."""
     token: bytes = b""
     """A FetchToken; empty: none."""
+    sandbox: SandboxMode = SandboxMode.OFF
+    """Of its threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,6 +383,13 @@ class PageCore(Protocol):
     def take_uffd(self, *, pid: int, remote_fd: int, ram_fd: int) -> Injection: ...
     def collapse(self, ram_fd: int, offset: int) -> None:
         """Make the range of 2 MiB at `offset` huge; see native/include/godwit/collapse.h."""
+
+    def filter_process(self, mode: SandboxMode) -> str:
+        """Filter the system calls of every thread of a page server, for good; why not, or ""."""
+        ...
+
+    def why_no_filter(self, mode: SandboxMode) -> str:
+        """Why threads of an arrival are not filtered here; "" if they are."""
         ...
 
     def uffd_features(self) -> tuple[str, ...]:

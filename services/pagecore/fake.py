@@ -24,6 +24,7 @@ from services.pagecore.api import (
     LatencySummary,
     Pacer,
     PageRun,
+    SandboxMode,
     ServeImage,
     ServeStats,
     TlsIdentity,
@@ -506,6 +507,14 @@ class FakePageCore:
         """As on a kernel that cannot."""
         del ram_fd, offset
         raise _error(errno.EINVAL, "gw_collapse")
+
+    def filter_process(self, mode: SandboxMode) -> str:
+        """Nothing is filtered."""
+        return "" if mode is SandboxMode.OFF else "the fake filters nothing"
+
+    def why_no_filter(self, mode: SandboxMode) -> str:
+        """As above."""
+        return self.filter_process(mode)
 
     def uffd_features(self) -> tuple[str, ...]:
         """`features`, without those that GODWIT_MASK_UFFD_FEATURES hides."""

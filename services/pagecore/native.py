@@ -37,6 +37,7 @@ from services.pagecore.api import (
     PageRun,
     PageServer,
     PrefetchSummary,
+    SandboxMode,
     ServeImage,
     ServeStats,
     TlsIdentity,
@@ -302,6 +303,7 @@ class NativeArrival:
         native_config.page_server_name = server_name
         native_config.token = token
         native_config.token_len = len(config.token)
+        native_config.sandbox = int(config.sandbox)
         ret = ffi.new("struct gw_arrival **")
         check("gw_arrival_create", lib.gw_arrival_create(native_config, ret))
         self._handle = _Handle(ret[0], lib.gw_arrival_destroy)
@@ -527,6 +529,10 @@ class NativePageServer:
         self._handle.close()
 
 
+def _why(result: int) -> str:
+    return os.strerror(-result) if result < 0 else ""
+
+
 def _injection(native: Any) -> Injection:
     regions = [
         ArrivalRegion(offset=item.file_offset, host_addr=item.host_addr, len_bytes=item.len)
@@ -597,6 +603,22 @@ class NativePageCore:
             OSError: EINVAL, EAGAIN, EBUSY, ENOMEM, EPERM: see gw_collapse.
         """
         check("gw_collapse", lib.gw_collapse(ram_fd, offset))
+
+    def filter_process(self, mode: SandboxMode) -> str:
+        """Enter the sandbox of a page server, all threads; why not, or ""."""
+        return _why(lib.gw_sandbox_enter(lib.GW_SANDBOX_PAGE_SERVER, int(mode)))
+
+    def why_no_filter(self, mode: SandboxMode) -> str:
+        """Try it in a thread that ends then."""
+        results: list[int] = []
+        thread = threading.Thread(
+            target=lambda: results.append(
+                lib.gw_sandbox_enter(lib.GW_SANDBOX_PAGE_THREAD, int(mode))
+            )
+        )
+        thread.start()
+        thread.join()
+        return _why(results[0])
 
     def uffd_features(self) -> tuple[str, ...]:
         """Names of what this kernel's userfaultfd can do; empty if it cannot be used."""

@@ -105,11 +105,21 @@ class PageNode:
 
     @contextlib.contextmanager
     def process(
-        self, *argv: str, listen: str = "127.0.0.1:0", control: str = "127.0.0.1:0"
+        self,
+        *argv: str,
+        listen: str = "127.0.0.1:0",
+        control: str = "127.0.0.1:0",
+        user: int | None = None,
     ) -> Iterator[Process]:
-        """A page server for the length of the block; killed if it is still there then."""
+        """A page server for the length of the block; killed if it is still there then.
+
+        `user`: whose it is; None: ours.
+        """
         popen, log_path = self.spawn(
-            "--listen", listen, "--control", control, "--images-dir", str(self.images_dir), *argv
+            *("--listen", listen, "--control", control),
+            *("--images-dir", str(self.images_dir), "--ram-dir", str(self.ram_dir)),
+            *argv,
+            user=user,
         )
         try:
             assert popen.stdout is not None
@@ -129,7 +139,7 @@ class PageNode:
             if popen.stdout is not None:
                 popen.stdout.close()
 
-    def spawn(self, *argv: str) -> tuple[subprocess.Popen[str], Path]:
+    def spawn(self, *argv: str, user: int | None = None) -> tuple[subprocess.Popen[str], Path]:
         """The bare process, with hooks on, and where its log is."""
         log_path = self.directory / f"page_server.{time.monotonic_ns()}.log"
         with log_path.open("w") as log:
@@ -139,6 +149,9 @@ class PageNode:
                 stderr=log,
                 text=True,
                 env={**os.environ, "GODWIT_HOOKS_DIR": str(self.hooks_dir)},
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
             )
         return popen, log_path
 
