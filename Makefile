@@ -141,6 +141,14 @@ ffi: .venv/.deps ## regenerate native/ffi/_native.c from the headers
 lock: system ## resolve pyproject.toml anew into requirements.lock
 	@tools/lock.sh
 
+.PHONY: sbom
+sbom: setup ## write build/sbom.json: everything that is pinned or linked, as CycloneDX
+	@$(PY) -m tools.sbom build/sbom.json
+
+.PHONY: audit
+audit: .venv/.deps ## known vulnerabilities of what is pinned; ADVISORIES=FILE where nothing can be reached
+	@$(PY) -m tools.audit $(if $(ADVISORIES),--advisories $(ADVISORIES)) $(ARGS) || [ $$? -eq 3 ]
+
 .PHONY: clean
 clean: ## remove what was built; .venv stays
 	rm -rf build services/pagecore/_native.abi3.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
