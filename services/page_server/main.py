@@ -114,7 +114,14 @@ class Config:
 
     def confinement(self) -> Confinement:
         """What this process is left with while it serves."""
-        return Confinement(images_dir=self.images_dir, ram_dirs=self.ram_dirs, mode=self.sandbox)
+        # Certificates are read again while it serves.
+        certificates: Path | None = getattr(self, "tls_dir", None)
+        return Confinement(
+            images_dir=self.images_dir,
+            ram_dirs=self.ram_dirs,
+            mode=self.sandbox,
+            further=() if certificates is None else (certificates,),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
