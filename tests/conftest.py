@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 
+from services.orchestrator.store import open_store
 from tests.harness import postgres
 from tests.harness.require import THINGS, missing, require, required_names
 
@@ -43,3 +45,32 @@ def postgres_server() -> Iterator[postgres.Server]:
     require("postgres")
     with postgres.serving() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def store_template(postgres_server: postgres.Server) -> str:
+    """A database with a store in it that nothing was written to."""
+    template = postgres_server.create()
+
+    async def make() -> None:
+        async with open_store(postgres_server.url(template)):
+            pass
+
+    asyncio.run(make())
+    return template
+
+
+@pytest.fixture
+def new_database(
+    postgres_server: postgres.Server, store_template: str
+) -> Iterator[Callable[[], str]]:
+    """Makes databases with a new store in them; their URLs. They go when the test ends."""
+    made = []
+
+    def make() -> str:
+        made.append(postgres_server.create(store_template))
+        return postgres_server.url(made[-1])
+
+    yield make
+    for database in made:
+        postgres_server.sql(f"DROP DATABASE {database} WITH (FORCE)")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`godwit store`: copies of the store, and making a forgetful one whole. Works on the file."""
+"""`godwit store`: copies of the store, and making a forgetful one whole. No server is asked."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,16 +15,33 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     help="Back up, restore and rebuild the orchestrator's store. A PostgreSQL store is backed up"
-    " and restored by PostgreSQL's own tools (pg_basebackup, point-in-time recovery).",
+    " and restored by PostgreSQL's own tools (pg_basebackup, point-in-time recovery); rebuild it"
+    " after every restore.",
 )
 
 StoreOption = Annotated[
-    Path,
+    str,
     typer.Option(
-        "--store", envvar="GODWIT_STORE", help="The orchestrator's SQLite file.", metavar="PATH"
+        "--store",
+        envvar="GODWIT_STORE",
+        help="The orchestrator's SQLite file, or its postgresql:// URL (rebuild only).",
+        metavar="PATH|URL",
     ),
 ]
-DEFAULT = Path("godwit.db")
+DEFAULT = "godwit.db"
+
+
+def _file(store: str) -> Path:
+    from services.common.errors import FailedPreconditionError
+    from services.orchestrator.store.opening import server_of
+
+    if server_of(store):
+        raise FailedPreconditionError(
+            "STORE_ON_SERVER",
+            "a store on PostgreSQL is backed up and restored by PostgreSQL's own tools",
+            hint="pg_dump, pg_basebackup; after a restore, `godwit store rebuild --from-agents`",
+        )
+    return Path(store)
 
 
 @app.command()
@@ -34,7 +52,7 @@ def backup(
     """Copy the store as it is at one moment, also while the orchestrator runs."""
     from services.orchestrator.store import backup as copies
 
-    len_bytes = copies.backup(store, to)
+    len_bytes = copies.backup(_file(store), to)
     print(f"{to}: {len_bytes} bytes, a whole store")
 
 
@@ -49,7 +67,7 @@ def restore(
     """
     from services.orchestrator.store import backup as copies
 
-    incarnation = copies.restore(store, copy)
+    incarnation = copies.restore(_file(store), copy)
     print(f"{store}: restored from {copy} as store {incarnation}; the former one is kept beside it")
     print(
         "it is in doubt: run `godwit store rebuild --from-agents` now, then start the orchestrator"
@@ -93,23 +111,37 @@ def rebuild(
         print(note)
     asked = ", ".join(report.nodes) or "no node"
     print(
-        f"{store}: rebuilt as store {report.incarnation} from {asked}: {report.vm_count} VMs,"
-        f" {len(report.notes)} changes"
+        f"{_shown(store)}: rebuilt as store {report.incarnation} from {asked}:"
+        f" {report.vm_count} VMs, {len(report.notes)} changes"
     )
 
 
-async def _rebuild(store: Path, nodes: list[str], without: list[str]) -> Report:
+def _shown(store: str) -> str:
+    from services.orchestrator.store.opening import server_of
+
+    server = server_of(store)
+    return server.render_as_string(hide_password=True) if server else store
+
+
+async def _rebuild(store: str, nodes: list[str], without: list[str]) -> Report:
     import time
 
     from services.orchestrator.agents import AgentPool
+    from services.orchestrator.election import alone
     from services.orchestrator.main import read_node
     from services.orchestrator.rebuild import rebuild as merge_all
     from services.orchestrator.store import backup as copies
     from services.orchestrator.store import open_store
+    from services.orchestrator.store.opening import read_store
 
-    with copies.in_use(store, alone=True):
-        async with open_store(store) as opened:
-            for text in nodes:
-                name, address = read_node(text)
-                await opened.fleet.put_node(name, address, now_ns=time.time_ns())
-            return await merge_all(opened, AgentPool, without=without, now_ns=time.time_ns())
+    where = read_store(store)
+    async with contextlib.AsyncExitStack() as stack:
+        if isinstance(where, Path):
+            stack.enter_context(copies.in_use(where, alone=True))
+        opened = await stack.enter_async_context(open_store(where))
+        if not isinstance(where, Path):
+            await stack.enter_async_context(alone(opened))
+        for text in nodes:
+            name, address = read_node(text)
+            await opened.fleet.put_node(name, address, now_ns=time.time_ns())
+        return await merge_all(opened, AgentPool, without=without, now_ns=time.time_ns())

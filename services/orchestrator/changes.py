@@ -22,6 +22,12 @@ class Changes:
         for event in self._waiting.get(migration_id, ()):
             event.set()
 
+    def publish_all(self) -> None:
+        """Any of them may have been written, by another process."""
+        for events in self._waiting.values():
+            for event in events:
+                event.set()
+
     @contextlib.contextmanager
     def subscribe(self, migration_id: str) -> Iterator[asyncio.Event]:
         """An event that every write of the migration sets. The caller clears it."""
@@ -37,6 +43,4 @@ class Changes:
     def close(self) -> None:
         """End every watch."""
         self.closed = True
-        for events in self._waiting.values():
-            for event in events:
-                event.set()
+        self.publish_all()

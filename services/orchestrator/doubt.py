@@ -50,6 +50,12 @@ class Doubt:
         log.error("the store is in doubt from now on: %s", why)
         self._found.set()
 
+    def read_again(self) -> None:
+        """What the store itself says may be newer than what this process has found."""
+        if why := self._store.identity.in_doubt:
+            self.why = self.why or why
+            self._metrics.store_in_doubt.set(1)
+
     def require_none(self) -> None:
         """Refuse what would make it worse.
 

@@ -92,6 +92,7 @@ class Fleet:
 
     async def register_node(self, name: str, agent_address: str) -> tuple[types_pb2.Node, bool]:
         """Add a node or give it a new address. The bool: it is new."""
+        self._context.role.require()
         check_node(name, agent_address)
         row, is_new = await self._nodes.put(name, agent_address)
         return await self._node_view(row), is_new
@@ -125,6 +126,7 @@ class Fleet:
 
     async def start_vm(self, node: str, spec_json: str, *, key: str = "") -> types_pb2.Vm:
         """Start a VM from its spec."""
+        self._context.role.require()
         spec = VmSpec.parse(spec_json)
         request = vm_service_pb2.StartVmRequest(node=node, spec_json=spec.canonical_json())
         if answer := await self._answered(key, request):
@@ -139,6 +141,7 @@ class Fleet:
 
     async def stop_vm(self, vm_id: str) -> None:
         """End a VM."""
+        self._context.role.require()
         self._context.doubt.require_none()
         vm = await self._vm(vm_id)
         if active := await self._context.store.migrations.active_of(vm_id):
@@ -189,6 +192,7 @@ class Fleet:
         key: str = "",
     ) -> types_pb2.Migration:
         """Admit a move. It goes on by itself."""
+        self._context.role.require()
         _check_name("vm_id", vm_id)
         _check_name("destination_node", destination_node)
         if not 0 <= bulk_bytes_per_s_max <= BYTES_PER_S_MAX:
@@ -286,6 +290,7 @@ class Fleet:
 
     async def cancel_migration(self, migration_id: str) -> types_pb2.Migration:
         """Ask for a cancel."""
+        self._context.role.require()
         await self._context.store.migrations.request_cancel(migration_id)
         self._runner.cancel(migration_id)
         self._context.changes.publish(migration_id)
@@ -293,6 +298,7 @@ class Fleet:
 
     async def recover_migration(self, migration_id: str) -> tuple[types_pb2.Migration, list[str]]:
         """Look anew, do what is safe, say what is missing."""
+        self._context.role.require()
         findings = await self._operators.recover(migration_id)
         return await self.get_migration(migration_id), findings
 
@@ -300,6 +306,7 @@ class Fleet:
         self, migration_id: str, *, epoch: int, confirm: bool
     ) -> types_pb2.Migration:
         """Give its guest up."""
+        self._context.role.require()
         await self._operators.abandon(migration_id, epoch=epoch, confirm=confirm)
         return await self.get_migration(migration_id)
 
@@ -307,6 +314,7 @@ class Fleet:
         self, migration_id: str, *, epoch: int, fenced_vm_id: str, operator: str, because: str
     ) -> types_pb2.Migration:
         """Give its guest back without the destination's proof."""
+        self._context.role.require()
         await self._operators.break_glass(
             migration_id,
             epoch=epoch,

@@ -10,15 +10,17 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from ulid import ULID
 
 from services.common import grpc_server, lifecycle
 from services.common.errors import InvalidArgumentError, UnavailableError
+from services.common.health import Health
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_listen
 from services.orchestrator import rest, rpc
@@ -26,6 +28,7 @@ from services.orchestrator.agents import AgentPool, Deadlines
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
+from services.orchestrator.election import LEASE_S, Election, Role
 from services.orchestrator.fleet import Fleet, check_node
 from services.orchestrator.machines import Machines
 from services.orchestrator.metrics import Metrics
@@ -34,24 +37,42 @@ from services.orchestrator.nodes import Nodes
 from services.orchestrator.runner import Runner
 from services.orchestrator.store import open_store
 from services.orchestrator.store.backup import in_use
+from services.orchestrator.store.opening import read_store
 
 log = logging.getLogger(__name__)
 
 HTTP_GRACE_S = 2
+LEASE_S_MIN = 1.0
+LEASE_S_MAX = 300.0
+STANDBY_LOOK_S = 1.0
+"""How old what a watcher of a standby sees may be."""
+LEADER = "godwit.Leader"
+"""Of grpc.health.v1: SERVING where the orchestrator leads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How an orchestrator is set up."""
 
-    store: Path
-    """The SQLite file. On a local disk: file locks and fsync of network file systems lie."""
+    store: Path | str
+    """The SQLite file, on a local disk: file locks and fsync of network file systems lie. Or the
+    URL of a PostgreSQL database."""
     rest: Address
     grpc: Address
     nodes: tuple[tuple[str, str], ...] = ()
     """(name, agent address) of nodes to register at the start."""
     limits: Limits = field(default_factory=Limits)
     deadlines: Deadlines = field(default_factory=Deadlines)
+    lease_s: float = LEASE_S
+    """How long a leader that is not heard of any more goes on leading. PostgreSQL only."""
+    advertise_rest: str = ""
+    """HOST:PORT where clients and other orchestrators call this one; empty: as it listens."""
+    advertise_grpc: str = ""
+
+    @property
+    def file(self) -> Path | None:
+        """The store, if it is a file."""
+        return self.store if isinstance(self.store, Path) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +83,20 @@ class Core:
     context: Context
     runner: Runner
     nodes: Nodes
+    machines: Machines
 
     def build_app(self) -> FastAPI:
         """REST, to be served."""
         return rest.build_app(self.fleet, self.context.metrics.registry, self._ready)
 
-    async def _ready(self) -> None:
-        self.runner.require_running()
-        self.context.doubt.require_none()
+    async def _ready(self) -> Role:
+        """One that stands by is ready too: to answer what is asked, and to lead."""
+        role = self.context.role
+        if role.leads:
+            self.runner.require_running()
+            self.context.doubt.require_none()
         await self.context.store.fleet.nodes()
+        return role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +148,12 @@ async def _http(app: FastAPI, listen: Address) -> AsyncIterator[Address]:
 async def working(settings: Settings) -> AsyncIterator[Core]:
     """Move what is to be moved for the length of the block.
 
-    At the end watches end, guests that stand still get a moment, and every migration that has not
-    ended is left to the next start.
+    Or stand by until it is this one's turn. At the end watches end, guests that stand still get a
+    moment, and every migration that has not ended is left to the next start, or to who leads then.
     """
     async with contextlib.AsyncExitStack() as stack:
-        stack.enter_context(in_use(settings.store, alone=False))
+        if settings.file:
+            stack.enter_context(in_use(settings.file, alone=False))
         store = await stack.enter_async_context(open_store(settings.store))
         agents = AgentPool(store.incarnation, settings.deadlines)
         stack.push_async_callback(agents.close)
@@ -141,22 +168,86 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
             metrics=metrics,
             changes=Changes(),
             limits=settings.limits,
+            role=Role(
+                name=f"{socket.gethostname()}/{ULID()}",
+                rest=settings.advertise_rest or _callable(settings.rest),
+                grpc=settings.advertise_grpc or _callable(settings.grpc),
+            ),
         )
         nodes = Nodes(context)
         machines = Machines(context)
         runner = Runner(context)
         fleet = Fleet(context, nodes, machines, runner)
-        await context.bitmaps.load()
-        await nodes.load()
-        for name, address in settings.nodes:
-            await nodes.put(name, address, ask=False)
+        core = Core(fleet=fleet, context=context, runner=runner, nodes=nodes, machines=machines)
+        election = Election(store, context.role, lease_s=settings.lease_s, file=settings.file)
+        await stack.enter_async_context(_elected(election, lambda: _leading(settings, core)))
+        if not context.role.leads:
+            await context.bitmaps.load()
+            await nodes.load()
         await stack.enter_async_context(
-            lifecycle.background(
-                {"nodes": nodes.poll, "machines": machines.settle, "doubt": doubt.keep}
-            )
+            lifecycle.background({"standby": lambda: _stand_by(context)})
         )
-        await stack.enter_async_context(runner.running())
-        yield Core(fleet=fleet, context=context, runner=runner, nodes=nodes)
+        yield core
+
+
+def _callable(listen: Address) -> str:
+    """Where others call a listener; "": it is not known yet."""
+    if not listen.port:
+        return ""
+    if listen.host in ("0.0.0.0", "::"):  # noqa: S104 - it is not bound here
+        return f"{socket.gethostname()}:{listen.port}"
+    return str(listen)
+
+
+@contextlib.asynccontextmanager
+async def _elected(
+    election: Election, lead: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+) -> AsyncIterator[None]:
+    """Stand by or lead for the length of the block, which begins when it is known which."""
+    settled = asyncio.Event()
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(election.run(lead, settled.set), name="election")
+            await settled.wait()
+            try:
+                yield
+            finally:
+                running.cancel()
+    except BaseExceptionGroup as failed:
+        if settled.is_set() or len(failed.exceptions) > 1:
+            raise
+        raise failed.exceptions[0] from None
+
+
+@contextlib.asynccontextmanager
+async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
+    """All that only one orchestrator does."""
+    context = core.context
+    context.doubt.read_again()
+    context.metrics.leader.set(1)
+    context.metrics.leader_term.set(context.role.leader.term)
+    await context.bitmaps.load()
+    await core.nodes.load()
+    for name, address in settings.nodes:
+        await core.nodes.put(name, address, ask=False)
+    tasks = {
+        "nodes": core.nodes.poll,
+        "machines": core.machines.settle,
+        "doubt": context.doubt.keep,
+    }
+    try:
+        async with lifecycle.background(tasks), core.runner.running():
+            yield
+    finally:
+        context.metrics.leader.set(0)
+
+
+async def _stand_by(context: Context) -> None:
+    """Who watches a migration here is told that the leader may have written."""
+    while True:
+        await asyncio.sleep(STANDBY_LOOK_S)
+        if not context.role.leads:
+            context.changes.publish_all()
 
 
 @contextlib.asynccontextmanager
@@ -166,11 +257,29 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
         working(settings) as core,
         _http(core.build_app(), settings.rest) as http,
         grpc_server.serving(settings.grpc, rpc.services(core.fleet)) as grpc,
+        _telling_role(core.context.role, grpc.health),
     ):
+        core.context.role.rest = core.context.role.rest or _callable(http)
+        core.context.role.grpc = core.context.role.grpc or _callable(grpc.address)
         try:
             yield Running(rest=http, grpc=grpc.address, core=core)
         finally:
             core.context.changes.close()
+
+
+@contextlib.asynccontextmanager
+async def _telling_role(role: Role, health: Health) -> AsyncIterator[None]:
+    """GRPC's health says of the service LEADER whether this process leads."""
+    roles: asyncio.Queue[bool] = asyncio.Queue()
+    roles.put_nowait(role.leads)
+    role.watch.append(roles.put_nowait)
+
+    async def tell() -> None:
+        while True:
+            await health.set_serving(await roles.get(), LEADER)
+
+    async with lifecycle.background({"role": tell}):
+        yield
 
 
 def parse(arguments: Sequence[str]) -> Settings:
@@ -198,9 +307,23 @@ def parse(arguments: Sequence[str]) -> Settings:
     parser.add_argument(
         "--store",
         default=env.get("GODWIT_STORE", "godwit.db"),
-        type=Path,
-        metavar="PATH",
-        help="the SQLite file, on a local disk (GODWIT_STORE, %(default)s)",
+        metavar="PATH|URL",
+        help="the SQLite file, on a local disk, or postgresql://USER@HOST/DATABASE, for"
+        " orchestrators that stand by for each other (GODWIT_STORE, godwit.db)",
+    )
+    parser.add_argument(
+        "--lease",
+        default=env.get("GODWIT_LEASE", str(LEASE_S)),
+        metavar="SECONDS",
+        help="on PostgreSQL: when another orchestrator takes over from one that is not heard of"
+        " (GODWIT_LEASE, %(default)s)",
+    )
+    parser.add_argument(
+        "--advertise",
+        default=env.get("GODWIT_ADVERTISE", ""),
+        metavar="HOST:PORT",
+        help="where clients reach this orchestrator's REST; others name it while it leads"
+        " (GODWIT_ADVERTISE, where it listens)",
     )
     parser.add_argument(
         "--node",
@@ -221,11 +344,25 @@ def parse(arguments: Sequence[str]) -> Settings:
         nodes = [each for each in env.get("GODWIT_NODES", "").split(",") if each]
     insecure = bool(parsed.insecure_plaintext)
     return Settings(
-        store=parsed.store,
+        store=read_store(parsed.store),
         rest=parse_listen(parsed.rest, insecure_plaintext=insecure),
         grpc=parse_listen(parsed.grpc, insecure_plaintext=insecure),
         nodes=tuple(read_node(each) for each in nodes),
+        lease_s=_read_lease(parsed.lease),
+        advertise_rest=parsed.advertise,
     )
+
+
+def _read_lease(text: str) -> float:
+    try:
+        lease_s = float(text)
+    except ValueError:
+        lease_s = 0.0
+    if not LEASE_S_MIN <= lease_s <= LEASE_S_MAX:
+        raise InvalidArgumentError(
+            "LEASE_INVALID", f"--lease {text!r} is not {LEASE_S_MIN:g}..{LEASE_S_MAX:g} seconds"
+        )
+    return lease_s
 
 
 def read_node(text: str) -> tuple[str, str]:

@@ -52,6 +52,16 @@ class Metrics:
             "1 if the store may have forgotten something: nothing is admitted or decided",
             registry=self.registry,
         )
+        self.leader = Gauge(
+            "godwit_leader",
+            "1 if this orchestrator leads, 0 if it stands by",
+            registry=self.registry,
+        )
+        self.leader_term = Gauge(
+            "godwit_leader_term",
+            "The term that this orchestrator leads in, or led in last",
+            registry=self.registry,
+        )
         self.node_reachable = Gauge(
             "godwit_node_reachable",
             "1 if the node's agent answered lately",

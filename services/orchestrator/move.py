@@ -19,6 +19,7 @@ from services.orchestrator.agents import AgentClient, AgentPool
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
+from services.orchestrator.election import Role
 from services.orchestrator.evidence import Evidence, Judgement, Verdict, judge, wire_decision
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
@@ -79,6 +80,7 @@ class Context:
     metrics: Metrics
     changes: Changes = field(default_factory=Changes)
     limits: Limits = field(default_factory=Limits)
+    role: Role = field(default_factory=Role)
     now_ns: Callable[[], int] = time.time_ns
     """Wall clock."""
     random: random.Random = field(default_factory=random.Random)

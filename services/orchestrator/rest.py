@@ -14,6 +14,7 @@ from prometheus_client.exposition import choose_encoder
 
 from services.common.errors import GodwitError, UnavailableError
 from services.orchestrator import problems, rest_models
+from services.orchestrator.election import Role
 from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
 
 PING_S = 15.0
@@ -177,7 +178,7 @@ async def _events(fleet: Fleet, migration_id: str) -> AsyncIterator[str]:
             yield f"id: {migration.version}\nevent: migration\ndata: {data}\n\n"
 
 
-def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]) -> APIRouter:
+def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) -> APIRouter:
     router = APIRouter(tags=["process"], responses=problems.RESPONSES)
 
     @router.get("/healthz")
@@ -185,12 +186,20 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]) 
         return rest_models.Health(status="ok")
 
     @router.get("/readyz")
-    async def readyz() -> rest_models.Health:
+    async def readyz() -> rest_models.Readiness:
         try:
-            await ready()
+            role = await ready()
         except GodwitError as error:
             raise UnavailableError("NOT_READY", str(error), hint=error.hint) from error
-        return rest_models.Health(status="ready")
+        leader = role.leader
+        return rest_models.Readiness(
+            status="ready",
+            leads=role.leads,
+            leader=leader.holder,
+            leader_rest=leader.rest,
+            leader_grpc=leader.grpc,
+            term=leader.term,
+        )
 
     @router.get("/metrics", response_class=Response)
     async def metrics(request: Request) -> Response:
@@ -201,7 +210,7 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]) 
 
 
 def build_app(
-    fleet: Fleet, registry: CollectorRegistry, ready: Callable[[], Awaitable[None]]
+    fleet: Fleet, registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]
 ) -> FastAPI:
     """The application. `ready` raises a GodwitError while nothing can be admitted."""
     app = FastAPI(

@@ -365,6 +365,17 @@ class Health(BaseModel):
     status: str
 
 
+class Readiness(BaseModel):
+    """Whether the process can be asked, and who leads."""
+
+    status: str = Field(description="ready")
+    leads: bool = Field(description="false: it stands by: it answers, and refuses changes")
+    leader: str = Field(description="who leads; empty: nobody, or it is not known yet")
+    leader_rest: str = Field(description="HOST:PORT of its REST, as far as it is known")
+    leader_grpc: str
+    term: int = Field(description="raised whenever another one leads")
+
+
 def _word(name: str, prefix: str) -> str:
     return name.removeprefix(prefix).lower()
 

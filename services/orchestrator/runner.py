@@ -60,8 +60,10 @@ class Runner:
         """Refuse what should not begin any more.
 
         Raises:
+            NotLeaderError: this process stands by.
             UnavailableError: SHUTTING_DOWN.
         """
+        self._context.role.require()
         if self._group is None:
             raise UnavailableError(
                 "SHUTTING_DOWN", "this orchestrator is going away", hint="ask the next one"
@@ -128,7 +130,11 @@ class Runner:
         """Give those whose guest stands still a moment; the rest can wait for the next start."""
         until = asyncio.get_running_loop().time() + self._context.limits.drain_s
         for delay_s in self._context.backoff():
-            if not self._guests_stand_still() or asyncio.get_running_loop().time() >= until:
+            if (
+                not self._context.role.leads
+                or not self._guests_stand_still()
+                or asyncio.get_running_loop().time() >= until
+            ):
                 return
             await asyncio.sleep(delay_s)
 

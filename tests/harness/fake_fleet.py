@@ -76,12 +76,19 @@ class FakeFleet:
     """Agents a, b and c, and an orchestrator that can be crashed and started again."""
 
     def __init__(
-        self, directory: Path, *, limits: Limits = LIMITS, listening: bool = False
+        self,
+        directory: Path,
+        *,
+        limits: Limits = LIMITS,
+        listening: bool = False,
+        server: str = "",
     ) -> None:
-        """Not `listening`: REST is called in process, gRPC not at all."""
+        """Not `listening`: REST is called in process, gRPC not at all. `server`: of the store."""
         self.world = World()
         self.agents = {name: FakeAgent(name, self.world) for name in "abc"}
         self.store = directory / "godwit.db"
+        self.server = server
+        """URL of the store if it is on PostgreSQL."""
         self.limits = limits
         self.deadlines = DEADLINES
         self.grpc: Address | None = None
@@ -130,7 +137,7 @@ class FakeFleet:
 
     async def _serve(self, started: asyncio.Future[Core], stop: asyncio.Event) -> None:
         settings = Settings(
-            store=self.store,
+            store=self.server or self.store,
             rest=LOOPBACK,
             grpc=LOOPBACK,
             nodes=tuple((name, str(agent.address)) for name, agent in self.agents.items()),
@@ -254,10 +261,10 @@ def _json(model: pydantic.BaseModel) -> Any:
 
 @contextlib.asynccontextmanager
 async def fake_fleet(
-    directory: Path, *, limits: Limits = LIMITS, listening: bool = False
+    directory: Path, *, limits: Limits = LIMITS, listening: bool = False, server: str = ""
 ) -> AsyncIterator[FakeFleet]:
     """A fleet with a running orchestrator and VM `vm-1` on node a."""
-    fleet = FakeFleet(directory, limits=limits, listening=listening)
+    fleet = FakeFleet(directory, limits=limits, listening=listening, server=server)
     try:
         for agent in fleet.agents.values():
             await agent.start()

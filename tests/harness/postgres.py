@@ -2,8 +2,9 @@
 """A real PostgreSQL for tests: made once a session, a database of its own for each test.
 
 The server's programs are the distribution's, its directory is a temporary one, it listens on a Unix
-socket there and nowhere else, and it does sync: what is tested is what runs. It refuses to run as
-root, so for root it runs as `postgres`, or as `nobody`.
+socket there and nowhere else, and its settings are those that it would have. In memory, where there
+is room: a sync costs nothing there, and no test takes the power away. It refuses to run as root, so
+for root it runs as `postgres`, or as `nobody`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 START_S_MAX = 120
+ROOM_BYTES = 1 << 30
 PROGRAMS = ("initdb", "postgres", "psql", "pg_isready", "pg_basebackup")
 _SETTINGS = {
     "listen_addresses": "",
@@ -30,6 +32,8 @@ _SETTINGS = {
     "autovacuum": "off",
     "logging_collector": "off",
     "max_wal_senders": "4",
+    "max_wal_size": "64MB",
+    "min_wal_size": "32MB",
 }
 _numbers = itertools.count()
 
@@ -139,10 +143,18 @@ class Server:
         return found
 
 
+def _memory() -> str | None:
+    """A file system in memory; None: there is none, or too little room."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage("/dev/shm").free > ROOM_BYTES:
+            return "/dev/shm"
+    return None
+
+
 @contextlib.contextmanager
 def directory() -> Iterator[Path]:
     """A new directory that the server's user may use, and its socket's name is short enough for."""
-    made = Path(tempfile.mkdtemp(prefix="godwit-pg-"))
+    made = Path(tempfile.mkdtemp(prefix="godwit-pg-", dir=_memory()))
     try:
         if user := _user():
             shutil.chown(made, user)

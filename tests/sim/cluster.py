@@ -101,6 +101,9 @@ class SimDatabase(Database):
     async def prepare(self, work: Callable[[sa.Connection], _T]) -> _T:
         return await self._do(work, writes=False)
 
+    async def claim(self, work: Callable[[sa.Connection], _T]) -> _T:
+        return await self._do(work, writes=True)
+
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         return await self._do(work, writes=True)
 
@@ -155,6 +158,23 @@ def _template() -> bytes:
 
 
 _TEMPLATE = _template()
+
+
+class _Leads:
+    """In place of an election: whoever runs leads, two of them at once too (I13)."""
+
+    def __init__(self, *_args: object, **_more: object) -> None:
+        """Nothing is asked."""
+
+    async def run(
+        self,
+        lead: Callable[[], contextlib.AbstractAsyncContextManager[None]],
+        settled: Callable[[], None],
+    ) -> None:
+        """See the real one."""
+        async with lead():
+            settled()
+            await asyncio.Event().wait()
 
 
 class Witness:
@@ -559,6 +579,7 @@ def _machines(cluster: Cluster) -> Iterator[None]:
         put(evidence, retained_bytes=_retained_bytes)
         put(host, memory_available_bytes=lambda _directory: 0, memory_total_bytes=lambda: 0)
         put(main, open_store=cluster.open_store, in_use=lambda _path, *, alone: _nothing())
+        put(main, Election=_Leads)
         put(main, Metrics=lambda: _metrics)
         put(main, Context=functools.partial(Context, random=cluster.loop.chance))
         put(progress, time=cluster.loop)  # its monotonic()

@@ -137,6 +137,10 @@ class Database(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def claim(self, work: Callable[[sa.Connection], _T]) -> _T:
+        """As `write`, whatever the term: for whoever would lead."""
+
+    @abc.abstractmethod
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         """Run `work` in a transaction; durable when this returns, rolled back if `work` raises.
 

@@ -33,6 +33,15 @@ def server_of(where: str | Path) -> sa.URL | None:
         raise InvalidArgumentError("STORE_INVALID", str(error)) from error
 
 
+def read_store(text: str) -> str | Path:
+    """What `--store` says: a URL, or a path.
+
+    Raises:
+        InvalidArgumentError: STORE_INVALID.
+    """
+    return text if server_of(text) else Path(text)
+
+
 def database_of(where: str | Path) -> Database:
     """The database there; nothing is opened yet."""
     if server := server_of(where):
@@ -49,7 +58,8 @@ def prepare(connection: sa.Connection) -> dict[str, str]:
     """Make or upgrade the tables; what the store says of itself then.
 
     Raises:
-        FailedPreconditionError: STORE_TOO_NEW: a newer Godwit wrote it.
+        FailedPreconditionError: STORE_TOO_NEW: a newer Godwit wrote it; STORE_LED: it is to be
+            upgraded, and an orchestrator of an older release leads.
     """
     if not sa.inspect(connection).has_table(schema.meta.name):
         return _make(connection)
@@ -62,9 +72,23 @@ def prepare(connection: sa.Connection) -> dict[str, str]:
             hint="run the release that wrote it, or a later one",
         )
     if version < schema.SCHEMA_VERSION:
+        _refuse_if_led(connection)
         upgrades.run(connection, version)
         identity.put(connection, identity.SCHEMA_VERSION, str(schema.SCHEMA_VERSION))
     return known
+
+
+def _refuse_if_led(connection: sa.Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        return  # its lease is a lock of the file, which whoever opens it has looked at
+    leader = leadership.lock(connection, leadership.UNFENCED)
+    if leader.expires_at_ns > leadership.now_ns(connection):
+        raise FailedPreconditionError(
+            "STORE_LED",
+            f"the store is to be upgraded, and {leader.holder} leads with an older release",
+            hint="stop the orchestrators of the older release first",
+            metadata={"leader": leader.holder, "rest": leader.rest},
+        )
 
 
 def _make(connection: sa.Connection) -> dict[str, str]:

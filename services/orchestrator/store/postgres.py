@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -28,6 +30,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from services.orchestrator.store import leadership
 from services.orchestrator.store.database import BUSY_S_MAX, Database, StoreError, typed_errors
+from services.orchestrator.store.leadership import NotLeaderError
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -42,7 +47,7 @@ PREPARE_LOCK = 0x676F64776974
 
 def _engine(url: sa.URL, *, writer: bool) -> AsyncEngine:
     settings = {
-        "application_name": "godwit",
+        "application_name": os.environ.get("PGAPPNAME", "godwit"),
         "jit": "off",
         "synchronous_commit": "on",
         "lock_timeout": f"{BUSY_S_MAX}s",
@@ -86,6 +91,9 @@ class PostgresDatabase(Database):
 
         return await self._whole(self._write(alone))
 
+    async def claim(self, work: Callable[[sa.Connection], _T]) -> _T:
+        return await self._whole(self._write(work))
+
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         return await self._whole(self._write(self._fenced(work)))
 
@@ -119,6 +127,9 @@ class PostgresDatabase(Database):
                 with typed_errors():
                     async with engine.begin() as connection:
                         return await connection.run_sync(work)
+        except NotLeaderError as error:
+            log.warning("nothing was written: %s", error)
+            raise
         except TimeoutError as error:
             raise _unreachable(self._url, f"no answer for {ANSWER_S_MAX} s") from error
         except OSError as error:

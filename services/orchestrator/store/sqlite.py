@@ -83,6 +83,9 @@ class SqliteDatabase(Database):
     async def prepare(self, work: Callable[[sa.Connection], _T]) -> _T:
         return await self._run(self._writing, self._writer, work)
 
+    async def claim(self, work: Callable[[sa.Connection], _T]) -> _T:
+        return await self._run(self._writing, self._writer, work)
+
     async def write(self, work: Callable[[sa.Connection], _T]) -> _T:
         done = await self._run(self._writing, self._writer, self._fenced(work))
         self._writes_since_checkpoint += 1

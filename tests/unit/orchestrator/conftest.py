@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from services.orchestrator.store import open_store
-from tests.harness import postgres
 from tests.harness.fake_fleet import FakeFleet, fake_fleet
 from tests.harness.stores import Place
 
@@ -33,19 +30,6 @@ def hooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield directory
     for hold in directory.glob("*.hold"):
         hold.unlink()
-
-
-@pytest.fixture(scope="session")
-def new_database(postgres_server: postgres.Server) -> Callable[[], str]:
-    """Makes databases with a store in them that nothing was written to; their URLs."""
-    template = postgres_server.create()
-
-    async def make() -> None:
-        async with open_store(postgres_server.url(template)):
-            pass
-
-    asyncio.run(make())
-    return lambda: postgres_server.url(postgres_server.create(template))
 
 
 @pytest.fixture(

@@ -459,7 +459,8 @@ async def test_events_end_with_the_process(listening: FakeFleet) -> None:
 
 async def test_health_and_metrics(fleet: FakeFleet) -> None:
     assert await fleet.get("/healthz") == {"status": "ok"}
-    assert await fleet.get("/readyz") == {"status": "ready"}
+    ready = await fleet.get("/readyz")
+    assert (ready["status"], ready["leads"], ready["term"]) == ("ready", True, 1)
     fleet.a.refuse("Pause", FailedPreconditionError("BOOM", "no"))
     await fleet.ended(await fleet.migrate())
     await fleet.ended(await fleet.migrate())
