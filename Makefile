@@ -101,6 +101,10 @@ bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 
 	@ninja -C build/native bench_fault_agent >&2
 	@$(PY) -m tests.bench.faults $(ARGS)
 
+.PHONY: bench-store
+bench-store: setup system-postgres ## admissions, decisions and lists with a long history, on both databases
+	@$(PY) -m tests.bench.store --at build $(ARGS)
+
 .PHONY: soak-moves
 soak-moves: setup ## move a microvm 200 times in a row on each fault backend, checking every page
 	@$(PY) -m tests.soak.moves $(ARGS)

@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+import sqlalchemy as sa
 from ulid import ULID
 
 from services.common.errors import FailedPreconditionError
@@ -52,6 +53,17 @@ class StoreChangedError(FailedPreconditionError):
         )
 
 
+class StoreNotDurableError(StoreError):
+    """What is decided here might be forgotten (I2): nobody leads."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            "STORE_NOT_DURABLE",
+            why,
+            hint="docs/design/store.md, Synchronous standbys",
+        )
+
+
 class Role:
     """What this process is, for whoever asks. A process without an election leads."""
 
@@ -62,6 +74,8 @@ class Role:
         """Where this process is called, as far as it is known yet."""
         self.leads = True
         self.leader = NOBODY
+        self.hindrance = ""
+        """Why nobody can lead, as far as this process sees."""
         self.watch: list[Callable[[bool], None]] = []
         """Told of each change."""
 
@@ -74,10 +88,14 @@ class Role:
         if not self.leads:
             raise NotLeaderError(self.leader)
 
+    def hindered_by(self, why: str) -> None:
+        """Nobody can lead."""
+        self.leader, self.hindrance = NOBODY, why
+
     def become(self, leader: Leader, *, leads: bool) -> None:
         """Who leads now."""
         changed = leads is not self.leads
-        self.leader, self.leads = leader, leads
+        self.leader, self.leads, self.hindrance = leader, leads, ""
         if changed:
             for told in self.watch:
                 told(leads)
@@ -167,16 +185,7 @@ class Election:
         try:
             leader = await self._store.database.read(leadership.read)
             if self._file is not None or not await self._is_led(leader):
-                leader = await self._store.database.claim(
-                    lambda connection: leadership.claim(
-                        connection,
-                        holder=self._role.name,
-                        rest=self._role.rest,
-                        grpc=self._role.grpc,
-                        lease_ns=int(self._lease_s * 1e9),
-                        alone=self._file is not None,
-                    )
-                )
+                leader = await self._store.database.claim(self._take)
             if leader.holder != self._role.name:
                 self._role.become(leader, leads=False)
                 return False
@@ -187,11 +196,27 @@ class Election:
             if self._file is not None:
                 raise
             log.warning("nobody can be elected: %s", error)
+            self._role.hindered_by(str(error))
             self._store.database.term = STANDBY
             return False
         log.info("%s leads in term %d", self._role.name, leader.term)
         self._role.become(leader, leads=False)  # nothing is admitted before it can be moved
         return True
+
+    def _take(self, connection: sa.Connection) -> Leader:
+        self._require_durable(connection)
+        return leadership.claim(
+            connection,
+            holder=self._role.name,
+            rest=self._role.rest,
+            grpc=self._role.grpc,
+            lease_ns=int(self._lease_s * 1e9),
+            alone=self._file is not None,
+        )
+
+    def _require_durable(self, connection: sa.Connection) -> None:
+        if why := self._store.database.hindrance(connection):
+            raise StoreNotDurableError(why)
 
     async def _is_led(self, leader: Leader) -> bool:
         now_ns = await self._store.database.read(leadership.now_ns)
@@ -224,6 +249,11 @@ class Election:
 
     async def _renewed(self) -> bool:
         loop, lease_ns = asyncio.get_running_loop(), int(self._lease_s * 1e9)
+
+        def renew(connection: sa.Connection) -> None:
+            self._require_durable(connection)
+            leadership.renew(connection, leader, lease_ns=lease_ns)
+
         began = loop.time()
         leader = self._mine()
         if began >= self._until:
@@ -231,10 +261,8 @@ class Election:
             return False
         try:
             async with asyncio.timeout_at(self._until):
-                await self._store.database.write(
-                    lambda connection: leadership.renew(connection, leader, lease_ns=lease_ns)
-                )
-        except NotLeaderError as error:
+                await self._store.database.write(renew)
+        except (NotLeaderError, StoreNotDurableError) as error:
             log.error("%s leads no more: %s", leader.holder, error)
             return False
         except (StoreError, TimeoutError) as error:

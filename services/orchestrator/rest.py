@@ -199,6 +199,7 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) 
             leader_rest=leader.rest,
             leader_grpc=leader.grpc,
             term=leader.term,
+            hindrance=role.hindrance,
         )
 
     @router.get("/metrics", response_class=Response)

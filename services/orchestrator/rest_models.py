@@ -374,6 +374,7 @@ class Readiness(BaseModel):
     leader_rest: str = Field(description="HOST:PORT of its REST, as far as it is known")
     leader_grpc: str
     term: int = Field(description="raised whenever another one leads")
+    hindrance: str = Field(description="why nobody can lead; empty: nothing is known against it")
 
 
 def _word(name: str, prefix: str) -> str:

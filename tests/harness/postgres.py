@@ -69,6 +69,8 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.process: subprocess.Popen[bytes] | None = None
+        self.last = ""
+        """Name of the database that was made last."""
 
     def url(self, database: str = "postgres") -> str:
         """For `--store`."""
@@ -98,7 +100,19 @@ class Server:
         """A new database, as `template` is; its name."""
         name = f"t{next(_numbers)}"
         self.sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.last = name
         return name
+
+    def replica(self, where: Path) -> Server:
+        """A standby of this server, streaming, started; `where`: a new directory()."""
+        self.run(
+            "pg_basebackup",
+            *("-h", str(self.directory), "-U", "godwit", "-D", str(where / "data")),
+            *("-R", "--no-sync", "--checkpoint=fast", "--wal-method=stream"),
+        )
+        made = Server(where)
+        made.start()
+        return made
 
     def start(self, **settings: str) -> None:
         """Start it and wait until it answers."""
@@ -136,6 +150,31 @@ class Server:
             self.process.wait(START_S_MAX)
             self.process = None
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send it, and all that it has started, a signal."""
+        for pid in self._pids():
+            os.kill(pid, number)
+
+    def rss_kib(self) -> int:
+        """Memory of its processes, what they share counted once: their proportional set sizes."""
+        total = 0
+        for pid in self._pids():
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total
+
+    def _pids(self) -> list[int]:
+        """The server and its children, each of which is a session of its own."""
+        assert self.process is not None
+        found = [self.process.pid]
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parent = stat.read_text().rpartition(")")[2].split()[1]
+                if int(parent) == self.process.pid:
+                    found.append(int(stat.parent.name))
+        return found
+
     @property
     def _programs(self) -> Path:
         found = programs()
@@ -152,9 +191,12 @@ def _memory() -> str | None:
 
 
 @contextlib.contextmanager
-def directory() -> Iterator[Path]:
-    """A new directory that the server's user may use, and its socket's name is short enough for."""
-    made = Path(tempfile.mkdtemp(prefix="godwit-pg-", dir=_memory()))
+def directory(at: Path | None = None) -> Iterator[Path]:
+    """A new directory that the server's user may use, and its socket's name is short enough for.
+
+    In `at`, else in memory where there is room.
+    """
+    made = Path(tempfile.mkdtemp(prefix="godwit-pg-", dir=at or _memory()))
     try:
         if user := _user():
             shutil.chown(made, user)
@@ -164,9 +206,9 @@ def directory() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def serving(**settings: str) -> Iterator[Server]:
+def serving(at: Path | None = None, **settings: str) -> Iterator[Server]:
     """A new server for the length of the block."""
-    with directory() as where:
+    with directory(at) as where:
         server = Server(where)
         server.run(
             "initdb",

@@ -164,6 +164,10 @@ class Database(abc.ABC):
         What is returned was read after the commit: it is durable, whoever wrote it.
         """
 
+    def hindrance(self, connection: sa.Connection) -> str:  # noqa: ARG002 - not of a file
+        """Why a decision written here might be forgotten, so that nobody should lead; or ""."""
+        return ""
+
     @abc.abstractmethod
     async def close(self) -> None:
         """Finish what was begun, then close every connection."""

@@ -12,6 +12,12 @@ A process that is stopped in a transaction must not keep that row for ever: the 
 session that says nothing for IDLE_S_MAX in a transaction. A server that does not answer is given up
 after ANSWER_S_MAX; then nobody knows whether the transaction was committed: who asked must read.
 `synchronous_commit` is set here and not taken from the server's configuration.
+
+A server that loses its disk loses decisions, unless a synchronous standby has them and is the one
+that is promoted. `?synchronous_standbys=N` of the URL demands that N are attached: without them
+nobody leads. What was decided is then read back in a transaction that writes: its commit too waits
+for the standbys, so that a decision that only the primary has, after a wait that was cancelled or a
+crash in it, is acted on by nobody.
 Source: https://www.postgresql.org/docs/15/explicit-locking.html#LOCKING-ROWS,
 https://www.postgresql.org/docs/15/runtime-config-client.html.
 """
@@ -28,6 +34,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from services.common.errors import InvalidArgumentError
 from services.orchestrator.store import leadership
 from services.orchestrator.store.database import BUSY_S_MAX, Database, StoreError, typed_errors
 from services.orchestrator.store.leadership import NotLeaderError
@@ -41,6 +48,9 @@ CONNECT_S_MAX = 5
 ANSWER_S_MAX = 10
 IDLE_S_MAX = 3
 """Shorter than any lease: the row is free when its holder may be replaced."""
+STANDBYS_MAX = 100
+STANDBYS = "synchronous_standbys"
+"""Parameter of the URL."""
 PREPARE_LOCK = 0x676F64776974
 """Key of the advisory lock of whoever makes or upgrades the tables. Nothing else uses it."""
 
@@ -64,6 +74,20 @@ def _engine(url: sa.URL, *, writer: bool) -> AsyncEngine:
     )
 
 
+_SYNCHRONOUS = "SELECT count(*) FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')"
+
+
+def _show(connection: sa.Connection, name: str) -> str:
+    return str(connection.exec_driver_sql(f"SHOW {name}").scalar_one())
+
+
+def _standbys(url: sa.URL) -> int:
+    text = str(url.query.get(STANDBYS, "0"))
+    if not text.isdecimal() or int(text) > STANDBYS_MAX:
+        raise InvalidArgumentError("STORE_INVALID", f"{STANDBYS}={text!r} is not 0..{STANDBYS_MAX}")
+    return int(text)
+
+
 def _unreachable(url: sa.URL, why: str) -> StoreError:
     return StoreError(
         "STORE_UNREACHABLE",
@@ -78,6 +102,8 @@ class PostgresDatabase(Database):
     dialect = "postgresql"
 
     def __init__(self, url: sa.URL) -> None:
+        self._standbys = _standbys(url)
+        url = url.difference_update_query([STANDBYS])
         self._url = url
         self._writer = _engine(url, writer=True)
         self._reader = _engine(url, writer=False)
@@ -106,9 +132,36 @@ class PostgresDatabase(Database):
         async def both() -> _T:
             async with self._turn:
                 await self._transact(self._writer, self._fenced(write))
-                return await self._transact(self._writer, read)
+                return await self._transact(self._writer, self._behind_standbys(read))
 
         return await self._whole(both())
+
+    def hindrance(self, connection: sa.Connection) -> str:
+        if _show(connection, "fsync") != "on":
+            return "fsync is off: a decision that was answered would not survive a loss of power"
+        if not self._standbys:
+            return ""
+        if not _show(connection, "synchronous_standby_names"):
+            return "synchronous_standby_names is empty: commits wait for no standby"
+        found = connection.exec_driver_sql(_SYNCHRONOUS).scalar_one()
+        if found >= self._standbys:
+            return ""
+        return (
+            f"{found} synchronous standbys are attached, {STANDBYS}={self._standbys};"
+            " to see them takes the role pg_monitor"
+        )
+
+    def _behind_standbys(
+        self, read: Callable[[sa.Connection], _T]
+    ) -> Callable[[sa.Connection], _T]:
+        if not self._standbys:
+            return read
+
+        def read_and_write(connection: sa.Connection) -> _T:
+            connection.exec_driver_sql("UPDATE leadership SET one = one")
+            return read(connection)
+
+        return read_and_write
 
     def _fenced(self, work: Callable[[sa.Connection], _T]) -> Callable[[sa.Connection], _T]:
         def locked(connection: sa.Connection) -> _T:

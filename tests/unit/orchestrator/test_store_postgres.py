@@ -7,6 +7,7 @@ On a real server, which some of these tests stop: they have one of their own.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from services.cli import store as cli
-from services.common.errors import FailedPreconditionError
+from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.common.listen import Address
+from services.orchestrator.main import Settings, working
 from services.orchestrator.migration import Decision, Phase
 from services.orchestrator.store import (
     StoreBusyError,
@@ -26,7 +29,7 @@ from services.orchestrator.store import (
     schema,
 )
 from tests.harness.fake_fleet import VM, eventually, fake_fleet
-from tests.harness.postgres import Server, serving
+from tests.harness.postgres import Server, directory, serving
 from tests.harness.stores import admit, execute, fleet_store, switchover
 
 pytestmark = pytest.mark.requires("postgres")
@@ -187,3 +190,96 @@ async def test_a_database_that_was_put_back_is_rebuilt_from_the_agents(
         for command in (cli.backup, cli.restore):
             with pytest.raises(FailedPreconditionError, match="STORE_ON_SERVER"):
                 command(tmp_path / "copy", store=url)
+
+
+# --- synchronous standbys ---
+
+
+@pytest.fixture
+def replicated(own_server: Server) -> Iterator[tuple[Server, Server]]:
+    """A primary and its standby, which every commit waits for."""
+    with directory() as where:
+        standby = own_server.replica(where)
+        try:
+            own_server.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            own_server.sql("SELECT pg_reload_conf()")
+            yield own_server, standby
+        finally:
+            standby.stop()
+
+
+def _demanding(server: Server, database: str) -> str:
+    return f"{server.url(database)}&synchronous_standbys=1"
+
+
+async def test_without_its_synchronous_standby_nobody_leads(own_server: Server) -> None:
+    """And it says why; with one attached it leads, and ceases when the policy is taken away."""
+    url = _demanding(own_server, own_server.create())
+    listen = Address(host="127.0.0.1", port=0)
+    settings = Settings(store=url, rest=listen, grpc=listen, lease_s=1.0)
+    async with working(settings) as core:
+        role = core.context.role
+        assert not role.leads
+        assert "synchronous_standby_names is empty" in role.hindrance
+        with directory() as where:
+            standby = await asyncio.to_thread(own_server.replica, where)
+            try:
+                own_server.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+                own_server.sql("SELECT pg_reload_conf()")
+                await eventually(lambda: role.leads, wait_s=60)
+                own_server.sql("ALTER SYSTEM SET synchronous_standby_names = ''")
+                own_server.sql("SELECT pg_reload_conf()")
+                await eventually(lambda: not role.leads, wait_s=60)
+                await eventually(lambda: role.hindrance, wait_s=60)
+            finally:
+                await asyncio.to_thread(standby.stop)
+
+
+async def test_a_decision_is_on_the_standby_when_it_is_answered(
+    replicated: tuple[Server, Server],
+) -> None:
+    """I2: the primary is lost with its disk, its synchronous standby is promoted."""
+    primary, standby = replicated
+    database = primary.create()
+    async with fleet_store(_demanding(primary, database)) as store:
+        row = await switchover(store)
+        decided = await store.migrations.decide(row, Decision.COMMITTED, now_ns=3)
+        primary.stop()
+    standby.sql("SELECT pg_promote()")
+    async with open_store(standby.url(database)) as store:
+        assert await store.migrations.get("m1") == decided
+        again = await store.migrations.decide(row, Decision.ABORTED, now_ns=4)
+        assert again.decision is Decision.COMMITTED
+
+
+async def test_a_decision_that_only_the_primary_has_is_not_answered(
+    replicated: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor read back: whoever asks again waits for the standby too. Then it is what it was."""
+    primary, standby = replicated
+    async with fleet_store(_demanding(primary, primary.create())) as store:
+        row = await switchover(store)
+        monkeypatch.setattr(postgres, "ANSWER_S_MAX", 1)
+        standby.signal(signal.SIGSTOP)
+        try:
+            for decision in (Decision.COMMITTED, Decision.ABORTED):
+                with pytest.raises(StoreError):
+                    await store.migrations.decide(row, decision, now_ns=3)
+        finally:
+            standby.signal(signal.SIGCONT)
+        monkeypatch.setattr(postgres, "ANSWER_S_MAX", 60)
+
+        async def decided() -> object:
+            try:
+                return await store.migrations.decide(row, Decision.ABORTED, now_ns=4)
+            except StoreError:
+                return None
+
+        found = await eventually(decided, wait_s=100)
+        assert found.decision is Decision.COMMITTED
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1000"])
+def test_a_policy_is_a_number(text: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="STORE_INVALID"):
+        postgres.PostgresDatabase(sa.make_url(f"postgresql://u@h/d?synchronous_standbys={text}"))
