@@ -91,6 +91,9 @@ def demo(
         ),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep that directory at the end.")] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="With certificates: every connection is TLS 1.3.")
+    ] = False,
     sabotage: Annotated[
         str | None, typer.Option("--sabotage", hidden=True, help="For tests; docs/testing.md.")
     ] = None,
@@ -103,7 +106,7 @@ def demo(
     with threads for a processor, KVM or root. Exit status 0 only if all of it is proved unharmed.
     """
     options = _options(memory, workload_mib, dirty_rate, vcpus, directory, keep, sabotage)
-    options = replace(options, accel=accel.value, fault_backend=fault_backend.value)
+    options = replace(options, accel=accel.value, fault_backend=fault_backend.value, tls=tls)
     if vmm is Vmm.BOTH and directory is not None:
         raise typer.BadParameter("not with --vmm both", param_hint="--dir")
     runs = ("qemu", "microvm") if vmm is Vmm.BOTH else (vmm.value,)

@@ -25,7 +25,7 @@ from services.cli import (
     vms,
 )
 from services.cli.exit_status import ExitStatus, of_http
-from services.cli.session import ENV_URL, Options, OutputOption, UrlOption
+from services.cli.session import ENV_URL, Options, OutputOption, TlsDirOption, UrlOption
 
 _EPILOG = """\
 Exit status: 0 done · 1 bug · 2 wrong usage · 3 refused · 4 not found · 5 unreachable ·
@@ -59,9 +59,16 @@ app.command("orchestrator", context_settings=processes.PASS_ON)(processes.orches
 
 
 @app.callback()
-def root(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOption = None) -> None:
+def root(
+    ctx: typer.Context,
+    output: OutputOption = None,
+    orchestrator: UrlOption = None,
+    tls_dir: TlsDirOption = None,
+) -> None:
     """Move running VMs between the nodes of a fleet by post-copy live migration."""
-    ctx.ensure_object(Options).override(output, orchestrator)
+    options = ctx.ensure_object(Options)
+    options.override(output, orchestrator)
+    options.tls_dir = tls_dir
 
 
 def main() -> NoReturn:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
     from godwit.client import Client  # not at run time: --help must not wait for an HTTP stack
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_TLS_URL = "https://127.0.0.1:8080"
 ENV_URL = "GODWIT_ORCHESTRATOR"
+TLS_DIR_ENV = "GODWIT_TLS_DIR"
+"""As services.common.listen says, which imports more than --help may wait for."""
 
 OutputOption = Annotated[
     OutputFormat | None,
@@ -33,17 +38,35 @@ UrlOption = Annotated[
 ]
 
 
+TlsDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-dir",
+        metavar="DIR",
+        help="Certificates for the orchestrator: ca.crt, and tls.crt and tls.key to be known by."
+        f" [env: {TLS_DIR_ENV}]",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(slots=True)
 class Options:
     """Options of the command, each None until given; the innermost one counts."""
 
     output: OutputFormat | None = None
     url: str | None = None
+    tls_dir: Path | None = None
 
     def override(self, output: OutputFormat | None, url: str | None) -> None:
         """Take over what a subcommand was given."""
         self.output = output or self.output
         self.url = url or self.url
+
+    def certificates(self) -> Path | None:
+        """The directory with them; None: plaintext, or a certificate that everybody believes."""
+        given = os.environ.get(TLS_DIR_ENV)
+        return self.tls_dir or (Path(given) if given else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +80,16 @@ class Session:
 @contextmanager
 def session(ctx: typer.Context, output: OutputFormat | None, url: str | None) -> Iterator[Session]:
     """A client for the orchestrator that the options name."""
-    import os
-
     from godwit.client import Client
 
     options = ctx.ensure_object(Options)
     options.override(output, url)
-    chosen = options.url or os.environ.get(ENV_URL) or DEFAULT_URL
+    tls_dir = options.certificates()
+    chosen = options.url or os.environ.get(ENV_URL) or (DEFAULT_TLS_URL if tls_dir else DEFAULT_URL)
     if not chosen.startswith(("http://", "https://")):
         raise typer.BadParameter(
             f"{chosen!r} is not a URL; write for example {DEFAULT_URL}",
             param_hint=f"--orchestrator or {ENV_URL}",
         )
-    with Client(chosen) as client:
+    with Client(chosen, tls_dir=tls_dir) as client:
         yield Session(client, options.output or OutputFormat.TABLE)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.cli.session import Options
+
 if TYPE_CHECKING:
     from services.orchestrator.rebuild import Report
 
@@ -76,6 +78,7 @@ def restore(
 
 @app.command()
 def rebuild(
+    ctx: typer.Context,
     store: StoreOption = DEFAULT,
     from_agents: Annotated[
         bool, typer.Option("--from-agents", help="Merge the journals of all nodes' agents.")
@@ -106,7 +109,8 @@ def rebuild(
         )
     import asyncio
 
-    report = asyncio.run(_rebuild(store, node or [], without or []))
+    tls_dir = ctx.ensure_object(Options).certificates()
+    report = asyncio.run(_rebuild(store, node or [], without or [], tls_dir))
     for note in report.notes:
         print(note)
     asked = ", ".join(report.nodes) or "no node"
@@ -123,9 +127,12 @@ def _shown(store: str) -> str:
     return server.render_as_string(hide_password=True) if server else store
 
 
-async def _rebuild(store: str, nodes: list[str], without: list[str]) -> Report:
+async def _rebuild(
+    store: str, nodes: list[str], without: list[str], tls_dir: Path | None = None
+) -> Report:
     import time
 
+    from services.common.peer_tls import open_certificates
     from services.orchestrator.agents import AgentPool
     from services.orchestrator.election import alone
     from services.orchestrator.main import read_node
@@ -144,4 +151,10 @@ async def _rebuild(store: str, nodes: list[str], without: list[str]) -> Report:
         for text in nodes:
             name, address = read_node(text)
             await opened.fleet.put_node(name, address, now_ns=time.time_ns())
-        return await merge_all(opened, AgentPool, without=without, now_ns=time.time_ns())
+        certificates = open_certificates(tls_dir)
+        return await merge_all(
+            opened,
+            lambda incarnation: AgentPool(incarnation, certificates=certificates),
+            without=without,
+            now_ns=time.time_ns(),
+        )

@@ -142,13 +142,14 @@ def issue(
     addresses: Sequence[str] = (),
     days: int,
     now: dt.datetime,
+    key: ec.EllipticCurvePrivateKey | None = None,
 ) -> Pair:
-    """A certificate with a key of its own, for both ends of a connection.
+    """A certificate for both ends of a connection; with a key of its own unless it has one.
 
     Raises:
         InvalidArgumentError: FIELD_INVALID: an address is neither a host name nor numeric.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = key or ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject.dns_name[:64])])
     names = [x509.DNSName(subject.dns_name), *(_general_name(each) for each in addresses)]
     builder = _builder(name, authority.certificate.subject, key, days=days, now=now)

@@ -40,6 +40,7 @@ from services.common.errors import (
 )
 from services.common.grpc_server import MESSAGE_MAX_BYTES, METADATA_MAX_BYTES
 from services.common.health import SERVICE_NAME
+from services.common.peer_tls import PeerTls
 
 CONNECT_S = 5.0
 HEARTBEAT_S = 1.0
@@ -82,9 +83,17 @@ class NotExecutedError(UnavailableError):
     """No connection to the peer: nothing was sent. Raised here only, never by a peer's word."""
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to `address` (host:port). Connects when it is used; close it, or `async with`."""
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+def open_channel(address: str, tls: PeerTls | None = None) -> grpc.aio.Channel:
+    """A channel to `address` (host:port). Connects when it is used; close it, or `async with`.
+
+    `tls`: who is expected there; without it plaintext is spoken.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=OPTIONS)
+    # Late: who speaks plaintext needs none of it.
+    from services.common.tls_channel import TlsChannel
+
+    return TlsChannel(address, tls, OPTIONS)
 
 
 def outcome_unknown(error: GodwitError) -> bool:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -21,6 +21,9 @@ from grpc_health.v1 import health_pb2_grpc
 from services.common import grpc_status, health, telemetry
 from services.common.errors import GodwitError, InternalError, UnavailableError
 from services.common.listen import Address
+
+if TYPE_CHECKING:
+    from services.common.tls import Certificates
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +178,15 @@ def preload() -> ModuleType:
 
 @contextlib.asynccontextmanager
 async def serving(
-    listen: Address, services: Sequence[Service], *, stop_grace_s: float = STOP_GRACE_S
+    listen: Address,
+    services: Sequence[Service],
+    *,
+    stop_grace_s: float = STOP_GRACE_S,
+    certificates: Certificates | None = None,
 ) -> AsyncIterator[Running]:
     """Serve `services`, health and reflection for the length of the block.
 
+    `certificates`: callers must show one that ours knows; None: plaintext.
     Every service is SERVING at once; `Running.health` changes that. At the end calls under way have
     `stop_grace_s` seconds. Whether `listen` may be bound is `parse_listen`'s question.
 
@@ -196,7 +204,11 @@ async def serving(
         (*names, health.SERVICE_NAME, str(reflection.SERVICE_NAME)), server
     )
     try:
-        port = server.add_insecure_port(str(listen))
+        port = (
+            server.add_secure_port(str(listen), certificates.server_credentials())
+            if certificates
+            else server.add_insecure_port(str(listen))
+        )
     except RuntimeError as error:
         raise UnavailableError(
             "LISTEN_FAILED", f"cannot bind {listen}", hint="is another process listening there?"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Addresses to bind and to dial, `host:port` or `[v6]:port`.
 
-Until there is mTLS a listener that others can reach hands guest memory to whoever asks, so binding
-anything but loopback needs the operator's explicit word (DESIGN 3.4).
+A listener without TLS that others can reach hands guest memory to whoever asks, so binding anything
+but loopback needs `--tls-dir`, or the operator's explicit word (DESIGN 3.4, ADR 11).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from services.common.errors import InvalidArgumentError
 
 INSECURE_FLAG = "--insecure-plaintext"
+TLS_DIR_FLAG = "--tls-dir"
+TLS_DIR_ENV = "GODWIT_TLS_DIR"
 PORT_MAX = 65535
 
 _HOST_PORT = re.compile(
@@ -61,11 +63,13 @@ def parse_address(text: str) -> Address:
     return Address(host=match["v6"] or match["host"], port=int(match["port"]))
 
 
-def parse_listen(text: str, *, insecure_plaintext: bool = False) -> Address:
+def parse_listen(text: str, *, insecure_plaintext: bool = False, tls: bool = False) -> Address:
     """Read an address to bind; "localhost" is 127.0.0.1, any other name is refused.
 
+    `tls`: TLS is spoken there, so that others may reach it.
+
     Raises:
-        InvalidArgumentError: ADDRESS_INVALID; LISTEN_NOT_LOOPBACK without `insecure_plaintext`.
+        InvalidArgumentError: ADDRESS_INVALID; LISTEN_NOT_LOOPBACK without either.
     """
     match = _HOST_PORT.fullmatch(text)
     host = (match["v6"] or match["host"]) if match else ""
@@ -81,10 +85,11 @@ def parse_listen(text: str, *, insecure_plaintext: bool = False) -> Address:
             hint="write NUMERIC-HOST:PORT, e.g. 127.0.0.1:7443 or [::1]:0; port 0 takes a free one",
         )
     address = Address(host=host, port=int(match["port"]))
-    if not address.is_loopback and not insecure_plaintext:
+    if not address.is_loopback and not insecure_plaintext and not tls:
         raise InvalidArgumentError(
             "LISTEN_NOT_LOOPBACK",
             f"{address} can be reached from other machines, and this listener has no TLS",
-            hint=f"bind 127.0.0.1, or give {INSECURE_FLAG} if the network itself is trusted",
+            hint=f"bind 127.0.0.1, give {TLS_DIR_FLAG} DIR (`godwit certs` makes one), or"
+            f" {INSECURE_FLAG} if the network itself is trusted",
         )
     return address

@@ -14,13 +14,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from godwit.client import AsyncClient
+from godwit.client import TIMEOUT_S, AsyncClient
 from godwit.errors import GodwitClientError
 from godwit.models import Node
 
 from services.common.errors import UnavailableError
-from services.common.listen import INSECURE_FLAG
+from services.common.listen import INSECURE_FLAG, TLS_DIR_FLAG
 from services.demo import leftovers
+from services.demo.cluster_tls import OPERATOR, ORCHESTRATOR, ClusterTls, make_cluster_tls
 from services.demo.part import START_TIMEOUT_S, Part, base_environment
 from services.fault_agent import journal
 from services.fault_agent.drivers.command_line import (
@@ -52,9 +53,10 @@ class Place:
         """What to bind."""
         return f"{self.address}:{port}"
 
-    @property
-    def flags(self) -> tuple[str, ...]:
+    def flags(self, tls_dir: Path | None) -> tuple[str, ...]:
         """What a part needs to be told that binds to it."""
+        if tls_dir is not None:
+            return TLS_DIR_FLAG, str(tls_dir)
         return () if self.address == "127.0.0.1" else (INSECURE_FLAG,)
 
 
@@ -101,11 +103,19 @@ class Cluster:
     nodes: Mapping[str, NodeParts]
     claim: leftovers.Claim
     rest_at: str = ""
+    tls: ClusterTls | None = None
+    """None: plaintext."""
 
     @property
     def rest_url(self) -> str:
         """Where the orchestrator's REST API is, for us."""
-        return f"http://{self.rest_at or self.orchestrator.addresses['rest']}"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{self.rest_at or self.orchestrator.addresses['rest']}"
+
+    def client(self, timeout_s: float = TIMEOUT_S) -> AsyncClient:
+        """A client of it, for whoever drives the cluster."""
+        tls_dir = self.tls.member(OPERATOR) if self.tls else None
+        return AsyncClient(self.rest_url, timeout_s=timeout_s, tls_dir=tls_dir)
 
     @property
     def parts(self) -> list[Part]:
@@ -135,6 +145,7 @@ async def running_cluster(
     made: Callable[[Path], None] | None = None,
     agent_flags: Sequence[str] = (),
     kept_capabilities: Sequence[str] = NETWORK_CAPABILITIES,
+    tls: bool = False,
 ) -> AsyncIterator[Cluster]:
     """Start an orchestrator and its nodes; at the end stop them and every VMM that they left.
 
@@ -148,6 +159,7 @@ async def running_cluster(
         rest_at: HOST:PORT at which we reach REST, if it is not where the orchestrator listens.
         agent_flags: further arguments of each agent.
         kept_capabilities: what each agent keeps beside what every agent does.
+        tls: every part has certificates, and speaks nothing else.
         made: called with `directory` when it is there and still empty.
 
     Raises:
@@ -163,10 +175,12 @@ async def running_cluster(
     await leftovers.remove_stale(ram_parent)
     async with leftovers.claimed(ram_parent, directory) as claim:
         nodes: dict[str, NodeParts] = {}
+        keys = make_cluster_tls(directory / "tls", tuple(node_names)) if tls else None
         cluster = Cluster(
             directory=directory,
+            tls=keys,
             orchestrator=_orchestrator(
-                directory, base, hooked=hooked, place=places.get("orchestrator", HERE)
+                directory, base, hooked=hooked, place=places.get("orchestrator", HERE), tls=keys
             ),
             nodes=nodes,
             claim=claim,
@@ -193,7 +207,14 @@ async def running_cluster(
             await asyncio.gather(*(part.kill() for part in cluster.parts))
 
 
-def _orchestrator(directory: Path, base: Mapping[str, str], *, hooked: bool, place: Place) -> Part:
+def _orchestrator(
+    directory: Path,
+    base: Mapping[str, str],
+    *,
+    hooked: bool,
+    place: Place,
+    tls: ClusterTls | None,
+) -> Part:
     return Part(
         "orchestrator",
         [
@@ -201,7 +222,7 @@ def _orchestrator(directory: Path, base: Mapping[str, str], *, hooked: bool, pla
             *("--rest", place.listen(place.rest_port)),
             *("--grpc", place.listen()),
             *("--store", str(directory / "orchestrator.sqlite")),
-            *place.flags,
+            *place.flags(tls.member(ORCHESTRATOR) if tls else None),
         ],
         pinned={"rest": "--rest", "grpc": "--grpc"},
         directory=directory,
@@ -223,6 +244,7 @@ async def _start_node(
 ) -> None:
     state_dir, ram_dir = cluster.directory / name, cluster.claim.path / name
     images_dir = state_dir / "images"
+    flags = place.flags(cluster.tls.member(name) if cluster.tls else None)
     images_dir.mkdir(parents=True)
     ram_dir.mkdir()
     page_server = Part(
@@ -234,7 +256,7 @@ async def _start_node(
             *("--metrics", "127.0.0.1:0"),
             *("--images-dir", str(images_dir)),
             *("--ram-dir", str(ram_dir)),
-            *place.flags,
+            *flags,
         ],
         pinned={"page": "--listen", "control": "--control", "metrics": "--metrics"},
         directory=cluster.directory,
@@ -255,7 +277,7 @@ async def _start_node(
             *("--ram-dir", str(ram_dir)),
             *("--page-server-control", page_server.addresses["control"]),
             *("--orchestrator", cluster.orchestrator.addresses["grpc"]),
-            *place.flags,
+            *flags,
             *agent_flags,
         ],
         pinned={"grpc": "--listen", "metrics": "--metrics"},
@@ -274,7 +296,7 @@ async def _start_node(
 async def _wait_reachable(cluster: Cluster) -> None:
     nodes: list[Node] = []
     try:
-        async with AsyncClient(cluster.rest_url) as client, asyncio.timeout(START_TIMEOUT_S):
+        async with cluster.client() as client, asyncio.timeout(START_TIMEOUT_S):
             while {node.name for node in nodes if node.reachable} != set(cluster.nodes):
                 await asyncio.sleep(0.05)
                 nodes = await client.nodes()
@@ -292,7 +314,7 @@ async def _stop_vms(cluster: Cluster) -> None:
     if not cluster.orchestrator.is_running:
         return
     with contextlib.suppress(GodwitClientError):
-        async with AsyncClient(cluster.rest_url, timeout_s=_STOP_VM_TIMEOUT_S) as client:
+        async with cluster.client(_STOP_VM_TIMEOUT_S) as client:
             for vm in await client.vms():
                 with contextlib.suppress(GodwitClientError):
                     await client.stop_vm(vm.vm_id)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from godwit.client import AsyncClient
 from godwit.errors import GodwitClientError
 from godwit.models import Migration
 
@@ -49,8 +48,8 @@ async def run_microvm(options: Options, narrator: Narrator, directory: Path) -> 
     spec = await _spec(options, narrator)
     narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
     async with (
-        running_cluster(directory / "cluster") as cluster,
-        AsyncClient(cluster.rest_url) as client,
+        running_cluster(directory / "cluster", tls=options.tls) as cluster,
+        cluster.client() as client,
     ):
         narrator.step(f"guest: starts on node a, fills and checks {options.workload_mib} MiB")
         guest = await MicrovmGuest.start(spec, "a", cluster=cluster, client=client)

@@ -42,6 +42,7 @@ class Options:
         directory: for state and logs, must not exist; None = a new one that goes at the end.
         keep: it stays even so.
         harm: for tests.
+        tls: every part has certificates, and speaks nothing else.
     """
 
     memory_bytes: int = 512 * MIB
@@ -54,3 +55,4 @@ class Options:
     directory: Path | None = None
     keep: bool = False
     harm: Harm | None = None
+    tls: bool = False

@@ -100,9 +100,9 @@ async def _run_qemu(
         disk = await asyncio.to_thread(_make_disk, directory) if has_disk else None
         narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
         cluster = await stack.enter_async_context(
-            running_cluster(directory / "cluster", hooked=options.harm is not None)
+            running_cluster(directory / "cluster", hooked=options.harm is not None, tls=options.tls)
         )
-        client = await stack.enter_async_context(AsyncClient(cluster.rest_url))
+        client = await stack.enter_async_context(cluster.client())
         follower = await stack.enter_async_context(ConsoleFollower())
         workload = Workload(
             mib=options.workload_mib,

@@ -28,7 +28,7 @@ from services.fault_agent.drivers.api import (
     VmmUnreachableError,
     covers,
 )
-from services.fault_agent.journal import Role
+from services.fault_agent.journal import Arriving, Role
 from services.fault_agent.node import Node
 from services.fault_agent.processes import Process
 from services.fault_agent.vms import Vm
@@ -143,7 +143,29 @@ class ArrivalEngines:
         if arriving is None or vm.watch is None or vm.watch.closed:
             return
         address = await numeric(arriving.page_address)
+        vm.watch.arrival.set_token(bytes.fromhex(arriving.token))
         vm.watch.arrival.set_page_server(address.host, address.port)
+
+    def with_server_key(self, vm: Vm) -> Arriving:
+        """The arrival, with the key by which its page server is known now; pinned from here on."""
+        arriving = vm.record.arriving
+        assert arriving is not None, "an arriving VM has an arrival"
+        security = self._node.security
+        if security is None or vm.watch is None or vm.watch.closed:
+            return arriving
+        key = vm.watch.arrival.page_server_key()
+        if key:
+            security.pin(vm.vm_id, key)
+        return replace(arriving, page_server_key=key.hex() or arriving.page_server_key)
+
+    async def _learn_server_key(self, vm: Vm) -> None:
+        async with vm.lock:
+            if vm.record.arriving is None or not vm.record.epoch_prepared:
+                return
+            arriving = self.with_server_key(vm)
+            if arriving != vm.record.arriving:
+                log.info("arrival of %s: its page server has another key", vm.vm_id)
+                await vm.write(replace(vm.record, arriving=arriving))
 
     async def stop(self, vm: Vm) -> None:
         """End the engine. The guest stays blocked on what is absent. Idempotent."""
@@ -152,6 +174,8 @@ class ArrivalEngines:
         watch, vm.watch = vm.watch, None
         if watch is not None:
             await watch.close()
+        if self._node.security is not None:
+            self._node.security.unpin(vm.vm_id)
         armed = self._armed.pop(vm.vm_id, None)
         if armed is not None:
             armed.close()
@@ -194,6 +218,11 @@ class ArrivalEngines:
         if not covers(pieces, vm.spec.memory_bytes):
             raise ArmError("mappings of the VMM", f"they are {pieces}, not all of the memory")
         address = await numeric(arriving.page_address)
+        security = self._node.security
+        if security is not None:
+            self._node.peer_tls(arriving.page_server_name)  # it has one
+            if arriving.page_server_key:
+                security.pin(vm.vm_id, bytes.fromhex(arriving.page_server_key))
         config = ArrivalConfig(
             page_size_bytes=PAGE_BYTES,
             epoch=epoch,
@@ -212,6 +241,9 @@ class ArrivalEngines:
             adopt=adopt,
             bulk_bytes_per_s_max=arriving.bulk_bytes_per_s_max,
             sandbox=self._node.config.sandbox,
+            tls=security.identity if security is not None else None,
+            page_server_name=arriving.page_server_name,
+            token=bytes.fromhex(arriving.token),
         )
         try:
             arrival = self._node.pagecore.create_arrival(config)
@@ -272,6 +304,8 @@ class ArrivalEngines:
         )
         if status.phase is ArrivalPhase.REFUSED and vm.record.epoch_activating:
             self._node.start_task(self._ask_again(vm), f"ask again {vm.vm_id}")
+        if self._node.security is not None and status.phase is ArrivalPhase.FETCHING:
+            self._node.start_task(self._learn_server_key(vm), f"learn the key for {vm.vm_id}")
         self.check_complete(vm)
 
     async def _complete(self, vm: Vm) -> None:

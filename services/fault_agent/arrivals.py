@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
@@ -56,6 +56,8 @@ class ArrivalOrder:
     traceparent: str
     bulk_bytes_per_s_max: int
     freeze_after_ms: int
+    page_server_name: str
+    token: bytes = field(repr=False)
 
     @classmethod
     def read(cls, fence: Fence, message: pb.PrepareArrival) -> ArrivalOrder:
@@ -94,6 +96,8 @@ class ArrivalOrder:
             traceparent=message.traceparent,
             bulk_bytes_per_s_max=message.bulk_bytes_per_s_max,
             freeze_after_ms=freeze_after_ms,
+            page_server_name=message.page_server_name,
+            token=message.fetch_token,
         )
 
 
@@ -349,6 +353,8 @@ class Arrivals:
             traceparent=order.traceparent,
             bulk_bytes_per_s_max=order.bulk_bytes_per_s_max,
             freeze_after_ms=order.freeze_after_ms,
+            page_server_name=order.page_server_name,
+            token=order.token.hex(),
         )
         # Names first: what is made from here on can be found and removed after a crash.
         await vm.write(
@@ -388,7 +394,9 @@ class Arrivals:
                 hint="check the page server of the source and the network between the nodes",
             )
         await reach("agent.prepare.before_prepared")
-        await vm.write(replace(vm.record, epoch_prepared=fence.epoch))
+        # By which key its memory comes, durable with the promise that it will.
+        arriving = self._engines.with_server_key(vm)
+        await vm.write(replace(vm.record, epoch_prepared=fence.epoch, arriving=arriving))
 
     async def _require_still_alive(self, vm: Vm, before: Record) -> None:
         """Take ACTIVATING back if the VMM died before it was durable: `cont` was not attempted.
@@ -433,11 +441,13 @@ class Arrivals:
 
     async def _redirect(self, vm: Vm, order: ArrivalOrder) -> None:
         arriving = vm.record.arriving
-        if arriving is None or arriving.page_address == order.page_address:
+        if arriving is None:
             return
-        await vm.write(
-            replace(vm.record, arriving=replace(arriving, page_address=order.page_address))
-        )
+        token = order.token.hex() or arriving.token
+        wanted = replace(arriving, page_address=order.page_address, token=token)
+        if wanted == arriving:
+            return
+        await vm.write(replace(vm.record, arriving=wanted))
         await self._engines.redirect(vm)
 
     async def _take_back(self, vm: Vm) -> None:

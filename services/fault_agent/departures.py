@@ -16,7 +16,7 @@ from services.common.errors import FailedPreconditionError
 from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
 from services.fault_agent import kept_state
-from services.fault_agent.device_state import CHUNK_BYTES_MAX, Outgoing
+from services.fault_agent.device_state import CHUNK_BYTES_MAX, Outgoing, Peer
 from services.fault_agent.drivers.api import Vmm, VmmRefusedError, VmmState
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.fence import Command, Fence, wrong_state
@@ -61,7 +61,7 @@ class Departures:
         self._node = node
         self._preflight = preflight
 
-    async def prepare(self, fence: Fence, destination_address: str) -> pb.PrepareResponse:
+    async def prepare(self, fence: Fence, order: pb.PrepareDeparture) -> pb.PrepareResponse:
         """Export the memory as a LIVE image; begin to connect. The guest runs on.
 
         Raises:
@@ -90,14 +90,19 @@ class Departures:
                             epoch=record.epoch_owned,
                             generation=generation,
                             state=ExportState.LIVE,
+                            destination=order.destination_name,
+                            destination_epoch=fence.epoch if order.destination_name else 0,
+                            token_key=order.token_key.hex(),
                         ),
                         transferred=None,
                     )
                 )
             elif record.role is not Role.DEPARTING or record.epoch_departing != fence.epoch:
                 raise wrong_state(record, Command.PREPARE_DEPARTURE, "it does not live here")
-            if destination_address:
-                await vm.meet_peer(destination_address)
+            else:
+                await self._take_token_key(vm, order.token_key.hex())
+            if order.destination_address:
+                await self._meet_peer(vm, order.destination_address)
             await self._publish(vm)
             spec = vm.spec
             return pb.PrepareResponse(
@@ -107,8 +112,21 @@ class Departures:
                 spec_hash=spec.spec_hash,
             )
 
+    async def _take_token_key(self, vm: Vm, token_key: str) -> None:
+        """An orchestrator that came after signs with a key of its own."""
+        export = vm.record.export
+        if export is not None and export.state is ExportState.LIVE and token_key:
+            export = replace(export, token_key=token_key)
+            if export != vm.record.export:
+                await vm.write(replace(vm.record, export=export), durable=False)
+
+    async def _meet_peer(self, vm: Vm, address: str) -> Peer:
+        export = vm.record.export
+        name = export.destination if export is not None else ""
+        return await vm.meet_peer(address, self._node.peer_tls(name))
+
     async def pause(
-        self, fence: Fence, transfer_to: str = ""
+        self, fence: Fence, transfer_to: str = "", destination_key: str = ""
     ) -> tuple[pb.Evidence, Transferred | None]:
         """Stop the vCPUs and freeze the image. Given again it goes on where it stopped.
 
@@ -127,6 +145,9 @@ class Departures:
             self._require_departing(vm, fence, Command.PAUSE)
             vmm = await vm.require_process(Command.PAUSE)
             export, generation = _frozen(vm.record)
+            # Durable with FROZEN: from here on a guest may depend on it.
+            if destination_key:
+                export = replace(export, destination_key=destination_key)
             outgoing = None
             if transfer_to:
                 outgoing = await self._begin(vm, vmm, fence, generation, transfer_to)
@@ -199,7 +220,7 @@ class Departures:
         """
         if vm.transfer is not None and not _never_began(vm.transfer):
             return None
-        peer = await vm.meet_peer(address)
+        peer = await self._meet_peer(vm, address)
         # FROZEN is journaled before a save begins, by whichever agent of this boot.
         export = vm.record.export
         saved = export is not None and export.state is ExportState.FROZEN

@@ -36,6 +36,7 @@ from services.common.errors import (
 )
 from services.common.grpc_client import NotExecutedError
 from services.common.hooks import reach
+from services.common.peer_tls import PeerTls
 from services.fault_agent.drivers.api import Vmm
 from services.fault_agent.evidence import write_fence
 from services.fault_agent.fence import Fence
@@ -65,9 +66,9 @@ class Saved:
 class Peer:
     """A connection to the agent of the destination: opened early, closed with the departure."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: PeerTls | None = None) -> None:
         self.address = address
-        self.channel = grpc_client.open_channel(address)
+        self.channel = grpc_client.open_channel(address, tls)
         # Connects now and not when the guest stands still.
         self.channel.get_state(try_to_connect=True)
 

@@ -5,6 +5,7 @@
 
     {"image_id": "web-1.7.9", "vm_id": "web-1", "boot_id": "...", "epoch": 7, "inode": 1234,
      "generation": 2, "state": "frozen", "ram_path": "/dev/shm/...",
+     "destination": "b.node.godwit", "destination_epoch": 9, "destination_key": "", "token_key": "",
      "regions": [{"gpa": 0, "size_bytes": N, "file_offset": 0, "page_size_bytes": 4096}, ...]}
 
 The directory is the only truth; the page server is told to read it again and answers what is in
@@ -24,6 +25,7 @@ from godwit.page.v1 import image_admin_service_pb2, image_admin_service_pb2_grpc
 
 from services.common import grpc_client
 from services.common.errors import GodwitError, UnavailableError
+from services.common.peer_tls import PeerTls
 from services.fault_agent.drivers.api import MemoryRegion
 from services.fault_agent.journal import Export, ExportState, Record
 
@@ -94,6 +96,10 @@ def record_bytes(record: Record, export: Export, regions: Sequence[MemoryRegion]
             }
             for region in regions
         ],
+        "destination": export.destination,
+        "destination_epoch": export.destination_epoch,
+        "destination_key": export.destination_key,
+        "token_key": export.token_key,
     }
     return json.dumps(fields, indent=1).encode() + b"\n"
 
@@ -101,11 +107,13 @@ def record_bytes(record: Record, export: Export, regions: Sequence[MemoryRegion]
 class Images:
     """The records of a node, and the page server that serves them."""
 
-    def __init__(self, directory: Path, page_server_control: str) -> None:
+    def __init__(
+        self, directory: Path, page_server_control: str, tls: PeerTls | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._control = page_server_control
-        self._channel = grpc_client.open_channel(page_server_control)
+        self._channel = grpc_client.open_channel(page_server_control, tls)
         self._stub = image_admin_service_pb2_grpc.ImageAdminServiceStub(self._channel)
         # One reload at a time: an answer tells about the records that were there when it began.
         self._reloading = asyncio.Lock()

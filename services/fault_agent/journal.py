@@ -79,6 +79,13 @@ class Export:
     """Under which the guest last ran on this memory."""
     generation: int
     state: ExportState
+    destination: str = ""
+    """DNS name of the node that alone may read it; empty: any node."""
+    destination_epoch: int = 0
+    destination_key: str = ""
+    """Hex. Of the destination, from the pause on: its key is good whatever its certificate says."""
+    token_key: str = ""
+    """Hex. Public key of who signs the tokens of readers; empty: none is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +141,12 @@ class Arriving:
     """Number of the userfaultfd in the VMM; -1: not injected yet."""
     unregistered: bool = False
     """The VMM needs nobody for its memory any more."""
+    page_server_name: str = ""
+    """DNS name of the page server's certificate; empty: without TLS."""
+    page_server_key: str = ""
+    """Hex. By which it was known last: good whatever its certificate says."""
+    token: str = ""
+    """Hex. A FetchToken; empty: none."""
     counters: Counters | None = None
     """Final ones, from MEMORY_COMPLETE on."""
 

@@ -40,10 +40,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry
+
 from services.common import grpc_server, health, hooks, lifecycle, metrics, respawn
 from services.common.errors import GodwitError, InvalidArgumentError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_address, parse_listen
+from services.common.peer_tls import ORCHESTRATOR_NAME, add_tls_option, open_certificates
 from services.common.privileges import capabilities
 from services.common.privileges.capabilities import Capability, parse_capability
 from services.common.privileges.option import add_sandbox_option
@@ -58,6 +61,7 @@ from services.fault_agent.freezer import Freezer, find_cgroup2
 from services.fault_agent.journal import Role
 from services.fault_agent.node import Node, NodeConfig, open_node
 from services.fault_agent.recovery import recover
+from services.fault_agent.security import Security
 from services.fault_agent.servicer import FaultAgentServicer
 from services.pagecore.api import PageCore
 
@@ -93,6 +97,8 @@ class Config:
     """Whether a parent stays that forks the next one when this one is killed."""
     capabilities: tuple[Capability, ...] = KEPT
     """What it keeps, as far as it has it."""
+    tls_dir: Path | None = None
+    """Certificates of this node; None: plaintext."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -124,6 +130,7 @@ class Config:
         )
         add_sandbox_option(parser)
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
+        add_tls_option(parser)
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
             parser.error(f"--drain-s must be > 0, got {args.drain_s}")
@@ -142,7 +149,11 @@ class Config:
                     collapse=args.collapse,
                     sandbox=args.sandbox,
                 ),
-                listen=parse_listen(args.listen, insecure_plaintext=args.insecure_plaintext),
+                listen=parse_listen(
+                    args.listen,
+                    insecure_plaintext=args.insecure_plaintext,
+                    tls=args.tls_dir is not None,
+                ),
                 metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),
                 orchestrator=str(parse_address(args.orchestrator)) if args.orchestrator else "",
                 qemu=args.qemu,
@@ -150,6 +161,7 @@ class Config:
                 microvm=args.microvm,
                 respawn=args.respawn,
                 capabilities=_kept(args.keep_capability),
+                tls_dir=args.tls_dir,
             )
         except GodwitError as error:
             parser.error(str(error))
@@ -177,6 +189,25 @@ class Serving:
 
 
 @contextlib.asynccontextmanager
+async def _security(
+    config: Config, core: PageCore, registry: CollectorRegistry
+) -> AsyncIterator[Security | None]:
+    certificates = open_certificates(config.tls_dir)
+    if certificates is None:
+        yield None
+        return
+    from services.common.certificates import Kind
+    from services.common.tls_metrics import TlsCollector, open_identity
+
+    certificates.require(Kind.NODE, config.node.name)
+    with contextlib.closing(open_identity(core, certificates)) as identity:
+        security = Security(certificates, identity)
+        registry.register(TlsCollector(certificates, identity))
+        async with lifecycle.background({"tls": certificates.keep}):
+            yield security
+
+
+@contextlib.asynccontextmanager
 async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
     """Serve for the length of the block.
 
@@ -184,7 +215,8 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
     earlier would say less than this node can prove.
 
     Raises:
-        GodwitError: STATE_DIR_LOCKED, LISTEN_FAILED.
+        GodwitError: STATE_DIR_LOCKED, LISTEN_FAILED, CERTIFICATE_UNREADABLE,
+            CERTIFICATE_OF_ANOTHER.
     """
     registry = metrics.new_registry()
     drivers: dict[str, Driver] = {
@@ -200,15 +232,17 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
             violations=metrics.invariant_violations(registry),
             held=guest_held_seconds(registry),
             freezer=Freezer(find_cgroup2()),
+            security=await stack.enter_async_context(_security(config, core, registry)),
         ) as node,
     ):
         registry.register(AgentCollector(node))
+        certificates = node.security.certificates if node.security else None
         engines = ArrivalEngines(node)
         stack.callback(engines.close)
         await recover(node, engines)
         service = FaultAgentServicer(node, engines).service()
         async with (
-            grpc_server.serving(config.listen, [service]) as server,
+            grpc_server.serving(config.listen, [service], certificates=certificates) as server,
             metrics.serving(registry, config.metrics) as metrics_address,
         ):
             yield Serving(
@@ -265,7 +299,10 @@ async def run(config: Config, core: PageCore, tell: respawn.Tell = _nobody) -> E
             tasks = {}
             if config.orchestrator:
                 tasks["registration"] = lambda: registration.keep_registered(
-                    config.orchestrator, config.node.name, running.grpc
+                    config.orchestrator,
+                    config.node.name,
+                    running.grpc,
+                    running.node.peer_tls(ORCHESTRATOR_NAME),
                 )
             tell(f"{running.grpc} {running.metrics}")
             print(  # noqa: T201 - the supervisor and the tests read it

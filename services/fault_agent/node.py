@@ -20,6 +20,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 from prometheus_client import Counter, Histogram
 
 from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from services.common.peer_tls import PeerTls
 from services.common.vm_spec import VM_ID_PATTERN
 from services.fault_agent import processes
 from services.fault_agent.drivers.api import Driver, VmmState
@@ -28,6 +29,7 @@ from services.fault_agent.freezer import Freezer
 from services.fault_agent.images import Images
 from services.fault_agent.journal import Journal, JournalCorruptError, Record
 from services.fault_agent.obeyed_store import ObeyedStore
+from services.fault_agent.security import Security
 from services.fault_agent.vms import Vm
 from services.pagecore.api import PageCore, SandboxMode
 
@@ -71,6 +73,7 @@ class Node:
         tasks: asyncio.TaskGroup,
         held: Histogram | None = None,
         freezer: Freezer | None = None,
+        security: Security | None = None,
     ) -> None:
         """`held`: gets each time that a guest was held; None: nobody counts them.
 
@@ -86,12 +89,36 @@ class Node:
         self.incarnation = uuid.uuid4().hex
         self.journal = Journal(config.state_dir)
         self.store = ObeyedStore(config.state_dir)
-        self.images = Images(config.images_dir, config.page_server_control)
+        self.security = security
+        """None: plaintext."""
+        own = self.peer_tls(security.certificates.loaded.subject.dns_name) if security else None
+        self.images = Images(config.images_dir, config.page_server_control, own)
         self.vms: dict[str, Vm] = {}
         self.corrupt: dict[str, JournalCorruptError] = {}
         self.draining = False
         self._tasks = tasks
         self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def certificate_key(self) -> bytes:
+        """By which others may pin this node; empty: without TLS."""
+        return self.security.certificates.loaded.key_sha256 if self.security else b""
+
+    def peer_tls(self, name: str) -> PeerTls | None:
+        """How somebody of this name is called; None: in plaintext.
+
+        Raises:
+            FailedPreconditionError: PEER_NAMELESS: there is TLS, and nobody has said who he is.
+        """
+        if self.security is None:
+            return None
+        if not name:
+            raise FailedPreconditionError(
+                "PEER_NAMELESS",
+                f"node {self.config.name} has TLS and was not told the name of its peer",
+                hint="install the same release of the orchestrator and give it --tls-dir",
+            )
+        return PeerTls(certificates=self.security.certificates, name=name)
 
     def load_journal(self) -> None:
         """Read every record. Blocks; once, at the start."""
@@ -262,6 +289,7 @@ async def open_node(
     violations: Counter,
     held: Histogram | None = None,
     freezer: Freezer | None = None,
+    security: Security | None = None,
 ) -> AsyncIterator[Node]:
     """An agent's state for the length of the block. At its end its VMMs run on.
 
@@ -279,6 +307,7 @@ async def open_node(
                 tasks=tasks,
                 held=held,
                 freezer=freezer,
+                security=security,
             )
             node.load_journal()
             try:

@@ -11,6 +11,7 @@ from godwit.fleet.v1 import node_service_pb2, node_service_pb2_grpc
 from services.common import grpc_client
 from services.common.errors import GodwitError
 from services.common.listen import Address
+from services.common.peer_tls import PeerTls
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +20,12 @@ REPEAT_S = 30.0
 CALL_S = 5.0
 
 
-async def keep_registered(orchestrator: str, node: str, agent: Address) -> None:
+async def keep_registered(
+    orchestrator: str, node: str, agent: Address, tls: PeerTls | None = None
+) -> None:
     """Register until cancelled. Guests depend on nothing of this."""
     known: bool | None = None
-    async with grpc_client.open_channel(orchestrator) as channel:
+    async with grpc_client.open_channel(orchestrator, tls) as channel:
         stub = node_service_pb2_grpc.NodeServiceStub(channel)
         request = node_service_pb2.RegisterNodeRequest(name=node, agent_address=str(agent))
         while True:

@@ -83,6 +83,7 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             software_version=metadata.version("godwit"),
             page_address=self._node.images.page_address,
             store_incarnation=self._node.store.incarnation,
+            certificate_key=self._node.certificate_key,
             capabilities=await self._capabilities(),
         )
 
@@ -138,18 +139,20 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
         """Make ready for a move."""
         fence, side = read_fence(request.fence), request.WhichOneof("side")
         if side == "departure":
-            leaving = self._departures.prepare(fence, request.departure.destination_address)
+            leaving = self._departures.prepare(fence, request.departure)
             return await self._node.run_to_end(leaving, "Prepare")
         if side == "arrival":
             work = self._arrivals.prepare(fence, request.arrival)
-            return pb.PrepareResponse(evidence=await self._node.run_to_end(work, "Prepare"))
+            evidence = await self._node.run_to_end(work, "Prepare")
+            return pb.PrepareResponse(evidence=evidence, certificate_key=self._node.certificate_key)
         raise InvalidArgumentError("FIELD_INVALID", "side must be departure or arrival")
 
     async def Pause(self, request: pb.PauseRequest, context: _Context) -> pb.PauseResponse:  # noqa: N802, ARG002
         """Stop the vCPUs, freeze the image."""
         began_ns = time.monotonic_ns()
         fence = read_fence(request.fence)
-        work = self._departures.pause(fence, request.transfer_to)
+        key = request.destination_key.hex()
+        work = self._departures.pause(fence, request.transfer_to, key)
         evidence, done = await self._node.run_to_end(work, "Pause")
         return pb.PauseResponse(
             evidence=evidence,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from services.common.errors import FailedPreconditionError, NotFoundError
+from services.common.peer_tls import PeerTls
 from services.common.vm_spec import VmSpec
 from services.fault_agent import processes
 from services.fault_agent.arrival_watch import ArrivalWatch
@@ -227,11 +228,11 @@ class Vm:
                 await transfer
         await self.leave_peer()
 
-    async def meet_peer(self, address: str) -> Peer:
+    async def meet_peer(self, address: str, tls: PeerTls | None = None) -> Peer:
         """The connection to the destination's agent at `address`, made if need be."""
         if self.peer is None or self.peer.address != address:
             await self.leave_peer()
-            self.peer = Peer(address)
+            self.peer = Peer(address, tls)
         return self.peer
 
     async def leave_peer(self) -> None:

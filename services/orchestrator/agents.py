@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc.aio
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
@@ -14,6 +14,10 @@ from google.protobuf.message import Message
 
 from services.common import grpc_client
 from services.common.errors import GodwitError, InternalError, NotFoundError, UnavailableError
+from services.common.peer_tls import PeerTls, node_name
+
+if TYPE_CHECKING:
+    from services.common.tls import Certificates
 
 PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
@@ -59,6 +63,7 @@ class AgentClient:
         deadlines: Deadlines,
         observe: Observe,
         refused_by: RefusedBy,
+        certificates: Certificates | None = None,
     ) -> None:
         self.node = node
         self.address = address
@@ -66,7 +71,8 @@ class AgentClient:
         self._refused_by = refused_by
         self._incarnation = incarnation
         self._deadlines = deadlines
-        self._channel = grpc_client.open_channel(address)
+        tls = PeerTls(certificates=certificates, name=node_name(node)) if certificates else None
+        self._channel = grpc_client.open_channel(address, tls)
         self._stub = agent_grpc.FaultAgentServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -253,8 +259,15 @@ class AgentClient:
 class AgentPool:
     """The clients of all nodes. Channels stay open: no switchover waits for a handshake."""
 
-    def __init__(self, incarnation: str, deadlines: Deadlines | None = None) -> None:
+    def __init__(
+        self,
+        incarnation: str,
+        deadlines: Deadlines | None = None,
+        certificates: Certificates | None = None,
+    ) -> None:
+        """`certificates`: ours; None: agents are called in plaintext."""
         self._incarnation = incarnation
+        self._certificates = certificates
         self._deadlines = deadlines or Deadlines()
         self._clients: dict[str, AgentClient] = {}
         self._retired: list[AgentClient] = []
@@ -266,6 +279,11 @@ class AgentPool:
 
     def _refused_by(self, node: str, incarnation: str) -> None:
         self.refused_by(node, incarnation)
+
+    @property
+    def speaks_tls(self) -> bool:
+        """Agents are called with TLS."""
+        return self._certificates is not None
 
     def put(self, node: str, address: str) -> AgentClient:
         """Say where a node's agent listens.
@@ -284,6 +302,7 @@ class AgentPool:
             self._deadlines,
             self._heard,
             self._refused_by,
+            self._certificates,
         )
         self._clients[node] = client
         return client

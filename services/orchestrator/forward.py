@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
 
-from services.common.errors import FailedPreconditionError
+from services.common.errors import FailedPreconditionError, GodwitError
 from services.common.hooks import reach
+from services.common.peer_tls import node_name
 from services.orchestrator.evidence import holds_nothing
 from services.orchestrator.migration import (
     ChecksPassed,
@@ -98,12 +100,17 @@ async def reserve(move: Move) -> Event:
 
 async def prepare_both_sides(move: Move) -> Event:
     """Export the memory, then raise the shell that will fetch it."""
-    row = move.row
+    row, tokens = move.row, move.context.fetch_tokens
+    reader = node_name(row.destination_node)
     exported = await move.attempt(
         lambda: move.source.prepare(
             agent_pb2.PrepareRequest(
                 fence=move.fence(),
-                departure=agent_pb2.PrepareDeparture(destination_address=move.destination.address),
+                departure=agent_pb2.PrepareDeparture(
+                    destination_address=move.destination.address,
+                    destination_name=reader,
+                    token_key=tokens.public_key,
+                ),
             ),
             traceparent=row.traceparent,
         ),
@@ -122,15 +129,28 @@ async def prepare_both_sides(move: Move) -> Event:
         traceparent=row.traceparent,
         bulk_bytes_per_s_max=row.bulk_bytes_per_s_max,
         on_link_loss=common_pb2.LinkLossPolicy(freeze_after_ms=row.freeze_after_ms),
+        page_server_name=node_name(row.source_node),
+        fetch_token=tokens.issue(image_id=image.image_id, epoch=row.epoch, destination=reader),
     )
-    await move.attempt(
+    prepared = await move.attempt(
         lambda: move.destination.prepare(
             agent_pb2.PrepareRequest(fence=move.fence(), arrival=arrival),
             traceparent=row.traceparent,
         ),
         patience_s=move.limits.patience_s,
     )
+    move.destination_key = prepared.certificate_key
     return Prepared()
+
+
+async def _know_destination_key(move: Move) -> None:
+    """Ask once more where another process prepared the destination.
+
+    Without an answer the move goes on: then its key is as good as its certificate.
+    """
+    if move.context.agents.speaks_tls and not move.destination_key:
+        with contextlib.suppress(GodwitError):
+            move.destination_key = (await move.destination.hello()).certificate_key
 
 
 async def pause_and_transfer(move: Move, *, rejoined: bool) -> Event:
@@ -139,11 +159,16 @@ async def pause_and_transfer(move: Move, *, rejoined: bool) -> Event:
         return event
     row, fence, patience_s = move.row, move.fence(), move.limits.doubt_s
     await reach("orchestrator.pause.before")
+    await _know_destination_key(move)
     move.pause_sent_ns = None if rejoined else time.monotonic_ns()
     # One command for both: no hop lies between the last instruction and the save.
     paused = await move.attempt(
         lambda: move.source.pause(
-            agent_pb2.PauseRequest(fence=fence, transfer_to=move.destination.address),
+            agent_pb2.PauseRequest(
+                fence=fence,
+                transfer_to=move.destination.address,
+                destination_key=move.destination_key,
+            ),
             traceparent=row.traceparent,
         ),
         patience_s=patience_s,

@@ -19,10 +19,14 @@ from fastapi import FastAPI
 from ulid import ULID
 
 from services.common import grpc_server, lifecycle
+from services.common.certificates import Kind
 from services.common.errors import InvalidArgumentError, UnavailableError
 from services.common.health import Health
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_listen
+from services.common.peer_tls import add_tls_option, open_certificates
+from services.common.tls import Certificates
+from services.common.tls_metrics import TlsCollector
 from services.orchestrator import rest, rpc
 from services.orchestrator.agents import AgentPool, Deadlines
 from services.orchestrator.bitmaps import Bitmaps
@@ -74,6 +78,9 @@ class Settings:
         """The store, if it is a file."""
         return self.store if isinstance(self.store, Path) else None
 
+    tls_dir: Path | None = None
+    """The orchestrator's certificates; None: plaintext."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Core:
@@ -117,7 +124,9 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def _http(app: FastAPI, listen: Address) -> AsyncIterator[Address]:
+async def _http(
+    app: FastAPI, listen: Address, certificates: Certificates | None
+) -> AsyncIterator[Address]:
     family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,15 +136,17 @@ async def _http(app: FastAPI, listen: Address) -> AsyncIterator[Address]:
             raise UnavailableError(
                 "LISTEN_FAILED", f"cannot bind {listen}: {error.strerror}"
             ) from error
-        server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=HTTP_GRACE_S,
-            )
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=HTTP_GRACE_S,
         )
+        config.load()
+        # Ours, not one of uvicorn's: it follows the files.
+        config.ssl = certificates.server_context() if certificates else None
+        server = _Uvicorn(config)
         async with asyncio.TaskGroup() as group:
             group.create_task(server.serve(sockets=[listener]))
             try:
@@ -145,7 +156,9 @@ async def _http(app: FastAPI, listen: Address) -> AsyncIterator[Address]:
 
 
 @contextlib.asynccontextmanager
-async def working(settings: Settings) -> AsyncIterator[Core]:
+async def working(
+    settings: Settings, certificates: Certificates | None = None
+) -> AsyncIterator[Core]:
     """Move what is to be moved for the length of the block.
 
     Or stand by until it is this one's turn. At the end watches end, guests that stand still get a
@@ -155,9 +168,11 @@ async def working(settings: Settings) -> AsyncIterator[Core]:
         if settings.file:
             stack.enter_context(in_use(settings.file, alone=False))
         store = await stack.enter_async_context(open_store(settings.store))
-        agents = AgentPool(store.incarnation, settings.deadlines)
+        agents = AgentPool(store.incarnation, settings.deadlines, certificates)
         stack.push_async_callback(agents.close)
         metrics = Metrics()
+        if certificates is not None:
+            metrics.registry.register(TlsCollector(certificates))
         doubt = Doubt(store, metrics)
         agents.refused_by = doubt.hear_hello
         context = Context(
@@ -253,10 +268,18 @@ async def _stand_by(context: Context) -> None:
 @contextlib.asynccontextmanager
 async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
     """`working`, and served over REST and gRPC. At the end nothing is admitted any more, first."""
+    certificates = open_certificates(settings.tls_dir)
+    tasks = {}
+    if certificates is not None:
+        certificates.require(Kind.ORCHESTRATOR)
+        tasks["tls"] = certificates.keep
     async with (
-        working(settings) as core,
-        _http(core.build_app(), settings.rest) as http,
-        grpc_server.serving(settings.grpc, rpc.services(core.fleet)) as grpc,
+        lifecycle.background(tasks),
+        working(settings, certificates) as core,
+        _http(core.build_app(), settings.rest, certificates) as http,
+        grpc_server.serving(
+            settings.grpc, rpc.services(core.fleet), certificates=certificates
+        ) as grpc,
         _telling_role(core.context.role, grpc.health),
     ):
         core.context.role.rest = core.context.role.rest or _callable(http)
@@ -338,15 +361,17 @@ def parse(arguments: Sequence[str]) -> Settings:
         default=env.get("GODWIT_INSECURE_PLAINTEXT", "") == "1",
         help="let others than this machine reach the listeners, without TLS",
     )
+    add_tls_option(parser)
     parsed = parser.parse_args(arguments)
     nodes = parsed.node
     if nodes is None:
         nodes = [each for each in env.get("GODWIT_NODES", "").split(",") if each]
-    insecure = bool(parsed.insecure_plaintext)
+    insecure, tls = bool(parsed.insecure_plaintext), parsed.tls_dir is not None
     return Settings(
         store=read_store(parsed.store),
-        rest=parse_listen(parsed.rest, insecure_plaintext=insecure),
-        grpc=parse_listen(parsed.grpc, insecure_plaintext=insecure),
+        rest=parse_listen(parsed.rest, insecure_plaintext=insecure, tls=tls),
+        grpc=parse_listen(parsed.grpc, insecure_plaintext=insecure, tls=tls),
+        tls_dir=parsed.tls_dir,
         nodes=tuple(read_node(each) for each in nodes),
         lease_s=_read_lease(parsed.lease),
         advertise_rest=parsed.advertise,

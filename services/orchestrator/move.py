@@ -21,6 +21,7 @@ from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
 from services.orchestrator.election import Role
 from services.orchestrator.evidence import Evidence, Judgement, Verdict, judge, wire_decision
+from services.orchestrator.fetch_tokens import FetchTokens
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
 from services.orchestrator.store import PhaseLostError, Store, StoreError
@@ -81,6 +82,7 @@ class Context:
     changes: Changes = field(default_factory=Changes)
     limits: Limits = field(default_factory=Limits)
     role: Role = field(default_factory=Role)
+    fetch_tokens: FetchTokens = field(default_factory=FetchTokens)
     now_ns: Callable[[], int] = time.time_ns
     """Wall clock."""
     random: random.Random = field(default_factory=random.Random)
@@ -121,6 +123,8 @@ class Move:
         """Monotonic. None: not by this process."""
         self.ran_ns = 0
         """How long, since then, the guest ran before it was stopped and after it went on."""
+        self.destination_key = b""
+        """By which its page lanes may be pinned; empty: not heard, or no TLS."""
         self.activation_tried = asyncio.Event()
         """The destination has answered, or not, or it is past that: the source may be sealed."""
         self._counted: set[str] = set()

@@ -29,6 +29,7 @@ from services.common import grpc_server, health, hooks, lifecycle, metrics
 from services.common.errors import GodwitError, UnavailableError
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_listen
+from services.common.peer_tls import add_tls_option, open_certificates
 from services.common.privileges import capabilities
 from services.common.privileges.capabilities import Capability
 from services.common.privileges.option import add_sandbox_option
@@ -36,7 +37,7 @@ from services.page_server.collector import ServeCollector
 from services.page_server.confinement import Confinement
 from services.page_server.images import ImageTable, this_boot_id
 from services.page_server.servicer import ImageAdminServicer
-from services.pagecore.api import PageCore, PageServer, SandboxMode
+from services.pagecore.api import PageCore, PageServer, SandboxMode, TlsIdentity
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class Config:
     ram_dirs: tuple[Path, ...] = DEFAULT_RAM_DIRS
     """Where guest memory lies. Nothing outside is opened, but for what is served at the start."""
     sandbox: SandboxMode = SandboxMode.ENFORCE
+    tls_dir: Path | None = None
+    """Certificates of this node; None: plaintext."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -86,6 +89,7 @@ class Config:
         parser.add_argument("--drain-s", type=float, default=600.0, metavar="SECONDS")
         parser.add_argument("--connections-max", type=int, default=64, metavar="N")
         parser.add_argument(INSECURE_FLAG, action="store_true", dest="insecure_plaintext")
+        add_tls_option(parser)
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
             parser.error(f"--drain-s must be > 0, got {args.drain_s}")
@@ -95,10 +99,12 @@ class Config:
         if not 1 <= args.connections_max <= 1024:
             parser.error(f"--connections-max must be 1..1024, got {args.connections_max}")
         try:
-            listen, control, metrics_address = (
-                parse_listen(text, insecure_plaintext=args.insecure_plaintext)
-                for text in (args.listen, args.control, args.metrics)
+            insecure, tls = bool(args.insecure_plaintext), args.tls_dir is not None
+            listen, control = (
+                parse_listen(text, insecure_plaintext=insecure, tls=tls)
+                for text in (args.listen, args.control)
             )
+            metrics_address = parse_listen(args.metrics, insecure_plaintext=insecure)
         except GodwitError as error:
             parser.error(str(error))
         return cls(
@@ -110,17 +116,17 @@ class Config:
             connection_count_max=args.connections_max,
             ram_dirs=tuple(path.resolve() for path in args.ram_dir or DEFAULT_RAM_DIRS),
             sandbox=args.sandbox,
+            tls_dir=args.tls_dir,
         )
 
     def confinement(self) -> Confinement:
         """What this process is left with while it serves."""
         # Certificates are read again while it serves.
-        certificates: Path | None = getattr(self, "tls_dir", None)
         return Confinement(
             images_dir=self.images_dir,
             ram_dirs=self.ram_dirs,
             mode=self.sandbox,
-            further=() if certificates is None else (certificates,),
+            further=() if self.tls_dir is None else (self.tls_dir,),
         )
 
 
@@ -136,12 +142,13 @@ class Serving:
     metrics: Address
 
 
-def _bind(core: PageCore, config: Config) -> PageServer:
+def _bind(core: PageCore, config: Config, identity: TlsIdentity | None) -> PageServer:
     try:
         return core.create_page_server(
             host=config.listen.host,
             port=config.listen.port,
             connection_count_max=config.connection_count_max,
+            tls=identity,
         )
     except OSError as error:
         raise UnavailableError(
@@ -164,9 +171,22 @@ async def serving(
 
     Raises:
         UnavailableError: LISTEN_FAILED, IMAGES_DIR_UNREADABLE.
+        FailedPreconditionError: CERTIFICATE_UNREADABLE, CERTIFICATE_OF_ANOTHER.
     """
     registry = metrics.new_registry()
-    with contextlib.closing(_bind(core, config)) as server:
+    certificates = open_certificates(config.tls_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        identity = None
+        if certificates is not None:
+            from services.common.certificates import Kind
+            from services.common.tls_metrics import TlsCollector, open_identity
+
+            certificates.require(Kind.NODE)
+            identity = stack.enter_context(contextlib.closing(open_identity(core, certificates)))
+            certificates.on_change(identity.reload)
+            registry.register(TlsCollector(certificates, identity))
+            await stack.enter_async_context(lifecycle.background({"tls": certificates.keep}))
+        server = stack.enter_context(contextlib.closing(_bind(core, config, identity)))
         page = Address(host=config.listen.host, port=server.port)
         try:
             config.images_dir.mkdir(parents=True, exist_ok=True)
@@ -182,7 +202,7 @@ async def serving(
             server.start()
             admin = ImageAdminServicer(images, page).service()
             async with (
-                grpc_server.serving(config.control, [admin]) as control,
+                grpc_server.serving(config.control, [admin], certificates=certificates) as control,
                 metrics.serving(registry, config.metrics) as metrics_address,
             ):
                 yield Serving(

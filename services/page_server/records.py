@@ -28,6 +28,7 @@ _SIZE_MAX = (1 << 63) - 1
 _Size = Annotated[int, Field(ge=0, le=_SIZE_MAX)]
 _Counter = Annotated[int, Field(ge=1, le=(1 << 64) - 1)]
 
+_KEY_PATTERN = r"^([0-9a-f]{64})?$"
 _STATES = {"live": ImageState.LIVE, "frozen": ImageState.FROZEN}
 
 
@@ -70,6 +71,14 @@ class ImageRecord(_Strict):
     """A file on tmpfs or hugetlbfs, or /proc/PID/fd/N of a memfd."""
     regions: Annotated[tuple[RecordRegion, ...], Field(min_length=1, max_length=REGION_COUNT_MAX)]
     """In image order: ascending, not overlapping."""
+    destination: str = Field(default="", max_length=253)
+    """With TLS: DNS name of the node that alone may read it; empty: any node."""
+    destination_epoch: _Size = 0
+    """Streams of an older epoch are refused."""
+    destination_key: str = Field(default="", pattern=_KEY_PATTERN)
+    """Hex; the key of the destination, good whatever its certificate says while it is frozen."""
+    token_key: str = Field(default="", pattern=_KEY_PATTERN)
+    """Hex; Ed25519 public key of who signs the tokens of readers; empty: none is asked for."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -105,6 +114,10 @@ class ImageRecord(_Strict):
                 )
                 for region in self.regions
             ),
+            destination=self.destination,
+            destination_epoch=self.destination_epoch,
+            destination_key=bytes.fromhex(self.destination_key),
+            token_key=bytes.fromhex(self.token_key),
         )
 
     def message(self) -> common_pb2.Image:

@@ -73,7 +73,7 @@ async def small_guest(
     await asyncio.to_thread(small_image)  # a skip, before anything is started
     async with (
         running_cluster(directory / "cluster", environment=environment, hooked=True) as cluster,
-        AsyncClient(cluster.rest_url) as client,
+        cluster.client() as client,
         small_guest_on(
             cluster,
             client,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -25,6 +26,7 @@ from godwit import calls
 from godwit.calls import Answer, Call, ValueT
 from godwit.errors import GodwitApiError, GodwitConnectionError
 from godwit.models import Migration, Node, UserfaultBitmap, Vm
+from godwit.tls import expect_orchestrator, expect_orchestrator_async, make_context
 from godwit.watch import WatchState
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -39,10 +41,19 @@ _SERVER_ERROR = 500
 class Client:
     """A blocking client. Not to be shared by threads; use as a context manager, or close it."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S, tls_dir: Path | None = None
+    ) -> None:
+        """`tls_dir`: has `ca.crt`, and `tls.crt` and `tls.key` to be known by; see godwit.tls."""
         self.url = url.rstrip("/")
         # trust_env: a proxy from the environment must not come between us and a loopback address.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=timeout_s,
+            trust_env=False,
+            verify=make_context(tls_dir) if tls_dir else True,
+            event_hooks={"request": [expect_orchestrator] if tls_dir else []},
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -156,9 +167,18 @@ class Client:
 class AsyncClient:
     """The same for asyncio. Use as an async context manager, or close it."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S, tls_dir: Path | None = None
+    ) -> None:
+        """See Client."""
         self.url = url.rstrip("/")
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=timeout_s, trust_env=False)
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=timeout_s,
+            trust_env=False,
+            verify=make_context(tls_dir) if tls_dir else True,
+            event_hooks={"request": [expect_orchestrator_async] if tls_dir else []},
+        )
 
     async def __aenter__(self) -> Self:
         return self

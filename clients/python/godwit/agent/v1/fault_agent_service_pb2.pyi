@@ -218,6 +218,7 @@ class HelloResponse(_message.Message):
     PAGE_ADDRESS_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     STORE_INCARNATION_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_KEY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version both will speak."""
     node: _builtins.str
@@ -232,6 +233,10 @@ class HelloResponse(_message.Message):
     """host:port of the page server of this node."""
     store_incarnation: _builtins.str
     """Incarnation of the store that this node obeys. Empty: none yet, or an agent that does not know."""
+    certificate_key: _builtins.bytes
+    """SHA-256 of the public key (SubjectPublicKeyInfo) in this node's certificate: by which a page server may
+    pin it. 32 bytes. Empty: without TLS.
+    """
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What this node can do."""
@@ -247,10 +252,11 @@ class HelloResponse(_message.Message):
         page_address: _builtins.str = ...,
         capabilities: Global___Capabilities | None = ...,
         store_incarnation: _builtins.str = ...,
+        certificate_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "store_incarnation", b"store_incarnation", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "certificate_key", b"certificate_key", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "store_incarnation", b"store_incarnation", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -734,18 +740,28 @@ class PrepareDeparture(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DESTINATION_ADDRESS_FIELD_NUMBER: _builtins.int
+    DESTINATION_NAME_FIELD_NUMBER: _builtins.int
+    TOKEN_KEY_FIELD_NUMBER: _builtins.int
     destination_address: _builtins.str
     """host:port of the destination's agent: the source connects to it now and keeps the connection until the
     device state has crossed. Empty: it connects when it has to send.
     """
+    destination_name: _builtins.str
+    """DNS name in the destination's certificate: it alone may read the image. Empty: any node, from callers
+    that do not know TLS.
+    """
+    token_key: _builtins.bytes
+    """Ed25519 public key of the orchestrator's FetchTokens, 32 bytes. Empty: the image is read without."""
     def __init__(
         self,
         *,
         destination_address: _builtins.str = ...,
+        destination_name: _builtins.str = ...,
+        token_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_address", b"destination_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_address", b"destination_address", "destination_name", b"destination_name", "token_key", b"token_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -765,6 +781,8 @@ class PrepareArrival(_message.Message):
     BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
     PRIVATE_MAP_FIELD_NUMBER: _builtins.int
     ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
+    PAGE_SERVER_NAME_FIELD_NUMBER: _builtins.int
+    FETCH_TOKEN_FIELD_NUMBER: _builtins.int
     spec_json: _builtins.str
     """The VM's spec (docs/vm-spec.md) as JSON."""
     spec_hash: _builtins.str
@@ -775,6 +793,12 @@ class PrepareArrival(_message.Message):
     """Trace context to hand on with every Fetch. May be empty."""
     bulk_bytes_per_s_max: _builtins.int
     """Limit of the bulk lane. Bytes a second; 0 = none. Demand is never limited."""
+    page_server_name: _builtins.str
+    """DNS name in the certificate of that page server. Empty: from callers that do not know TLS; then a node
+    with TLS refuses.
+    """
+    fetch_token: _builtins.bytes
+    """A godwit.page.v1.FetchToken, to be shown to that page server. Empty: none."""
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """The image to fetch from."""
@@ -801,10 +825,12 @@ class PrepareArrival(_message.Message):
         bulk_bytes_per_s_max: _builtins.int = ...,
         private_map: Global___PrivateMap | None = ...,
         on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
+        page_server_name: _builtins.str = ...,
+        fetch_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "on_link_loss", b"on_link_loss", "private_map", b"private_map"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "image", b"image", "on_link_loss", b"on_link_loss", "page_address", b"page_address", "private_map", b"private_map", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "fetch_token", b"fetch_token", "image", b"image", "on_link_loss", b"on_link_loss", "page_address", b"page_address", "page_server_name", b"page_server_name", "private_map", b"private_map", "spec_hash", b"spec_hash", "spec_json", b"spec_json", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -820,12 +846,15 @@ class PrepareResponse(_message.Message):
     PAGE_ADDRESS_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
     SPEC_HASH_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_KEY_FIELD_NUMBER: _builtins.int
     page_address: _builtins.str
     """Source: host:port of the page server that serves the image."""
     spec_json: _builtins.str
     """Source: the VM's spec as JSON."""
     spec_hash: _builtins.str
     """Source: its hash."""
+    certificate_key: _builtins.bytes
+    """As HelloResponse.certificate_key."""
     @_builtins.property
     def evidence(self) -> Global___Evidence:
         """The VM now. Source: `image` is set, LIVE."""
@@ -837,10 +866,11 @@ class PrepareResponse(_message.Message):
         page_address: _builtins.str = ...,
         spec_json: _builtins.str = ...,
         spec_hash: _builtins.str = ...,
+        certificate_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence", "page_address", b"page_address", "spec_hash", b"spec_hash", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_key", b"certificate_key", "evidence", b"evidence", "page_address", b"page_address", "spec_hash", b"spec_hash", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -854,8 +884,13 @@ class PauseRequest(_message.Message):
 
     FENCE_FIELD_NUMBER: _builtins.int
     TRANSFER_TO_FIELD_NUMBER: _builtins.int
+    DESTINATION_KEY_FIELD_NUMBER: _builtins.int
     transfer_to: _builtins.str
     """host:port of the destination's agent, which gets the device state in the same go. Empty: only pause."""
+    destination_key: _builtins.bytes
+    """The destination's certificate_key. From the pause on its key is good for this image, whatever dates and
+    authorities say. Empty: as good as its certificate.
+    """
     @_builtins.property
     def fence(self) -> _common_pb2.Fence:
         """By which right."""
@@ -865,10 +900,11 @@ class PauseRequest(_message.Message):
         *,
         fence: _common_pb2.Fence | None = ...,
         transfer_to: _builtins.str = ...,
+        destination_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "transfer_to", b"transfer_to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_key", b"destination_key", "fence", b"fence", "transfer_to", b"transfer_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
