@@ -265,6 +265,7 @@ class ArrivalEngines:
                 epoch=epoch,
                 on_change=lambda status: self._on_change(vm, status),
                 holds_seen=holds_seen,
+                adopted=adopt,
             )
         except BaseException:
             arrival.close()
@@ -352,7 +353,8 @@ class ArrivalEngines:
                     raise
                 log.warning("%s ended before its memory was let go", vm.vm_id)
             await vm.write(replace(vm.record, arriving=replace(arriving, unregistered=True)))
-            await asyncio.to_thread(first_touch.keep, vm.directory, watch.arrival)
+            if not watch.adopted:
+                await asyncio.to_thread(first_touch.keep, vm.directory, watch.arrival)
             if self._node.config.collapse and armed is not None:
                 work = self._collapse(vm, why_refused(armed.faults.backend))
                 self._node.start_task(work, f"collapse {vm.vm_id}")

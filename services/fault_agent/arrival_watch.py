@@ -42,8 +42,13 @@ class ArrivalWatch:
         epoch: int,
         on_change: Callable[[ArrivalStatus], None],
         holds_seen: int = 0,
+        adopted: bool = False,
     ) -> None:
-        """`holds_seen`: how many outages a predecessor has accounted for already."""
+        """`holds_seen`: how many outages a predecessor has accounted for already.
+
+        `adopted`: it is a predecessor's arrival, so its beginning was seen by nobody here.
+        """
+        self.adopted = adopted
         self._holds_seen = holds_seen
         self.arrival = arrival
         self.epoch = epoch

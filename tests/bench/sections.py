@@ -27,5 +27,5 @@ LIMITS_S = {
     "peers-125": 480.0,
     "peers-10": 660.0,
 }
-MOVES_SHARE = 0.75
+MOVES_SHARE = 0.85
 """Of a section's limit, after which no round of moves is begun any more."""
