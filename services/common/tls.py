@@ -13,11 +13,12 @@ pins. So nothing here ever closes a connection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import hashlib
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _server_context(directory: Path, *, require_client: bool) -> ssl.SSLContext:
 
 
 class Certificates:
-    """The certificates of this process. `keep` looks at their files."""
+    """The certificates of this process. `kept` looks at their files."""
 
     def __init__(self, directory: Path) -> None:
         """Read them.
@@ -143,11 +144,27 @@ class Certificates:
                 hint="each node has a certificate of its own: `godwit certs issue node NAME`",
             )
 
-    async def keep(self) -> None:
-        """Look at the files for ever."""
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Look at the files for the length of the block.
+
+        A task of its own and no group's: what fails in the block leaves it as it is.
+        """
+        task = asyncio.create_task(self._keep(), name="certificates")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _keep(self) -> None:
         while True:
             await asyncio.sleep(CHECK_S)
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a bug in here must not end what a guest depends on
+                log.exception("certificates in %s cannot be looked at", self.directory)
 
     def look(self) -> bool:
         """Read them again if they have changed. True: they have, and the new ones are in force."""

@@ -203,7 +203,7 @@ async def _security(
     with contextlib.closing(open_identity(core, certificates)) as identity:
         security = Security(certificates, identity)
         registry.register(TlsCollector(certificates, identity))
-        async with lifecycle.background({"tls": certificates.keep}):
+        async with certificates.kept():
             yield security
 
 

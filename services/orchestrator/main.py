@@ -269,12 +269,10 @@ async def _stand_by(context: Context) -> None:
 async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
     """`working`, and served over REST and gRPC. At the end nothing is admitted any more, first."""
     certificates = open_certificates(settings.tls_dir)
-    tasks = {}
     if certificates is not None:
         certificates.require(Kind.ORCHESTRATOR)
-        tasks["tls"] = certificates.keep
     async with (
-        lifecycle.background(tasks),
+        certificates.kept() if certificates else contextlib.nullcontext(),
         working(settings, certificates) as core,
         _http(core.build_app(), settings.rest, certificates) as http,
         grpc_server.serving(

@@ -185,7 +185,7 @@ async def serving(
             identity = stack.enter_context(contextlib.closing(open_identity(core, certificates)))
             certificates.on_change(identity.reload)
             registry.register(TlsCollector(certificates, identity))
-            await stack.enter_async_context(lifecycle.background({"tls": certificates.keep}))
+            await stack.enter_async_context(certificates.kept())
         server = stack.enter_context(contextlib.closing(_bind(core, config, identity)))
         page = Address(host=config.listen.host, port=server.port)
         try:

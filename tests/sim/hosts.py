@@ -445,7 +445,7 @@ class SimObeyedStore(ObeyedStore):
 class SimImages:
     """services.fault_agent.images.Images; the page server reads what is there."""
 
-    def __init__(self, directory: Path, control: str) -> None:
+    def __init__(self, directory: Path, control: str, tls: object = None) -> None:
         self._host = here()
         self.page_address = self._host.page_address
 
