@@ -60,6 +60,11 @@ void bench_server_stop(struct bench_server *server);
 /* Blocks that the source's memory has now, of 512 bytes. */
 uint64_t bench_server_blocks(const struct bench_server *server);
 
+/* With the certificates of DIR/a and DIR/b from the next server on; "": plaintext. */
+void bench_tls(const char *directory);
+/* Of the server ("a") or the agent ("b"); NULL: plaintext. The caller gives it back. */
+struct gw_tls_identity *bench_identity(const char *node);
+
 /* --- the guest -------------------------------------------------------------------------------- */
 
 struct bench_touches {

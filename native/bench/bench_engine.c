@@ -91,10 +91,13 @@ static struct gw_arrival *arrival_start(const struct bench_server *server,
 		.bulk_bytes_per_s_max = rate,
 		.regions = &region,
 		.region_count = 1,
+		.tls = bench_identity("b"),
+		.page_server_name = "a.node.godwit",
 	};
 	struct gw_arrival *arrival = NULL;
 
 	CHECK_EQ(gw_arrival_create(&config, &arrival), 0);
+	gw_tls_identity_unref(config.tls);
 	CHECK_EQ(gw_arrival_start(arrival), 0);
 	wait_phase(arrival, GW_ARRIVAL_ARMED);
 	CHECK_EQ(gw_arrival_open_gate(arrival, BENCH_GENERATION), 0);

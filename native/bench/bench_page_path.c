@@ -70,6 +70,8 @@ static void obey(void)
 		bench_warm(number(1) * MIB);
 	else if (is("serve", 3))
 		serve();
+	else if (is("tls", 2))
+		bench_tls(words[1]);
 	else if (is("tcp", 2))
 		bench_tcp(&server, (uint32_t)number(1));
 	else if (is("stream", 2))

@@ -122,7 +122,8 @@ static uint32_t page_listen(const struct source *source)
 	const struct gw_serve_region region = {.size = source->len, .page_size = PAGE};
 	const struct gw_serve_config config = {.struct_size = sizeof(config),
 					       .listen_host = "127.0.0.1",
-					       .connection_count_max = CONNECTION_COUNT_MAX};
+					       .connection_count_max = CONNECTION_COUNT_MAX,
+					       .tls = bench_identity("a")};
 	const struct gw_serve_image image = {.struct_size = sizeof(image),
 					     .ram_fd = source->fd,
 					     .image_id = "bench",

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import cast
 
-from tests.bench import counts, lanes, memory, sizes, streams, threads
+from tests.bench import counts, lanes, memory, sizes, streams, threads, tls
 from tests.bench.peers import section as peers
 from tests.bench.section import Section
 
-_MODULES = (lanes, streams, threads, memory, sizes, counts)
+_MODULES = (lanes, streams, threads, memory, sizes, tls, counts)
 _PEERS = (peers.UNCAPPED, peers.FAST, peers.SLOW)
 SECTIONS: dict[str, Section] = {found.name: cast(Section, found) for found in (*_MODULES, *_PEERS)}
-QUICK = ("lanes", "streams", "threads", "memory", "counts")
+QUICK = ("lanes", "streams", "threads", "memory", "tls", "counts")
 
 WHOLE_S = 43 * 60.0
 """All of them, on the slowest machine: what is not measured then is missed."""
@@ -22,6 +22,7 @@ LIMITS_S = {
     "threads": 120.0,
     "memory": 240.0,
     "sizes": 300.0,
+    "tls": 120.0,
     "counts": 300.0,
     "peers": 420.0,
     "peers-125": 480.0,

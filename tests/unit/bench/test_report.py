@@ -71,6 +71,10 @@ RESULTS: dict[str, dict[str, Any]] = {
     "threads": {"runs": {"1": [{"us": [50.0], "pages_per_s": 2e4}] * 3}},
     "memory": {"own_network": True, "zeros": [BULK] * 3, "dense": {"1": [BULK] * 3}},
     "sizes": {"sizes": {"256 MiB, dense": [BULK] * 3}},
+    "tls": {
+        "us": {"plain": [[100.0] * 9] * 3, "tls": [[110.0] * 9] * 3},
+        "mbs": {"plain": [900.0] * 3, "tls": [700.0] * 3},
+    },
     "counts": {
         "counts": {label: [at] for label, at in json.loads(counts.REFERENCE.read_text()).items()}
     },
