@@ -16,6 +16,7 @@ import functools
 import os
 import platform
 import shutil
+import socket
 import struct
 import subprocess
 from collections.abc import Callable, Mapping
@@ -126,6 +127,14 @@ def _lacks_command(name: str) -> str | None:
     return None if shutil.which(name) else f"{name} is not on PATH"
 
 
+def _probe_net_raw() -> str | None:
+    try:
+        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0).close()
+    except OSError as error:
+        return _why(error)
+    return None
+
+
 THINGS: Mapping[str, Thing] = {
     "uffd": Thing(
         probe=_probe_uffd,
@@ -146,6 +155,7 @@ THINGS: Mapping[str, Thing] = {
         what_to_do="run with CAP_NET_ADMIN, with the tun module loaded and iproute2 installed",
     ),
     "netns": Thing(probe=_probe_netns, what_to_do="run with CAP_SYS_ADMIN"),
+    "net_raw": Thing(probe=_probe_net_raw, what_to_do="run with CAP_NET_RAW"),
     "postgres": Thing(
         probe=postgres.missing, what_to_do="apt-get install --no-install-recommends postgresql"
     ),
