@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ async def test_next_orchestrator_finishes_the_move(
     assert ended["pause_ns"] > 0
     await assert_one_guest(fleet, "b")
     assert [node for _vm, node, _epoch in fleet.world.history] == ["a", "b"]
+
+
+@pytest.mark.requires("postgres")
+@pytest.mark.parametrize("point", ["pause.after", "decision.before", "decision.after"])
+async def test_next_leader_finishes_the_move(
+    tmp_path: Path, new_database: Callable[[], str], hooks: Path, point: str
+) -> None:
+    """The same on PostgreSQL: what the next one knows is what was written, and what agents say."""
+    async with fake_fleet(tmp_path, server=new_database()) as fleet:
+        migration_id = await crash_at(fleet, hooks, point)
+        assert fleet.core.context.role.leader.term == 2
+        ended = await fleet.ended(migration_id)
+        assert ended["phase"] == "succeeded", ended
+        await assert_one_guest(fleet, "b")
+        assert [node for _vm, node, _epoch in fleet.world.history] == ["a", "b"]
 
 
 @pytest.mark.parametrize("point", UNDO_POINTS)
