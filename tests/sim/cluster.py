@@ -30,6 +30,7 @@ from services.fault_agent import (
     departures,
     device_state,
     evidence,
+    first_touch,
     host,
     kept_state,
     node,
@@ -570,6 +571,7 @@ def _machines(cluster: Cluster) -> Iterator[None]:
             remove=hosts.remove_state,
         )
         put(arrival_engine, _open_ram=hosts.open_ram)
+        put(first_touch, read=lambda *_args: [], keep=lambda *_args: None)
         put(
             arrivals,
             make_ram_file=hosts.make_ram_file,

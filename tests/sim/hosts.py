@@ -588,6 +588,9 @@ class SimArrival:
         self._closed = False
         self._address = (config.page_host, config.page_port)
 
+    def set_order(self, runs: object) -> None:
+        """Pages come in no order here."""
+
     def start(self) -> None:
         assert self._process is not None
         self._process.spawn(self._engine(self._process))
