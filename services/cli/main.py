@@ -22,10 +22,19 @@ from services.cli import (
     rescue,
     simulate,
     store,
+    tokens,
     vms,
 )
 from services.cli.exit_status import ExitStatus, of_http
-from services.cli.session import ENV_URL, Options, OutputOption, TlsDirOption, UrlOption
+from services.cli.session import (
+    ENV_URL,
+    Options,
+    OutputOption,
+    TlsDirOption,
+    TokenFileOption,
+    TokenOption,
+    UrlOption,
+)
 
 _EPILOG = """\
 Exit status: 0 done · 1 bug · 2 wrong usage · 3 refused · 4 not found · 5 unreachable ·
@@ -51,6 +60,7 @@ app.command()(rescue.abandon)
 app.command("break-glass")(rescue.break_glass)
 app.add_typer(store.app, name="store")
 app.add_typer(certs.app, name="certs")
+app.add_typer(tokens.app, name="tokens")
 app.command()(demo.demo)
 app.command()(simulate.simulate)
 app.command("page-server", context_settings=processes.PASS_ON)(processes.page_server)
@@ -64,11 +74,14 @@ def root(
     output: OutputOption = None,
     orchestrator: UrlOption = None,
     tls_dir: TlsDirOption = None,
+    token: TokenOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Move running VMs between the nodes of a fleet by post-copy live migration."""
     options = ctx.ensure_object(Options)
     options.override(output, orchestrator)
     options.tls_dir = tls_dir
+    options.token, options.token_file = token, token_file
 
 
 def main() -> NoReturn:
@@ -91,7 +104,7 @@ def main() -> NoReturn:
 
 def _explain(error: Exception) -> ExitStatus | None:
     """Say what is wrong and what to do on stderr; None: nobody foresaw this one."""
-    from godwit.errors import GodwitApiError, GodwitConnectionError
+    from godwit.errors import GodwitApiError, GodwitClientError, GodwitConnectionError
 
     if isinstance(error, GodwitApiError):
         unsaid = {key: value for key, value in error.metadata.items() if value not in error.detail}
@@ -102,6 +115,9 @@ def _explain(error: Exception) -> ExitStatus | None:
         hint = f"is `godwit orchestrator` running there? See --orchestrator, {ENV_URL}"
         _complain(str(error), hint)
         return ExitStatus.UNREACHABLE
+    if isinstance(error, GodwitClientError):
+        _complain(str(error), "")
+        return ExitStatus.USAGE
     from services.common.errors import GodwitError
 
     if not isinstance(error, GodwitError):

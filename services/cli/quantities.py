@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 
 _AMOUNT = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?)\s*(?P<prefix>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE
+    r"(?P<number>[0-9]+(?:\.[0-9]+)?)\s*(?P<prefix>[KMGT]?)(?P<binary>i?)B?", re.IGNORECASE
 )
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_BYTES_MAX = 1 << 60
 _MINUTE_S = 60
 
 
@@ -39,6 +40,8 @@ def _parse(text: str, *, base: int, example: str) -> int:
     amount = float(match["number"]) * base ** _POWERS[match["prefix"].upper()]
     if amount < 1:
         raise ValueError(f"{text!r} is less than one byte")
+    if amount > _BYTES_MAX:
+        raise ValueError(f"{text[:40]!r} is more than anybody has")
     return int(amount)
 
 

@@ -15,6 +15,7 @@ import typer
 from services.cli.output import OutputFormat
 
 if TYPE_CHECKING:
+    from godwit.bearer import Token
     from godwit.client import Client  # not at run time: --help must not wait for an HTTP stack
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -22,6 +23,8 @@ DEFAULT_TLS_URL = "https://127.0.0.1:8080"
 ENV_URL = "GODWIT_ORCHESTRATOR"
 TLS_DIR_ENV = "GODWIT_TLS_DIR"
 """As services.common.listen says, which imports more than --help may wait for."""
+ENV_TOKEN = "GODWIT_TOKEN"  # noqa: S105 - a name
+ENV_TOKEN_FILE = "GODWIT_TOKEN_FILE"  # noqa: S105
 
 OutputOption = Annotated[
     OutputFormat | None,
@@ -33,6 +36,25 @@ UrlOption = Annotated[
         "--orchestrator",
         metavar="URL",
         help=f"Where the orchestrator's REST API is. [env: {ENV_URL}; default: {DEFAULT_URL}]",
+        show_default=False,
+    ),
+]
+TokenOption = Annotated[
+    str | None,
+    typer.Option(
+        "--token",
+        metavar="TOKEN",
+        help="Bearer token. Others on this machine can read it there: prefer --token-file."
+        f" [env: {ENV_TOKEN}]",
+        show_default=False,
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        metavar="PATH",
+        help=f"File with a bearer token, read again with each request. [env: {ENV_TOKEN_FILE}]",
         show_default=False,
     ),
 ]
@@ -57,6 +79,8 @@ class Options:
     output: OutputFormat | None = None
     url: str | None = None
     tls_dir: Path | None = None
+    token: str | None = None
+    token_file: Path | None = None
 
     def override(self, output: OutputFormat | None, url: str | None) -> None:
         """Take over what a subcommand was given."""
@@ -67,6 +91,19 @@ class Options:
         """The directory with them; None: plaintext, or a certificate that everybody believes."""
         given = os.environ.get(TLS_DIR_ENV)
         return self.tls_dir or (Path(given) if given else None)
+
+    def bearer(self) -> Token:
+        """The token to bring; what was given on the command line counts before the environment."""
+        from godwit.bearer import token_of_file
+
+        if self.token:
+            return self.token
+        if self.token_file:
+            return token_of_file(self.token_file)
+        if token := os.environ.get(ENV_TOKEN):
+            return token
+        path = os.environ.get(ENV_TOKEN_FILE)
+        return token_of_file(Path(path)) if path else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +128,5 @@ def session(ctx: typer.Context, output: OutputFormat | None, url: str | None) ->
             f"{chosen!r} is not a URL; write for example {DEFAULT_URL}",
             param_hint=f"--orchestrator or {ENV_URL}",
         )
-    with Client(chosen, tls_dir=tls_dir) as client:
+    with Client(chosen, tls_dir=tls_dir, token=options.bearer()) as client:
         yield Session(client, options.output or OutputFormat.TABLE)

@@ -49,6 +49,20 @@ class InvalidArgumentError(GodwitError):
     http_status = 422
 
 
+class UnauthenticatedError(GodwitError):
+    """Nobody known asks: there is no credential, or none that is good (now)."""
+
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    http_status = 401
+
+
+class PermissionDeniedError(GodwitError):
+    """Who asks is known, and may not."""
+
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
+
+
 class NotFoundError(GodwitError):
     """What the request names does not exist."""
 
@@ -68,6 +82,14 @@ class FailedPreconditionError(GodwitError):
 
     grpc_status = grpc.StatusCode.FAILED_PRECONDITION
     http_status = 409
+
+
+class ResourceExhaustedError(GodwitError):
+    """A limit of docs/limits.md holds; later there may be room."""
+
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    http_status = 429
+    retryable = True
 
 
 class UnavailableError(GodwitError):

@@ -112,9 +112,10 @@ def to_error(error: grpc.aio.AioRpcError) -> GodwitError:
     return grpc_status.from_status(error.code(), error.details() or "", details_bin)
 
 
-def _metadata(traceparent: str) -> tuple[tuple[str, str], ...]:
+def _metadata(traceparent: str, bearer: str = "") -> tuple[tuple[str, str], ...]:
     traceparent = traceparent or telemetry.current_traceparent()
-    return ((telemetry.TRACEPARENT, traceparent),) if traceparent else ()
+    traced = ((telemetry.TRACEPARENT, traceparent),) if traceparent else ()
+    return (*traced, ("authorization", f"Bearer {bearer}")) if bearer else traced
 
 
 async def wait_connected(channel: grpc.aio.Channel, *, timeout_s: float, peer: str = "") -> None:
@@ -191,11 +192,13 @@ async def call(
     connect_s: float = CONNECT_S,
     traceparent: str = "",
     peer: str = "",
+    bearer: str = "",
 ) -> _Response:
     """Call `method` of a stub on `channel`; `timeout_s` includes connecting, at most `connect_s`.
 
-    `peer` names the other side in messages. The traceparent is the current span's if it is not
-    given. Cancelling the caller cancels the call, which leaves its outcome unknown.
+    `peer` names the other side in messages, `bearer` is a token that says who asks. The traceparent
+    is the current span's if it is not given. Cancelling the caller cancels the call, which leaves
+    its outcome unknown.
 
     Raises:
         NotExecutedError: nothing was sent.
@@ -206,7 +209,8 @@ async def call(
     left_s = max(timeout_s - (time.monotonic() - began), 0.001)
     try:
         # The union's two members differ only in what they are called with.
-        answer = method(request, timeout=left_s, metadata=_metadata(traceparent))  # type: ignore[arg-type]
+        metadata = _metadata(traceparent, bearer)
+        answer = method(request, timeout=left_s, metadata=metadata)  # type: ignore[arg-type]
         return await _with_heartbeats(channel, answer)
     except grpc.aio.AioRpcError as error:
         raise _with_peer(to_error(error), peer) from error

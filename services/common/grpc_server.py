@@ -30,12 +30,16 @@ log = logging.getLogger(__name__)
 MESSAGE_MAX_BYTES = 8 << 20
 """Of control messages, both ways: a userfault bitmap of 64 GiB is 2 MiB."""
 METADATA_MAX_BYTES = 32 << 10
+CONNECTION_STREAM_COUNT_MAX = 1024
+"""Calls under way on one connection; more wait at the caller's end, they are not refused."""
 STOP_GRACE_S = 2.0
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_metadata_size", METADATA_MAX_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_MAX_BYTES),
+    ("grpc.max_concurrent_streams", CONNECTION_STREAM_COUNT_MAX),
     ("grpc.keepalive_time_ms", 20_000),
     # Also how long what we send may go unacknowledged: see grpc_client.
     ("grpc.keepalive_timeout_ms", 2_500),
@@ -75,6 +79,8 @@ class Running:
 
 async def _abort(context: Context, method: str, error: Exception) -> None:
     """End the call with the status that `error` stands for. Always raises."""
+    if isinstance(error, NotImplementedError):  # a generated servicer's, for what we do not serve
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here")
     if isinstance(error, GodwitError):
         known = error
         log.info("%s refused: %s", method, error)
@@ -183,17 +189,25 @@ async def serving(
     *,
     stop_grace_s: float = STOP_GRACE_S,
     certificates: Certificates | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> AsyncIterator[Running]:
     """Serve `services`, health and reflection for the length of the block.
 
     `certificates`: callers must show one that ours knows; None: plaintext.
+    `interceptors` stand around each handler, inside of what makes statuses of errors. Without any,
+    a server that speaks TLS asks who calls, by the table of rules, as a node's (auth.interceptor).
     Every service is SERVING at once; `Running.health` changes that. At the end calls under way have
     `stop_grace_s` seconds. Whether `listen` may be bound is `parse_listen`'s question.
 
     Raises:
         UnavailableError: LISTEN_FAILED: the address is taken or not this machine's.
     """
-    server = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=OPTIONS)
+    if certificates is not None and not interceptors:
+        # Late: who speaks plaintext needs none of it.
+        from services.common.auth.interceptor import node_door
+
+        interceptors = (node_door(certificates.loaded.subject.name),)
+    server = grpc.aio.server(interceptors=(ErrorInterceptor(), *interceptors), options=OPTIONS)
     names = [service.name for service in services]
     status = health.Health(names)
     for service in services:

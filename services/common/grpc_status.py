@@ -9,8 +9,11 @@ Source: https://google.aip.dev/193.
 
 from __future__ import annotations
 
+import contextlib
+
 import grpc
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from services.common.errors import (
@@ -23,6 +26,9 @@ from services.common.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -40,10 +46,10 @@ _CLASS_OF: dict[grpc.StatusCode, type[GodwitError]] = {
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-    grpc.StatusCode.PERMISSION_DENIED: FailedPreconditionError,
-    grpc.StatusCode.UNAUTHENTICATED: FailedPreconditionError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.UNIMPLEMENTED: FailedPreconditionError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: FailedPreconditionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.ABORTED: UnavailableError,
@@ -78,8 +84,9 @@ def to_status(error: GodwitError) -> status_pb2.Status:
 def _error_info(details: list[Any]) -> error_details_pb2.ErrorInfo | None:
     for detail in details:
         info = error_details_pb2.ErrorInfo()
-        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-            return info
+        with contextlib.suppress(DecodeError):
+            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                return info
     return None
 
 
@@ -91,10 +98,13 @@ def from_status(code: grpc.StatusCode, message: str, details_bin: bytes | None) 
     """
     status = status_pb2.Status()
     if details_bin:
-        status.ParseFromString(details_bin)
+        with contextlib.suppress(DecodeError):  # nonsense of a peer's: it said nothing then
+            status.ParseFromString(details_bin)
     cls = _CLASS_OF.get(code, InternalError)
     info = _error_info(list(status.details))
     if info is None:
+        if cls is ResourceExhaustedError:
+            cls = FailedPreconditionError  # gRPC's own: a message that is too long stays too long
         return cls(f"PEER_{code.name}", message or "no message")
     metadata = dict(info.metadata)
     hint = metadata.pop(HINT_KEY, "")

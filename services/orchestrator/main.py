@@ -19,6 +19,9 @@ from fastapi import FastAPI
 from ulid import ULID
 
 from services.common import grpc_server, lifecycle
+from services.common.auth.access import Access
+from services.common.auth.gate import Gate
+from services.common.auth.interceptor import AccessInterceptor
 from services.common.certificates import Kind
 from services.common.errors import InvalidArgumentError, UnavailableError
 from services.common.health import Health
@@ -29,6 +32,13 @@ from services.common.tls import Certificates
 from services.common.tls_metrics import TlsCollector
 from services.orchestrator import rest, rpc
 from services.orchestrator.agents import AgentPool, Deadlines
+from services.orchestrator.auth.connection import HEAD_BYTES_MAX, Connection
+from services.orchestrator.auth.settings import (
+    AuthSettings,
+    add_auth_options,
+    admitting,
+    read_auth,
+)
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
@@ -78,6 +88,7 @@ class Settings:
         """The store, if it is a file."""
         return self.store if isinstance(self.store, Path) else None
 
+    auth: AuthSettings = field(default_factory=AuthSettings)
     tls_dir: Path | None = None
     """The orchestrator's certificates; None: plaintext."""
 
@@ -92,9 +103,10 @@ class Core:
     nodes: Nodes
     machines: Machines
 
-    def build_app(self) -> FastAPI:
-        """REST, to be served."""
-        return rest.build_app(self.fleet, self.context.metrics.registry, self._ready)
+    def build_app(self, access: Access | None = None) -> FastAPI:
+        """REST, to be served. Without `access` nobody is asked who he is."""
+        registry = self.context.metrics.registry
+        return rest.build_app(self.fleet, registry, self._ready, access or Access(Gate()))
 
     async def _ready(self) -> Role:
         """One that stands by is ready too: to answer what is asked, and to lead."""
@@ -138,6 +150,8 @@ async def _http(
             ) from error
         config = uvicorn.Config(
             app,
+            http=Connection,
+            h11_max_incomplete_event_size=HEAD_BYTES_MAX,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -274,9 +288,13 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
     async with (
         certificates.kept() if certificates else contextlib.nullcontext(),
         working(settings, certificates) as core,
-        _http(core.build_app(), settings.rest, certificates) as http,
+        admitting(settings.auth, certificates=certificates is not None) as access,
+        _http(core.build_app(access), settings.rest, certificates) as http,
         grpc_server.serving(
-            settings.grpc, rpc.services(core.fleet), certificates=certificates
+            settings.grpc,
+            rpc.services(core.fleet),
+            certificates=certificates,
+            interceptors=[AccessInterceptor(access)],
         ) as grpc,
         _telling_role(core.context.role, grpc.health),
     ):
@@ -360,6 +378,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         help="let others than this machine reach the listeners, without TLS",
     )
     add_tls_option(parser)
+    add_auth_options(parser, env)
     parsed = parser.parse_args(arguments)
     nodes = parsed.node
     if nodes is None:
@@ -373,6 +392,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         nodes=tuple(read_node(each) for each in nodes),
         lease_s=_read_lease(parsed.lease),
         advertise_rest=parsed.advertise,
+        auth=read_auth(parsed),
     )
 
 

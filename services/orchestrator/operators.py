@@ -12,6 +12,7 @@ import logging
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 
+from services.common.auth.identity import signature
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
 from services.orchestrator.evidence import (
     Evidence,
@@ -83,7 +84,7 @@ class Operators:
         _require_hopeless(row, source, destination, judgement)
         note = LossDeclared(
             reason="ABANDONED",
-            message=f"given up by an operator under epoch {epoch} ({row.reason}): "
+            message=f"given up by {signature('an operator')} under epoch {epoch} ({row.reason}): "
             + "; ".join((_says(row.source_node, source), _says(row.destination_node, destination))),
             hint=f"start VM {row.vm_id} again from its disk once it is no longer listed",
         )
@@ -126,8 +127,8 @@ class Operators:
         _require_forcible(row, source, destination, ran=ran)
         note = NeverRan(
             reason="GLASS_BROKEN",
-            message=f"{operator.strip()} gave the guest back to {row.source_node} and says that "
-            f"{row.destination_node} is fenced: {because.strip()}",
+            message=f"{signature(operator.strip())} gave the guest back to {row.source_node}"
+            f" and says that {row.destination_node} is fenced: {because.strip()}",
         )
         await self._context.store.migrations.enter(
             row, Phase.GIVING_BACK, now_ns=self._context.now_ns(), note=note, by_force=True

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +15,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from services.common.errors import ERROR_DOMAIN, GodwitError, InvalidArgumentError
+from services.common.errors import (
+    ERROR_DOMAIN,
+    GodwitError,
+    InvalidArgumentError,
+    UnauthenticatedError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +70,49 @@ def problem(
     )
 
 
-async def _godwit_error(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, GodwitError)
+OUTCOME = "godwit.outcome"
+"""Key of the scope under which a request's Outcome is, where somebody wants to know it."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Why a request was refused, for whoever stands around the application."""
+
+    reason: str = ""
+
+
+def _note(request: Request, reason: str) -> None:
+    outcome = request.scope.get(OUTCOME)
+    if isinstance(outcome, Outcome):
+        outcome.reason = reason
+
+
+def of(error: GodwitError) -> JSONResponse:
+    """The answer to what raises `error`."""
+    headers = {"Retry-After": RETRY_AFTER_S} if error.retryable else {}
+    if isinstance(error, UnauthenticatedError):
+        headers["WWW-Authenticate"] = f'Bearer realm="{ERROR_DOMAIN}"'
     return problem(
         status=error.http_status,
         reason=error.reason,
         detail=error.message,
         hint=error.hint,
         metadata=error.metadata,
-        headers={"Retry-After": RETRY_AFTER_S} if error.retryable else None,
+        headers=headers,
     )
 
 
-async def _validation_error(_request: Request, error: Exception) -> JSONResponse:
+async def _godwit_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, GodwitError)
+    _note(request, error.reason)
+    return of(error)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if any(item["type"] == "json_invalid" for item in error.errors()):
+    malformed = any(item["type"] == "json_invalid" for item in error.errors())
+    _note(request, "BODY_MALFORMED" if malformed else "FIELD_INVALID")
+    if malformed:
         return problem(
             status=400,
             reason="BODY_MALFORMED",
@@ -102,17 +137,25 @@ _BY_STATUS = {
 }
 
 
+def of_status(status: int, request: str, headers: Mapping[str, str]) -> JSONResponse:
+    """The answer where HTTP itself says what is wrong. `request`: method and path, or more."""
+    reason, hint = _BY_STATUS.get(status, (HTTPStatus(status).name, ""))
+    return problem(
+        status=status,
+        reason=reason,
+        detail=f"{request}: {HTTPStatus(status).phrase}",
+        hint=hint,
+        headers=dict(headers),
+    )
+
+
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    fallback = (HTTPStatus(error.status_code).name, "")
-    reason, hint = _BY_STATUS.get(error.status_code, fallback)
-    return problem(
-        status=error.status_code,
-        reason=reason,
-        detail=f"{request.method} {request.url.path}: {error.detail}",
-        hint=hint,
-        headers=dict(error.headers or {}),
+    answer = of_status(
+        error.status_code, f"{request.method} {request.url.path}", error.headers or {}
     )
+    _note(request, HTTPStatus(error.status_code).name)
+    return answer
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

@@ -12,8 +12,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from services.common.auth.access import Access
 from services.common.errors import GodwitError, UnavailableError
 from services.orchestrator import problems, rest_models
+from services.orchestrator.auth.middleware import AccessMiddleware
 from services.orchestrator.election import Role
 from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
 
@@ -38,7 +40,13 @@ def _nodes(fleet: Fleet) -> APIRouter:
             nodes=[rest_models.Node.of(node) for node in await fleet.list_nodes()]
         )
 
-    @router.post("", responses={200: {"description": "It was there; it has this address now"}})
+    @router.post(
+        "",
+        responses={
+            200: {"description": "It was there; it has this address now"},
+            201: {"description": "It is new", "model": rest_models.Node},
+        },
+    )
     async def register_node(body: rest_models.NodeRequest, response: Response) -> rest_models.Node:
         node, is_new = await fleet.register_node(body.name, body.agent_address)
         response.status_code = 201 if is_new else 200
@@ -211,7 +219,10 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) 
 
 
 def build_app(
-    fleet: Fleet, registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]
+    fleet: Fleet,
+    registry: CollectorRegistry,
+    ready: Callable[[], Awaitable[Role]],
+    access: Access,
 ) -> FastAPI:
     """The application. `ready` raises a GodwitError while nothing can be admitted."""
     app = FastAPI(
@@ -222,6 +233,7 @@ def build_app(
         redirect_slashes=False,
     )
     problems.install(app)
+    app.add_middleware(AccessMiddleware, access=access)
     for router in (_nodes(fleet), _vms(fleet), _migrations(fleet), _process(registry, ready)):
         app.include_router(router)
     return app

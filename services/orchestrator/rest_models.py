@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
 from godwit.fleet.v1 import types_pb2, vm_service_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ConfigDict, Field
+
+from services.common.vm_spec import VM_ID_PATTERN
+
+_PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
+_EPOCH_MAX = (1 << 53) - 1
+"""What every JSON reader can tell from its neighbours."""
+
+Name = Annotated[str, Field(pattern=VM_ID_PATTERN)]
+"""Of a VM or a node."""
 
 
 class Strict(BaseModel):
@@ -22,14 +31,18 @@ class Strict(BaseModel):
 class NodeRequest(Strict):
     """A node and where its agent listens."""
 
-    name: str = Field(min_length=1, max_length=63)
-    agent_address: str = Field(description="host:port", max_length=255)
+    name: Name
+    agent_address: str = Field(
+        description="host:port, [v6]:port",
+        pattern=rf"^(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]\s/]+):{_PORT}$",
+        max_length=255,
+    )
 
 
 class VmRequest(Strict):
     """A VM to start."""
 
-    node: str = Field(min_length=1, max_length=63)
+    node: Name
     spec: dict[str, Any] = Field(description="docs/vm-spec.md")
 
 
@@ -47,8 +60,8 @@ class LinkLossPolicy(Strict):
 class MigrationRequest(Strict):
     """A VM to move."""
 
-    vm: str = Field(min_length=1, max_length=63)
-    destination_node: str = Field(min_length=1, max_length=63)
+    vm: Name
+    destination_node: Name
     bulk_bytes_per_s_max: int = Field(
         default=0, ge=0, le=1 << 50, description="limit of the bulk lane; 0 = none"
     )
@@ -58,19 +71,21 @@ class MigrationRequest(Strict):
 class AbandonRequest(Strict):
     """A guest to give up."""
 
-    epoch: int = Field(ge=1, le=(1 << 63) - 1, description="the migration's, as it is shown")
+    epoch: int = Field(ge=1, le=_EPOCH_MAX, description="the migration's, as it is shown")
     confirm: bool = Field(default=False, description="must be true")
 
 
 class BreakGlassRequest(Strict):
     """A guest to give back without its destination's proof."""
 
-    epoch: int = Field(ge=1, le=(1 << 63) - 1, description="the migration's, as it is shown")
+    epoch: int = Field(ge=1, le=_EPOCH_MAX, description="the migration's, as it is shown")
     fenced_vm_id: str = Field(
         max_length=63, description="the guest's id: its destination is fenced, by your word"
     )
-    operator: str = Field(max_length=100, description="who says so; stays in the history")
-    because: str = Field(max_length=500, description="why; stays in the history")
+    operator: str = Field(
+        min_length=1, max_length=100, description="who says so; stays in the history"
+    )
+    because: str = Field(min_length=1, max_length=500, description="why; stays in the history")
 
 
 class Capabilities(BaseModel):
@@ -165,7 +180,9 @@ class UserfaultBitmap(BaseModel):
     resident_share: float = Field(description="0..1")
     resident_percent: float = Field(description="0..100")
     page_size_bytes: int
-    absent_runs: list[tuple[int, int]] = Field(description="[first page, how many], ascending")
+    absent_runs: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
+        description="[first page, how many], ascending"
+    )
 
     @classmethod
     def of(cls, bitmap: vm_service_pb2.GetUserfaultBitmapResponse) -> UserfaultBitmap:
@@ -179,7 +196,7 @@ class UserfaultBitmap(BaseModel):
             # Rounded down: 100 means all of them.
             resident_percent=int(bitmap.resident_share * 1e4) / 100,
             page_size_bytes=bitmap.page_size_bytes,
-            absent_runs=[(run.first_page, run.page_count) for run in bitmap.absent_runs],
+            absent_runs=[[run.first_page, run.page_count] for run in bitmap.absent_runs],
         )
 
 

@@ -17,6 +17,7 @@ import pydantic
 from services.common.listen import Address
 from services.orchestrator import rest_models
 from services.orchestrator.agents import Deadlines
+from services.orchestrator.auth.settings import AuthSettings
 from services.orchestrator.main import Core, Settings, orchestrating, working
 from services.orchestrator.move import Limits
 from tests.harness.fake_agent import FakeAgent, World, spec_json
@@ -82,8 +83,10 @@ class FakeFleet:
         limits: Limits = LIMITS,
         listening: bool = False,
         server: str = "",
+        auth: AuthSettings | None = None,
     ) -> None:
         """Not `listening`: REST is called in process, gRPC not at all. `server`: of the store."""
+        self._auth = auth or AuthSettings()
         self.world = World()
         self.agents = {name: FakeAgent(name, self.world) for name in "abc"}
         self.store = directory / "godwit.db"
@@ -143,6 +146,7 @@ class FakeFleet:
             nodes=tuple((name, str(agent.address)) for name, agent in self.agents.items()),
             limits=self.limits,
             deadlines=self.deadlines,
+            auth=self._auth,
         )
         async with contextlib.AsyncExitStack() as stack:
             if self._listening:
@@ -261,10 +265,15 @@ def _json(model: pydantic.BaseModel) -> Any:
 
 @contextlib.asynccontextmanager
 async def fake_fleet(
-    directory: Path, *, limits: Limits = LIMITS, listening: bool = False, server: str = ""
+    directory: Path,
+    *,
+    limits: Limits = LIMITS,
+    listening: bool = False,
+    server: str = "",
+    auth: AuthSettings | None = None,
 ) -> AsyncIterator[FakeFleet]:
     """A fleet with a running orchestrator and VM `vm-1` on node a."""
-    fleet = FakeFleet(directory, limits=limits, listening=listening, server=server)
+    fleet = FakeFleet(directory, limits=limits, listening=listening, server=server, auth=auth)
     try:
         for agent in fleet.agents.values():
             await agent.start()

@@ -23,6 +23,7 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from godwit import calls
+from godwit.bearer import Token, bearer
 from godwit.calls import Answer, Call, ValueT
 from godwit.errors import GodwitApiError, GodwitConnectionError
 from godwit.models import Migration, Node, UserfaultBitmap, Vm
@@ -42,9 +43,18 @@ class Client:
     """A blocking client. Not to be shared by threads; use as a context manager, or close it."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S, tls_dir: Path | None = None
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        tls_dir: Path | None = None,
+        token: Token = "",
     ) -> None:
-        """`tls_dir`: has `ca.crt`, and `tls.crt` and `tls.key` to be known by; see godwit.tls."""
+        """Say who asks by `tls_dir`, by `token`, by both, or not at all.
+
+        `tls_dir`: has `ca.crt`, and `tls.crt` and `tls.key` to be known by; see godwit.tls.
+        `token`: a bearer token, or a function that is asked for it before each request.
+        """
         self.url = url.rstrip("/")
         # trust_env: a proxy from the environment must not come between us and a loopback address.
         self._http = httpx.Client(
@@ -53,6 +63,7 @@ class Client:
             trust_env=False,
             verify=make_context(tls_dir) if tls_dir else True,
             event_hooks={"request": [expect_orchestrator] if tls_dir else []},
+            auth=bearer(token, self.url),
         )
 
     def __enter__(self) -> Self:
@@ -168,7 +179,12 @@ class AsyncClient:
     """The same for asyncio. Use as an async context manager, or close it."""
 
     def __init__(
-        self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S, tls_dir: Path | None = None
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        tls_dir: Path | None = None,
+        token: Token = "",
     ) -> None:
         """See Client."""
         self.url = url.rstrip("/")
@@ -178,6 +194,7 @@ class AsyncClient:
             trust_env=False,
             verify=make_context(tls_dir) if tls_dir else True,
             event_hooks={"request": [expect_orchestrator_async] if tls_dir else []},
+            auth=bearer(token, self.url),
         )
 
     async def __aenter__(self) -> Self:

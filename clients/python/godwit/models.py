@@ -8,7 +8,7 @@ default, and words of an enum that it does not know stay the words they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -64,9 +64,10 @@ class _Model:
         """Read an object; anything else is an object without fields."""
         if not isinstance(data, Mapping):
             data = {}
-        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-        values = {key: value for key, value in data.items() if key in known and value is not None}
-        return cls(**cls._converted(values))
+        defaults = {item.name: item.default for item in fields(cls)}  # type: ignore[arg-type]
+        said = {key: value for key, value in data.items() if key in defaults and value is not None}
+        read = cls._converted(said)
+        return cls(**{key: value for key, value in read.items() if _is_like(value, defaults[key])})
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class MigrationEvent(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**_with_times(values, "at"), "evidence": tuple(values.get("evidence", ()))}
+        return {**_with_times(values, "at"), "evidence": tuple(_list(values.get("evidence")))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +259,7 @@ class Recovery(_Model):
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = _with(values, migration=Migration)
-        return values | {"findings": tuple(str(line) for line in values.get("findings", ()))}
+        return values | {"findings": tuple(str(line) for line in _list(values.get("findings")))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +277,7 @@ class Capabilities(_Model):
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
         return {
             **values,
-            **{name: tuple(values.get(name, ())) for name in ("uffd_features", "drivers")},
+            **{name: tuple(_list(values.get(name))) for name in ("uffd_features", "drivers")},
         }
 
 
@@ -294,7 +295,7 @@ class Node(_Model):
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = _with(values, capabilities=Capabilities)
-        return {**values, "vm_ids": tuple(values.get("vm_ids", ()))}
+        return {**values, "vm_ids": tuple(_list(values.get("vm_ids")))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,8 +340,19 @@ class UserfaultBitmap(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        runs = tuple((int(first), int(count)) for first, count in values.get("absent_runs", ()))
+        runs = tuple((int(first), int(count)) for first, count in _list(values.get("absent_runs")))
         return {**values, "absent_runs": runs}
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """What is of another kind than it should be is as good as missing."""
+    if default is None or default is MISSING or value is None:
+        return True
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, bool) != isinstance(value, bool):
+        return False
+    return isinstance(value, type(default))
 
 
 def _with(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
@@ -350,7 +362,7 @@ def _with(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
 
 def _with_many(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
     read = {
-        name: tuple(model.from_json(item) for item in values.get(name, ()))
+        name: tuple(model.from_json(item) for item in _list(values.get(name)))
         for name, model in models.items()
     }
     return {**values, **read}
@@ -358,9 +370,15 @@ def _with_many(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]
 
 def _with_times(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """RFC 3339 text becomes a datetime; "" is no time."""
-    read = {
-        name: datetime.fromisoformat(values[name]) if values[name] else None
-        for name in names
-        if name in values
-    }
-    return {**values, **read}
+    return {**values, **{name: _time(values[name]) for name in names if name in values}}
+
+
+def _time(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

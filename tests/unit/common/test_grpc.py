@@ -240,6 +240,21 @@ async def test_closing_a_stream_ends_the_handler() -> None:
         await shapes.closed.wait()
 
 
+async def test_calls_beyond_a_connections_limit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is refused: who has a place gives it to the next."""
+    options = dict(grpc_server.OPTIONS) | {"grpc.max_concurrent_streams": 1}
+    monkeypatch.setattr(grpc_server, "OPTIONS", tuple(options.items()))
+    async with shapes_pair() as (shapes, stub, _):
+        shapes.answer_count = 1
+        first = stub.out(agent.DescribeRequest(vm_id="hang"))
+        await first.read()
+        second = asyncio.ensure_future(stub.unary(agent.DescribeRequest(vm_id="x"), timeout=30))
+        # Its deadline, and no other, says that it waits: it cannot be heard before there is room.
+        assert not shapes.entered.is_set()
+        first.cancel()
+        assert (await second).vm_id == "x!"
+
+
 async def test_nobody_there_is_not_executed() -> None:
     # A port that was free a moment ago: bound once, so that nobody else is given it meanwhile.
     async with shapes_pair() as (_, _stub, running):
