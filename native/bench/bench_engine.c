@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 #include <godwit/sys.h>
 
 #define DEADLINE_NS UINT64_C(60000000000)
@@ -73,6 +74,7 @@ static struct gw_arrival *arrival_start(const struct bench_server *server,
 	const struct gw_arrival_region region = {.host_addr = guest->address, .len = guest->len};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path(),

@@ -12,6 +12,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 
 #define PAGE_COUNT ((uint64_t)2048)
 #define GENERATION ((uint64_t)5)
@@ -47,6 +48,7 @@ static struct gw_arrival_config config_of(const struct guest *guest, uint32_t po
 {
 	return (struct gw_arrival_config){
 		.struct_size = sizeof(struct gw_arrival_config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path,

@@ -12,6 +12,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 
 #define PAGE_COUNT ((uint64_t)256)
 #define GENERATION ((uint64_t)5)
@@ -27,6 +28,7 @@ static struct gw_arrival *arrival_of(const struct guest *guest, uint32_t port, b
 	};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path,

@@ -14,6 +14,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 
 #define PAGE_COUNT  UINT64_C(64)
 #define GENERATION  UINT64_C(5)
@@ -465,6 +466,7 @@ static void bench_open(struct bench *bench, enum act act, const char *status)
 						 .len = PAGE_COUNT * PAGE};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = bench->map_path,

@@ -11,6 +11,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 #include <godwit/serve.h>
 
 #define PAGE_COUNT	  ((uint64_t)16384)
@@ -102,6 +103,7 @@ static struct bench bench_create(uint32_t bulk_count, uint32_t state)
 	};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path,

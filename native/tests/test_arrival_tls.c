@@ -8,6 +8,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 #include <godwit/serve.h>
 
 #include <time.h>
@@ -75,6 +76,7 @@ static struct move start(const char *page_server_name)
 	};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path,
@@ -283,6 +285,7 @@ static void bad_configs_are_refused(void)
 					    .len = PAGE_COUNT * PAGE};
 	struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = PAGE,
 		.epoch = 2,
 		.page_map_path = map_path,

@@ -12,6 +12,7 @@
 
 #include <godwit/arrival.h>
 #include <godwit/page_map.h>
+#include <godwit/sandbox.h>
 
 #define HUGE	   ((size_t)2 << 20)
 #define PAGE_COUNT ((uint64_t)8)
@@ -94,6 +95,7 @@ static struct gw_arrival *arrival_of(const struct guest *guest, uint32_t port, b
 	};
 	const struct gw_arrival_config config = {
 		.struct_size = sizeof(config),
+		.sandbox = GW_SANDBOX_ENFORCE,
 		.page_size = HUGE,
 		.epoch = 2,
 		.page_map_path = map_path,
