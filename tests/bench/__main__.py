@@ -62,8 +62,9 @@ def _measure(section: Section, scale: Scale, path: Path, limit_s: float, *, more
     elapsed_s = time.monotonic() - begin_s
     how = why_failed(result) or "measured"
     print(f"{section.name}: {elapsed_s:.0f} s, {how}", file=sys.stderr, flush=True)
-    if before and not why_failed(before) and not why_failed(result):
-        result = joined(before, result)
+    if before and not why_failed(before):
+        # Rounds that failed take none away.
+        result = before if why_failed(result) else joined(before, result)
     about: dict[str, Any] = {
         "section": section.name,
         "machine": report.machine(),
