@@ -240,15 +240,13 @@ async def test_certificates_have_ended_and_every_process_of_the_page_path_is_new
 
 
 def needles(path: str, count: int = 64) -> list[bytes]:
-    """Pieces of a guest's memory that occur nowhere else: not of pages that are all one byte."""
-    data = Path(path).read_bytes()
-    found = []
-    for offset in range(0, len(data), PAGE):
-        piece = data[offset + 1024 : offset + 1024 + 64]
-        if len(set(piece)) > 8 and data.count(piece) == 1:
-            found.append(piece)
-        if len(found) == count:
-            break
+    """Pieces of a guest's memory, no two alike: not of pages that are all one byte."""
+    found: list[bytes] = []
+    with Path(path).open("rb") as memory:
+        while len(found) < count and (page := memory.read(PAGE)):
+            piece = page[1024 : 1024 + 64]
+            if len(set(piece)) > 8 and piece not in found:
+                found.append(piece)
     return found
 
 
