@@ -159,7 +159,7 @@ RULES: tuple[Rule, ...] = (
     # Agents
     _agent("Hello"),
     _agent("ListVms"),
-    _agent("Describe"),
+    _agent("Describe", ORCHESTRATOR | NODE),  # the source's agent asks before it pauses a guest
     _agent("Preflight"),
     _agent("StartVm"),
     _agent("StopVm"),
