@@ -14,7 +14,7 @@
  * So a guest that faults every now and then costs nothing, and one that faults all the time at
  * most the core that it would have used.
  *
- * A core that is given away for longer than it would ever look is one that others want: they have a time
+ * A core that is given away for longer than a step of bulk takes is one that others want: they have a time
  * slice each, milliseconds, and a fault in such a turn waits for all of them (three busy
  * processes on two cores: 1.7 ms a fault, 40 us sleeping; who sleeps and is woken comes first). So it
  * sleeps for a second then. test_arrival.c: a_crowded_host_is_not_looked_away.
@@ -43,7 +43,7 @@ static bool yield(struct arrival_demand *demand, uint64_t *ret_now_ns)
 	(void)sched_yield();
 	GW_HOOK("demand.yielded");
 	*ret_now_ns = gw_sys_now_ns();
-	if (*ret_now_ns - begin_ns <= ARRIVAL_SPIN_NS_MAX)
+	if (*ret_now_ns - begin_ns <= ARRIVAL_YIELD_NS_MAX)
 		return true;
 	demand->crowded_ns = *ret_now_ns + ARRIVAL_CROWDED_NS;
 	return false;

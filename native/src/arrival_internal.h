@@ -71,6 +71,7 @@
 #define ARRIVAL_WAIT_MS_MAX    100
 #define ARRIVAL_SPIN_NS_MIN    UINT64_C(12500)
 #define ARRIVAL_SPIN_NS_MAX    UINT64_C(100000)
+#define ARRIVAL_YIELD_NS_MAX   UINT64_C(500000)	    /* longer: the core was given to a stranger */
 #define ARRIVAL_CROWDED_NS     UINT64_C(1000000000) /* it sleeps for so long, then looks again */
 #define ARRIVAL_WANT_COUNT_MAX 8192U /* of a demand link: a 2 MiB page is two wants */
 
