@@ -35,6 +35,7 @@ from services.orchestrator.main import Core, Settings, working
 from services.orchestrator.migration import Decision, Phase
 from services.orchestrator.store import Store, schema
 from services.orchestrator.store.migrations import row_values
+from services.orchestrator.store.records import ANSWERS_MAX
 from services.orchestrator.store.rows import IdempotencyRow, MigrationRow, VmRow
 from tests.harness import postgres
 
@@ -142,6 +143,15 @@ def _fill(connection: sa.Connection, vm: VmRow, first: int, count: int) -> None:
                 ),
             )
         )
+
+
+def _fill_answers(connection: sa.Connection) -> None:
+    """As many answers to repeated requests as are kept."""
+    rows = [
+        {"key": f"old-{n}", "request_hash": "h" * 64, "response": b"r" * 200, "created_at_ns": n}
+        for n in range(1, ANSWERS_MAX + 1)
+    ]
+    connection.execute(sa.insert(schema.idempotency), rows)
 
 
 def _id_of(number: int) -> str:
@@ -276,6 +286,7 @@ async def _of(place: str | Path, *, history: int, calls: int) -> dict[str, Any]:
     async with open_store(place) as store:
         await _make_history(store, history)
         report["history_s"] = round(time.perf_counter() - began, 1)
+        await store.database.write(_fill_answers)
         vms = [await _start(store, f"new-{number}") for number in range(2 * calls)]
         await _admit(store, vms[: calls // 10], at_once=1)
         report["admit, one caller"] = await _admit(store, vms[calls // 10 : calls], at_once=1)

@@ -14,6 +14,13 @@ from services.orchestrator.store.rows import NodeRow, VmRow, VmState
 
 _vms = schema.vms.c
 
+# Made once: to make a statement anew, and to look it up as compiled, costs more than to run it.
+_ACTIVE = sa.select(schema.migrations.c.migration_id).where(
+    schema.migrations.c.vm_id == sa.bindparam("of"),
+    schema.migrations.c.terminal == sa.false(),
+)
+_VM = sa.select(schema.vms).where(_vms.vm_id == sa.bindparam("of"))
+
 
 def next_epoch(connection: sa.Connection, vm_id: str) -> int:
     """A fresh epoch: never issued before, also if the VM was deleted and came back (I1).
@@ -36,12 +43,13 @@ def next_epoch(connection: sa.Connection, vm_id: str) -> int:
 
 def active_migration_id(connection: sa.Connection, vm_id: str) -> str:
     """The VM's migration that is not terminal, or ""."""
-    found = connection.execute(
-        sa.select(schema.migrations.c.migration_id).where(
-            schema.migrations.c.vm_id == vm_id, schema.migrations.c.terminal == sa.false()
-        )
-    )
-    return str(found.scalar_one_or_none() or "")
+    return str(connection.execute(_ACTIVE, {"of": vm_id}).scalar_one_or_none() or "")
+
+
+def vm_of(connection: sa.Connection, vm_id: str) -> VmRow | None:
+    """One VM."""
+    row = connection.execute(_VM, {"of": vm_id}).one_or_none()
+    return VmRow.of(row) if row else None
 
 
 def migration_active(vm_id: str, migration_id: str) -> AlreadyExistsError:

@@ -18,6 +18,7 @@ from services.orchestrator.store.fleet import (
     active_migration_id,
     migration_active,
     next_epoch,
+    vm_of,
     vm_unknown,
 )
 from services.orchestrator.store.identity import refuse_in_doubt
@@ -170,13 +171,11 @@ class MigrationTable:
 
         def work(connection: sa.Connection) -> None:
             refuse_in_doubt(connection)
-            found = connection.execute(sa.select(schema.vms).where(schema.vms.c.vm_id == row.vm_id))
-            vm_row = found.one_or_none()
-            if vm_row is None:
+            vm = vm_of(connection, row.vm_id)
+            if vm is None:
                 raise vm_unknown(row.vm_id)
             if active := active_migration_id(connection, row.vm_id):
                 raise migration_active(row.vm_id, active)
-            vm = VmRow.of(vm_row)
             if vm.state is not VmState.RUNNING:
                 raise FailedPreconditionError(
                     "VM_NOT_RUNNING",
@@ -188,7 +187,7 @@ class MigrationTable:
                 raise FailedPreconditionError(
                     "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
                 )
-            connection.execute(sa.insert(schema.migrations).values(row_values(row)))
+            connection.execute(_INSERT, row_values(row))
             add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
             if idempotency:
                 put_idempotency(connection, idempotency)
@@ -493,6 +492,7 @@ _ADD_TRANSITION = sa.insert(schema.transitions).values(
     at_ns=sa.bindparam("now_ns"),
     message=sa.bindparam("note"),
 )
+_INSERT = sa.insert(schema.migrations)
 _SELECT = sa.select(schema.migrations).where(_m.migration_id == sa.bindparam("of"))
 
 

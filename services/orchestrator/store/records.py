@@ -14,23 +14,31 @@ ANSWERS_MAX = 10_000
 that is repeated within a second would be done twice."""
 
 
+FORGET_EVERY = 64
+"""To look for the oldest costs as much as an admission: it is done now and then, by the clock,
+which no caller chooses. So some more than ANSWERS_MAX may be there."""
+
+_answers = schema.idempotency.c
+_LAST = sa.select(sa.func.coalesce(sa.func.max(_answers.created_at_ns), 0))
+_FORGET = sa.delete(schema.idempotency).where(
+    _answers.created_at_ns
+    <= sa.select(_answers.created_at_ns)
+    .order_by(_answers.created_at_ns.desc())
+    .offset(sa.bindparam("kept"))
+    .limit(1)
+    .scalar_subquery()
+)
+_KEEP = sa.insert(schema.idempotency)
+
+
 def _make_room(connection: sa.Connection, row: IdempotencyRow) -> dict[str, object]:
-    """Forget the oldest answers but ANSWERS_MAX - 1; the values of the next one.
+    """Forget the oldest answers but ANSWERS_MAX - 1, now and then; the values of the next one.
 
     Their order is that of `created_at_ns`, which therefore never falls, whatever the clock does.
     """
-    table = schema.idempotency
-    last = connection.execute(
-        sa.select(sa.func.coalesce(sa.func.max(table.c.created_at_ns), 0))
-    ).scalar_one()
-    oldest_kept = (
-        sa.select(table.c.created_at_ns)
-        .order_by(table.c.created_at_ns.desc())
-        .offset(ANSWERS_MAX - 1)
-        .limit(1)
-        .scalar_subquery()
-    )
-    connection.execute(sa.delete(table).where(table.c.created_at_ns <= oldest_kept))
+    last = connection.execute(_LAST).scalar_one()
+    if (row.created_at_ns >> 8) % FORGET_EVERY == 0:
+        connection.execute(_FORGET, {"kept": ANSWERS_MAX - 1})
     return {
         "key": row.key,
         "request_hash": row.request_hash,
@@ -45,7 +53,7 @@ def put_idempotency(connection: sa.Connection, row: IdempotencyRow) -> None:
     Raises:
         sqlalchemy.exc.IntegrityError: the key was used meanwhile.
     """
-    connection.execute(sa.insert(schema.idempotency).values(_make_room(connection, row)))
+    connection.execute(_KEEP, _make_room(connection, row))
 
 
 class IdempotencyTable:

@@ -168,6 +168,8 @@ idempotency = sa.Table(
     sa.Column("request_hash", sa.Text, nullable=False),
     sa.Column("response", sa.LargeBinary, nullable=False),
     sa.Column("created_at_ns", sa.BigInteger, nullable=False),
+    # The oldest are let go of at each admission.
+    sa.Index("idempotency_by_age", "created_at_ns"),
 )
 
 leadership = sa.Table(

@@ -353,6 +353,7 @@ async def test_the_last_answers_are_kept_whatever_the_clock_does(
 ) -> None:
     """A key that was answered a moment ago is known, though the clock has jumped for a year."""
     monkeypatch.setattr(records, "ANSWERS_MAX", 3)
+    monkeypatch.setattr(records, "FORGET_EVERY", 1)
     row = IdempotencyRow(key="0", request_hash="h", response=b"r", created_at_ns=10 * YEAR_NS)
     await store.idempotency.put(row)
     await store.idempotency.put(replace(row, response=b"other"))

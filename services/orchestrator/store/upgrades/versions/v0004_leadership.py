@@ -42,5 +42,6 @@ def upgrade() -> None:
         ["migration_id"],
         sqlite_where=sa.text("destination_owed = 1 OR source_owed = 1"),
     )
+    op.create_index("idempotency_by_age", "idempotency", ["created_at_ns"])
     op.execute(_TERMS_ONLY_GROW)
     op.execute(_LEADERSHIP_STAYS)
