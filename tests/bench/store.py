@@ -43,7 +43,7 @@ ADMISSIONS_PER_S_MIN = 200.0
 HISTORY = 200_000
 TRANSITIONS = 11
 """Phases of a move that succeeds."""
-CHUNK = 5_000
+CHUNK = 1_000
 FIRST = 100_000_000
 """Number of the first: all have as many digits."""
 PAGE = 100
