@@ -200,6 +200,9 @@ def directory(at: Path | None = None) -> Iterator[Path]:
     try:
         if user := _user():
             shutil.chown(made, user)
+            made.chmod(
+                0o711
+            )  # the socket is for root without its capabilities too; the data is not
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
