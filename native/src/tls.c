@@ -34,10 +34,11 @@ struct gw_tls {
 	SSL *ssl;
 	struct gw_tls_identity *identity;
 	int fd;
-	int dead;    /* -errno once it has failed */
-	int error;   /* -errno of the system call that OpenSSL was told of as an error */
-	bool closed; /* the peer sends no more */
-	bool held;   /* the socket is not asked */
+	int dead;     /* -errno once it has failed */
+	int error;    /* -errno of the system call that OpenSSL was told of as an error */
+	bool closed;  /* the peer sends no more */
+	bool held;    /* the socket is not asked */
+	bool drained; /* a short read has emptied it: until the next recv */
 	struct tls_buffer in;
 	struct tls_buffer out;
 	char reason[GW_TLS_REASON_LEN_MAX];
@@ -58,7 +59,7 @@ static int fill(struct gw_tls *tls)
 
 	if (there(&tls->in) > 0)
 		return 1;
-	if (tls->held)
+	if (tls->held || tls->drained)
 		return -EAGAIN;
 	got = gw_sys_recv(tls->fd, tls->in.data, BUFFER_LEN, MSG_DONTWAIT);
 	if (got == -EINTR)
@@ -67,6 +68,7 @@ static int fill(struct gw_tls *tls)
 		return (int)got;
 	tls->in.first = 0;
 	tls->in.len = (size_t)got;
+	tls->drained = (size_t)got < BUFFER_LEN;
 	return 1;
 }
 
@@ -369,6 +371,7 @@ ssize_t gw_tls_recv(struct gw_tls *tls, void *ret_buffer, size_t len)
 
 	if (tls->dead)
 		return tls->dead;
+	tls->drained = false;
 	while (received < len) {
 		size_t got;
 
