@@ -8,7 +8,7 @@ import enum
 import json
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -78,6 +78,18 @@ def demo(
         FaultBackend,
         typer.Option("--fault-backend", help="How a microvm notices absent memory."),
     ] = FaultBackend.AUTO,
+    fleet: Annotated[
+        bool,
+        typer.Option(
+            "--fleet", help="Many microvms on several nodes: node a is drained and filled again."
+        ),
+    ] = False,
+    nodes: Annotated[
+        int, typer.Option("--nodes", min=2, max=26, help="Of the fleet.", show_default=True)
+    ] = 4,
+    vms: Annotated[
+        int, typer.Option("--vms", min=1, max=200, help="Of the fleet; half of them on node a.")
+    ] = 12,
     as_json: Annotated[
         bool, typer.Option("--json", help="The last line on stdout is the report as JSON.")
     ] = False,
@@ -104,7 +116,12 @@ def demo(
     on node a, moves it to b and back by post-copy, and lets the guest itself check its memory, its
     disk, its network and its heartbeats. Or does it with a microvm, which needs neither QEMU nor,
     with threads for a processor, KVM or root. Exit status 0 only if all of it is proved unharmed.
+
+    With --fleet: an orchestrator, several nodes and many small microvms; node a is drained within
+    limits and filled again, and every guest verifies its memory each time.
     """
+    if fleet:
+        raise typer.Exit(_run_fleet(nodes, vms, accel.value, directory, keep, as_json=as_json))
     options = _options(memory, workload_mib, dirty_rate, vcpus, directory, keep, sabotage)
     options = replace(options, accel=accel.value, fault_backend=fault_backend.value, tls=tls)
     if vmm is Vmm.BOTH and directory is not None:
@@ -178,17 +195,44 @@ def _options(
     )
 
 
+def _run_fleet(
+    nodes: int, vms: int, accel: str, directory: Path | None, keep: bool, *, as_json: bool
+) -> ExitStatus:
+    from services.demo.fleet_run import FleetOptions
+
+    small = FleetOptions().options
+    options = replace(small, accel=accel, directory=directory, keep=keep)
+    fleet = FleetOptions(nodes=nodes, vms=vms, options=options)
+
+    async def work(narrator: _Narrator) -> list[dict[str, object]]:
+        from services.demo.run import run_fleet_demo
+
+        return [await run_fleet_demo(fleet, narrator)]
+
+    return _judged(work, "print_fleet_report", as_json=as_json)
+
+
 def _run(runs: Sequence[Options], *, as_json: bool) -> ExitStatus:
+    return _judged(lambda narrator: _each(runs, narrator), "print_report", as_json=as_json)
+
+
+def _judged(
+    work: Callable[[_Narrator], Coroutine[Any, Any, list[dict[str, object]]]],
+    printer: str,
+    *,
+    as_json: bool,
+) -> ExitStatus:
+    """Do it, print the reports; `printer` is a function of services.demo.report."""
     from rich.console import Console
 
-    from services.demo.report import print_report
+    from services.demo import report as printers
 
     narrator = _Narrator()
     reports = []
     try:
-        for report in asyncio.run(_interruptible(_each(runs, narrator))):
+        for report in asyncio.run(_interruptible(work(narrator))):
             narrator.close()
-            print_report(report, Console(stderr=as_json))
+            getattr(printers, printer)(report, Console(stderr=as_json))
             reports.append(report)
     except asyncio.CancelledError:
         print("godwit: interrupted; everything is cleaned up", file=sys.stderr)

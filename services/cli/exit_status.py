@@ -20,7 +20,8 @@ class ExitStatus(IntEnum):
     UNREACHABLE = 5
     """The orchestrator, or the node that it needs, does not answer. What it did is not known."""
     MIGRATION_FAILED = 6
-    """The migration that was watched did not succeed; of the demo: its verdict is not ok."""
+    """The migration or operation that was watched did not succeed; of the demo and the simulator:
+    the verdict is not ok."""
     INTERRUPTED = 130
     """Ctrl-C. A migration that was watched goes on."""
 

@@ -18,11 +18,14 @@ from services.cli import (
     demo,
     migrations,
     nodes,
+    operations,
     processes,
     rescue,
+    schedule,
     simulate,
     store,
     tokens,
+    top,
     vms,
 )
 from services.cli.exit_status import ExitStatus, of_http
@@ -38,7 +41,8 @@ from services.cli.session import (
 
 _EPILOG = """\
 Exit status: 0 done · 1 bug · 2 wrong usage · 3 refused · 4 not found · 5 unreachable ·
-6 the migration did not succeed (demo: the verdict is not ok) · 130 interrupted.
+6 the migration or operation did not succeed (demo, simulate: the verdict is not ok) ·
+130 interrupted.
 """
 
 app = typer.Typer(
@@ -46,7 +50,7 @@ app = typer.Typer(
     help="Move running VMs between the nodes of a fleet by post-copy live migration.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich would cost a third of the start
 )
@@ -54,6 +58,17 @@ app.command()(nodes.nodes)
 app.add_typer(vms.app, name="vms")
 app.command()(migrations.migrate)
 app.add_typer(migrations.app, name="migrations")
+app.command()(operations.drain)
+app.command()(operations.undrain)
+app.command()(operations.rebalance)
+app.command()(operations.batch)
+app.command()(operations.plan)
+app.add_typer(operations.app, name="operations")
+app.add_typer(schedule.queue_app, name="queue")
+app.add_typer(schedule.limits_app, name="limits")
+app.add_typer(schedule.policy_app, name="policy")
+app.add_typer(schedule.place_app, name="place")
+app.command()(top.top)
 app.command()(bitmap.bitmap)
 app.command()(rescue.recover)
 app.command()(rescue.abandon)

@@ -26,7 +26,9 @@ MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="Id 
 def migrate(
     ctx: typer.Context,
     vm: Annotated[str, typer.Argument(metavar="VM", help="Id of the VM.")],
-    to: Annotated[str, typer.Option("--to", metavar="NODE", help="Where it goes.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="NODE", help="Where it goes.", show_default="the best")
+    ] = "",
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show the progress and wait for the end.")
     ] = False,
@@ -49,15 +51,24 @@ def migrate(
             " touches, or all are frozen once the guest has been held that long (2 s).",
         ),
     ] = "wait",
+    priority: Annotated[
+        str,
+        typer.Option(
+            "--priority",
+            metavar="CLASS",
+            help="background, maintenance, user or system.",
+            show_default="what the policies say, or user",
+        ),
+    ] = "",
     output: OutputOption = None,
     orchestrator: UrlOption = None,
 ) -> None:
-    """Move a VM to another node while it runs."""
+    """Move a VM to another node while it runs. Without --to the best one is chosen."""
     from godwit import calls
 
     limit, freeze_after_ms = _rate(bandwidth), _freeze_after_ms(on_link_loss)
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.create_migration(vm, to, limit, freeze_after_ms))
+        answer = now.client.send(calls.create_migration(vm, to, limit, freeze_after_ms, priority))
         if watch:
             _watch(now, answer.value.migration_id)
             return
@@ -66,8 +77,8 @@ def migrate(
         now.output,
         answer=answer.json,
         table=f"{begun.migration_id}: {begun.vm_id} from {begun.source_node} to "
-        f"{begun.destination_node}\nfollow it with `godwit migrations show {begun.migration_id} "
-        "--watch`",
+        f"{begun.destination_node or 'the best node'}\n"
+        f"follow it with `godwit migrations show {begun.migration_id} --watch`",
         names=[begun.migration_id],
     )
 

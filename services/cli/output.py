@@ -17,6 +17,8 @@ class OutputFormat(StrEnum):
     JSON = "json"
     YAML = "yaml"
     NAME = "name"
+    WIDE = "wide"
+    """The table, with more columns where there are more."""
 
 
 def print_answer(

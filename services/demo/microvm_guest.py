@@ -144,7 +144,6 @@ class MicrovmGuest:
             DeadlineExceededError: MOVE_STALLED.
             GodwitClientError: the orchestrator refused or cannot be reached any more.
         """
-        source = self.node
         last = await moves.move(
             self.client,
             self.vm_id,
@@ -154,10 +153,24 @@ class MicrovmGuest:
             timeout_s=timeout_s,
         )
         if last.phase == MigrationPhase.SUCCEEDED:
-            self.node = destination
-            if self.stays:
-                self.stays[-1] = replace(self.stays[-1], last=self._last(source))
+            self.was_moved(destination)
         return last
+
+    def was_moved(self, destination: str) -> None:
+        """It is on `destination` now, whoever moved it; note what it said last before."""
+        source, self.node = self.node, destination
+        if self.stays:
+            self.stays[-1] = replace(self.stays[-1], last=self._last(source))
+
+    async def look_again(self) -> Stay:
+        """`look`, at a guest that has not moved since: what it says now takes the old one's place.
+
+        What was wrong before stays wrong: errors are counted by the guest itself.
+        """
+        stay = await self.look()
+        if len(self.stays) > 1 and self.stays[-2].node == stay.node:
+            del self.stays[-2]
+        return stay
 
     async def _settled(self, control: ControlClient) -> Stats:
         """What it says of itself, once it has let go of its memory.

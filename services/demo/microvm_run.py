@@ -45,7 +45,7 @@ async def run_microvm(options: Options, narrator: Narrator, directory: Path) -> 
         GodwitError: what keeps it from being set up.
         GodwitClientError: the orchestrator refused to start the guest.
     """
-    spec = await _spec(options, narrator)
+    spec = await microvm_spec(options, narrator)
     narrator.step("cluster: an orchestrator and the nodes a and b, each part a process")
     async with (
         running_cluster(directory / "cluster", tls=options.tls) as cluster,
@@ -97,7 +97,13 @@ async def _travel(guest: MicrovmGuest, narrator: Narrator, course: _Course) -> N
         course.trouble.append(f"on {guest.node}: {error}")
 
 
-async def _spec(options: Options, narrator: Narrator) -> VmSpec:
+async def microvm_spec(options: Options, narrator: Narrator) -> VmSpec:
+    """The spec of the guest that the options ask for.
+
+    Raises:
+        FailedPreconditionError: TOOL_MISSING.
+        InvalidArgumentError: it does not fit.
+    """
     if find_program(PROGRAM) is None:
         raise FailedPreconditionError("TOOL_MISSING", f"{PROGRAM} is not built", hint="make native")
     if options.memory_bytes < (options.workload_mib + _SPARE_MIB) * _MIB:

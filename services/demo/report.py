@@ -56,6 +56,41 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"verified {report['pages_verified']:,} pages after each move, "
         f"corrupt {report['corrupt_pages']}, doubled heartbeats {report['doubled_beats']}"
     )
+    _print_verdict(report, console)
+
+
+def print_fleet_report(report: Mapping[str, Any], console: Console) -> None:
+    """A row per operation, then the verdict and its reasons."""
+    console.print(
+        f"{report['vms']} microvms on {report['nodes']} nodes, {report['vmm']}, {report['accel']}",
+        soft_wrap=True,
+    )
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("operation", "state", "moved", "took", "longest pause", "most at once (limit)"):
+        table.add_column(name)
+    for leg in report["operations"]:
+        limits = leg["limits"]
+        most = ", ".join(
+            f"{key} {count} ({limits[key.partition(':')[0]]})"
+            for key, count in leg["most_at_once"].items()
+        )
+        table.add_row(
+            f"{leg['kind']} {leg['node']}",
+            leg["state"],
+            str(leg["moved"]),
+            f"{leg['total_s']:.2f} s",
+            _ms(leg["pause_ms_max"]),
+            most,
+        )
+    console.print(table)
+    console.print(
+        f"{report['moves']} moves, verified {report['pages_verified']:,} pages after each, "
+        f"corrupt {report['corrupt_pages']}, doubled heartbeats {report['doubled_beats']}"
+    )
+    _print_verdict(report, console)
+
+
+def _print_verdict(report: Mapping[str, Any], console: Console) -> None:
     ok = report["verdict"] == "ok"
     console.print(Text(f"verdict: {report['verdict']}", style="bold green" if ok else "bold red"))
     for reason in report["reasons"]:

@@ -25,6 +25,7 @@ from services.demo import guest_image
 from services.demo.cluster import running_cluster
 from services.demo.console import ConsoleFollower
 from services.demo.errors import NetworkUnavailableError, ToolMissingError
+from services.demo.fleet_run import FleetOptions, run_fleet
 from services.demo.guest_image import GuestImage, Workload
 from services.demo.live_guest import LiveGuest, make_spec
 from services.demo.microvm_run import run_microvm, uffd_is_allowed
@@ -69,6 +70,14 @@ async def run_demo(options: Options, narrator: Narrator) -> dict[str, object]:
             report = await run_microvm(options, narrator, place.path)
         else:
             report = await _run_qemu(options, narrator, image, place.path)
+        place.keep |= report["verdict"] != "ok"
+        return report
+
+
+async def run_fleet_demo(fleet: FleetOptions, narrator: Narrator) -> dict[str, object]:
+    """The same with a whole fleet; the report of services.demo.fleet_run."""
+    async with _placed(fleet.options, narrator) as place:
+        report = await run_fleet(fleet, narrator, place.path)
         place.keep |= report["verdict"] != "ok"
         return report
 

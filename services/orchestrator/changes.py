@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Changes:
@@ -14,6 +14,8 @@ class Changes:
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self.on_publish: list[Callable[[str], None]] = []
+        """Hear the id of every migration that was written."""
         self.closed = False
         """True once the process drains: watchers end."""
 
@@ -21,6 +23,8 @@ class Changes:
         """The migration was written."""
         for event in self._waiting.get(migration_id, ()):
             event.set()
+        for hear in self.on_publish:
+            hear(migration_id)
 
     def publish_all(self) -> None:
         """Any of them may have been written, by another process."""

@@ -12,7 +12,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 import sqlalchemy as sa
@@ -34,14 +34,23 @@ from services.common.listen import parse_address
 from services.common.vm_spec import VM_ID_PATTERN, VmSpec
 from services.orchestrator.agents import node_unknown
 from services.orchestrator.machines import Machines
-from services.orchestrator.migration import TERMINAL
+from services.orchestrator.migration import TERMINAL, Phase
 from services.orchestrator.move import Context, both
 from services.orchestrator.nodes import Nodes
 from services.orchestrator.operators import Operators
+from services.orchestrator.queue import Queue
 from services.orchestrator.runner import Runner
+from services.orchestrator.scheduling.model import Priority
+from services.orchestrator.scheduling_api import Scheduling, wire_priority
 from services.orchestrator.store.fleet import migration_active, vm_unknown
 from services.orchestrator.store.migrations import migration_unknown
 from services.orchestrator.store.rows import IdempotencyRow, MigrationRow, NodeRow, VmRow
+from services.orchestrator.store.schedule import (
+    AdmissionRow,
+    NodeSettings,
+    VmSettings,
+    admitting,
+)
 from services.orchestrator.views import bitmap_view, migration_view, node_view, vm_view
 
 PAGE_SIZE_DEFAULT = 100
@@ -81,12 +90,17 @@ def check_node(name: str, agent_address: str) -> None:
 class Fleet:
     """Every call of the API."""
 
-    def __init__(self, context: Context, nodes: Nodes, machines: Machines, runner: Runner) -> None:
+    def __init__(
+        self, context: Context, nodes: Nodes, machines: Machines, runner: Runner, queue: Queue
+    ) -> None:
         self._context = context
         self._nodes = nodes
         self._machines = machines
         self._runner = runner
         self._operators = Operators(context, runner)
+        self._queue = queue
+        self.scheduling = Scheduling(context, queue)
+        """Queue, limits, policies, placement."""
 
     # --- nodes ---
 
@@ -103,7 +117,10 @@ class Fleet:
 
     async def list_nodes(self) -> list[types_pb2.Node]:
         """All of them."""
-        return [await self._node_view(row) for row in await self._context.store.fleet.nodes()]
+        rows = await self._context.store.fleet.nodes()
+        said = await self._context.store.schedule.node_settings()
+        vms = await self._context.store.fleet.vms()
+        return [self._view_of_node(row, said, vms) for row in rows]
 
     async def _node(self, name: str) -> NodeRow:
         row = await self._context.store.fleet.node(name)
@@ -112,14 +129,20 @@ class Fleet:
         return row
 
     async def _node_view(self, row: NodeRow) -> types_pb2.Node:
+        said = await self._context.store.schedule.node_settings()
+        return self._view_of_node(row, said, await self._context.store.fleet.vms())
+
+    def _view_of_node(
+        self, row: NodeRow, said: Mapping[str, NodeSettings], vms: list[VmRow]
+    ) -> types_pb2.Node:
         status = self._nodes.status(row.name)
-        vms = await self._context.store.fleet.vms()
         return node_view(
             row,
             reachable=status.reachable,
             message=status.message,
             capabilities=status.capabilities,
             vm_ids=[vm.vm_id for vm in vms if vm.node == row.name],
+            settings=said.get(row.name, NodeSettings()),
         )
 
     # --- VMs ---
@@ -129,13 +152,13 @@ class Fleet:
         self._context.role.require()
         spec = VmSpec.parse(spec_json)
         request = vm_service_pb2.StartVmRequest(node=node, spec_json=spec.canonical_json())
-        if answer := await self._answered(key, request):
+        if answer := await self.answered(key, request):
             return types_pb2.Vm.FromString(answer)
         self._context.doubt.require_none()
         await self._node(node)
         await self._nodes.require(node)
         self._context.doubt.require_none()
-        vm = await self._vm_view(await self._machines.start(spec, node), "")
+        vm = await self._vm_view(await self._machines.start(spec, node), "", VmSettings())
         await self._keep(key, request, vm)
         return vm
 
@@ -153,13 +176,19 @@ class Fleet:
     async def get_vm(self, vm_id: str) -> types_pb2.Vm:
         """One VM."""
         vm = await self._vm(vm_id)
-        return await self._vm_view(vm, await self._context.store.migrations.active_of(vm_id))
+        said = (await self._context.store.schedule.vm_settings()).get(vm_id, VmSettings())
+        active = await self._context.store.migrations.active_of(vm_id)
+        return await self._vm_view(vm, active, said)
 
     async def list_vms(self) -> list[types_pb2.Vm]:
         """All of them."""
         active = await self._context.store.migrations.active_ids()
+        said = await self._context.store.schedule.vm_settings()
         vms = await self._context.store.fleet.vms()
-        return [await self._vm_view(vm, active.get(vm.vm_id, "")) for vm in vms]
+        return [
+            await self._vm_view(vm, active.get(vm.vm_id, ""), said.get(vm.vm_id, VmSettings()))
+            for vm in vms
+        ]
 
     async def userfault_bitmap(self, vm_id: str) -> vm_service_pb2.GetUserfaultBitmapResponse:
         """Which pages are not yet where the VM runs."""
@@ -172,9 +201,10 @@ class Fleet:
             raise vm_unknown(vm_id)
         return vm
 
-    async def _vm_view(self, vm: VmRow, migration_id: str) -> types_pb2.Vm:
+    async def _vm_view(self, vm: VmRow, migration_id: str, said: VmSettings) -> types_pb2.Vm:
         return vm_view(
             vm,
+            settings=said,
             migration_id=migration_id,
             bitmap=self._context.bitmaps.get(vm.vm_id, vm.epoch),
             vmm_state=self._nodes.vmm_state(vm.node, vm.vm_id),
@@ -189,12 +219,15 @@ class Fleet:
         *,
         bulk_bytes_per_s_max: int = 0,
         freeze_after_ms: int = 0,
+        priority: Priority | None = None,
+        operation_id: str = "",
         key: str = "",
     ) -> types_pb2.Migration:
-        """Admit a move. It goes on by itself."""
+        """Ask for a move, to a node or ("") to wherever is best. It goes on by itself."""
         self._context.role.require()
         _check_name("vm_id", vm_id)
-        _check_name("destination_node", destination_node)
+        if destination_node:
+            _check_name("destination_node", destination_node)
         if not 0 <= bulk_bytes_per_s_max <= BYTES_PER_S_MAX:
             raise field_invalid(
                 "bulk_bytes_per_s_max", f"must be 0..{BYTES_PER_S_MAX}", bulk_bytes_per_s_max
@@ -210,22 +243,38 @@ class Fleet:
         )
         if freeze_after_ms:  # else it hashes as it did before there was the field
             request.on_link_loss.freeze_after_ms = freeze_after_ms
-        if answer := await self._answered(key, request):
+        if priority is not None:
+            request.priority = wire_priority(priority)
+        if answer := await self.answered(key, request):
             return types_pb2.Migration.FromString(answer)
         try:
-            row = await self._admissible(vm_id, destination_node, bulk_bytes_per_s_max)
-            row = replace(row, freeze_after_ms=freeze_after_ms)
-            view = migration_view(row, ())
-            await self._context.store.migrations.create(row, self._idempotency(key, request, view))
+            settings, policies = await self.scheduling.effective(vm_id)
+            row = await self._admissible(
+                vm_id, destination_node, bulk_bytes_per_s_max or settings.bulk_bytes_per_s_max or 0
+            )
+            row = replace(row, freeze_after_ms=freeze_after_ms or settings.freeze_after_ms or 0)
+            admission = AdmissionRow(
+                migration_id=row.migration_id,
+                priority=_first(priority, settings.priority, Priority.USER),
+                target=destination_node,
+                operation_id=operation_id,
+                settings=settings,
+                policies=policies,
+            )
+            view = migration_view(row, (), admission=admission)
+            await self._context.store.migrations.create(
+                row, self.idempotency(key, request, view), admitting(admission)
+            )
         except (AlreadyExistsError, sa.exc.IntegrityError) as error:
             # What is in the way may be this very request, given twice at once.
-            if answer := await self._answered(key, request):
+            if answer := await self.answered(key, request):
                 return types_pb2.Migration.FromString(answer)
             if isinstance(error, AlreadyExistsError):
                 raise
             active = await self._context.store.migrations.active_of(vm_id)
             raise migration_active(vm_id, active) from None
         self._runner.admit(row)
+        self._queue.wake()
         return view
 
     async def _admissible(
@@ -235,7 +284,8 @@ class Fleet:
         self._runner.require_running()
         self._context.doubt.require_none()
         vm = await self._vm(vm_id)
-        await self._node(destination_node)
+        if destination_node:
+            await self._node(destination_node)
         if vm.node == destination_node:
             raise FailedPreconditionError(
                 "SAME_NODE",
@@ -245,7 +295,10 @@ class Fleet:
             )
         if active := await self._context.store.migrations.active_of(vm_id):
             raise migration_active(vm_id, active)
-        await both(self._nodes.require(vm.node), self._nodes.require(destination_node))
+        if destination_node:
+            await both(self._nodes.require(vm.node), self._nodes.require(destination_node))
+        else:
+            await self._nodes.require(vm.node)
         self._context.doubt.require_none()
         migration_id = str(ULID())
         return MigrationRow.new(
@@ -269,7 +322,10 @@ class Fleet:
             raise migration_unknown(migration_id)
         history = await self._context.store.migrations.transitions([migration_id])
         events = await self._context.store.migrations.events(migration_id)
-        return row, migration_view(row, history[migration_id], events)
+        admission = await self._context.store.schedule.admission(migration_id)
+        wait = self._queue.wait_of(migration_id) if row.phase is Phase.PENDING else None
+        view = migration_view(row, history[migration_id], events, admission=admission, wait=wait)
+        return row, view
 
     async def list_migrations(
         self, vm_id: str = "", *, page_size: int = 0, page_token: str = ""
@@ -279,14 +335,14 @@ class Fleet:
             raise field_invalid("page_size", f"must be 0..{PAGE_SIZE_MAX}", page_size)
         count = page_size or PAGE_SIZE_DEFAULT
         rows = await self._context.store.migrations.page(
-            vm_id, before=_read_token(page_token), count=count + 1
+            vm_id, before=read_token(page_token), count=count + 1
         )
         more, rows = len(rows) > count, rows[:count]
         histories = await self._context.store.migrations.transitions(
             [row.migration_id for row in rows]
         )
         views = [migration_view(row, histories[row.migration_id]) for row in rows]
-        return views, _write_token(rows[-1].migration_id) if more else ""
+        return views, write_token(rows[-1].migration_id) if more else ""
 
     async def cancel_migration(self, migration_id: str) -> types_pb2.Migration:
         """Ask for a cancel."""
@@ -347,7 +403,7 @@ class Fleet:
 
     # --- repeated requests ---
 
-    async def _answered(self, key: str, request: Message) -> bytes:
+    async def answered(self, key: str, request: Message) -> bytes:
         """The answer that was given to the same request under this key, or b""."""
         if not key:
             return b""
@@ -364,7 +420,8 @@ class Fleet:
             )
         return row.response
 
-    def _idempotency(self, key: str, request: Message, answer: Message) -> IdempotencyRow | None:
+    def idempotency(self, key: str, request: Message, answer: Message) -> IdempotencyRow | None:
+        """What is written with the act, so that it is done once; None without a key."""
         if not key:
             return None
         return IdempotencyRow(
@@ -375,8 +432,12 @@ class Fleet:
         )
 
     async def _keep(self, key: str, request: Message, answer: Message) -> None:
-        if row := self._idempotency(key, request, answer):
+        if row := self.idempotency(key, request, answer):
             await self._context.store.idempotency.put(row)
+
+
+def _first(*values: Priority | None) -> Priority:
+    return next(value for value in values if value is not None)
 
 
 def _hash(request: Message) -> str:
@@ -384,11 +445,17 @@ def _hash(request: Message) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _write_token(migration_id: str) -> str:
+def write_token(migration_id: str) -> str:
+    """The token of the page after one that ends with this id."""
     return base64.urlsafe_b64encode(migration_id.encode()).decode().rstrip("=")
 
 
-def _read_token(token: str) -> str:
+def read_token(token: str) -> str:
+    """The id that a token names, or "".
+
+    Raises:
+        InvalidArgumentError: FIELD_INVALID.
+    """
     try:
         text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
         return str(ULID.from_str(text)) if text else ""

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,9 @@ from services.orchestrator.machines import Machines
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.move import Context, Limits
 from services.orchestrator.nodes import Nodes
+from services.orchestrator.operations.runner import OperationRunner
+from services.orchestrator.operations.service import Operations
+from services.orchestrator.queue import Queue
 from services.orchestrator.runner import Runner
 from services.orchestrator.store import open_store
 from services.orchestrator.store.backup import in_use
@@ -98,15 +102,19 @@ class Core:
     """An orchestrator at work, whoever may call it."""
 
     fleet: Fleet
+    operations: Operations
     context: Context
     runner: Runner
     nodes: Nodes
     machines: Machines
+    queue: Queue
+    operating: OperationRunner
 
     def build_app(self, access: Access | None = None) -> FastAPI:
         """REST, to be served. Without `access` nobody is asked who he is."""
         registry = self.context.metrics.registry
-        return rest.build_app(self.fleet, registry, self._ready, access or Access(Gate()))
+        admitted = access or Access(Gate())
+        return rest.build_app(self.fleet, self.operations, registry, self._ready, admitted)
 
     async def _ready(self) -> Role:
         """One that stands by is ready too: to answer what is asked, and to lead."""
@@ -189,13 +197,16 @@ async def working(
             metrics.registry.register(TlsCollector(certificates))
         doubt = Doubt(store, metrics)
         agents.refused_by = doubt.hear_hello
+        bitmaps, changes = Bitmaps(store.bitmaps), Changes()
+        queue = Queue(store, bitmaps, changes, metrics, time.time_ns)
         context = Context(
             store=store,
             doubt=doubt,
             agents=agents,
-            bitmaps=Bitmaps(store.bitmaps),
+            bitmaps=bitmaps,
             metrics=metrics,
-            changes=Changes(),
+            changes=changes,
+            queue=queue,
             limits=settings.limits,
             role=Role(
                 name=f"{socket.gethostname()}/{ULID()}",
@@ -204,10 +215,21 @@ async def working(
             ),
         )
         nodes = Nodes(context)
+        queue.status_of = nodes.status
         machines = Machines(context)
         runner = Runner(context)
-        fleet = Fleet(context, nodes, machines, runner)
-        core = Core(fleet=fleet, context=context, runner=runner, nodes=nodes, machines=machines)
+        fleet = Fleet(context, nodes, machines, runner, queue)
+        operating = OperationRunner(context, fleet, nodes, queue)
+        core = Core(
+            fleet=fleet,
+            operations=Operations(context, fleet, queue, operating),
+            context=context,
+            runner=runner,
+            nodes=nodes,
+            machines=machines,
+            queue=queue,
+            operating=operating,
+        )
         election = Election(store, context.role, lease_s=settings.lease_s, file=settings.file)
         await stack.enter_async_context(_elected(election, lambda: _leading(settings, core)))
         if not context.role.leads:
@@ -265,7 +287,12 @@ async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
         "doubt": context.doubt.keep,
     }
     try:
-        async with lifecycle.background(tasks), core.runner.running():
+        async with (
+            lifecycle.background(tasks),
+            core.queue.running(),
+            core.runner.running(),
+            core.operating.running(),
+        ):
             yield
     finally:
         context.metrics.leader.set(0)
@@ -292,7 +319,7 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
         _http(core.build_app(access), settings.rest, certificates) as http,
         grpc_server.serving(
             settings.grpc,
-            rpc.services(core.fleet),
+            rpc.services(core.fleet, core.operations),
             certificates=certificates,
             interceptors=[AccessInterceptor(access)],
         ) as grpc,

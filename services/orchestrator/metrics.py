@@ -41,6 +41,18 @@ class Metrics:
             buckets=(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10),
             registry=self.registry,
         )
+        self.queue_depth = Gauge(
+            "godwit_queue_depth",
+            "Migrations that wait for admission, by class",
+            ["priority"],
+            registry=self.registry,
+        )
+        self.queue_wait_seconds = Histogram(
+            "godwit_queue_wait_seconds",
+            "From asking for a migration until it was admitted",
+            buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600),
+            registry=self.registry,
+        )
         self.alarms = Counter(
             "godwit_migration_alarms",
             "Times a step took longer than it should, by phase",

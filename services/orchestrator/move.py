@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from godwit.common.v1 import common_pb2
 
@@ -24,6 +24,7 @@ from services.orchestrator.evidence import Evidence, Judgement, Verdict, judge, 
 from services.orchestrator.fetch_tokens import FetchTokens
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
+from services.orchestrator.scheduling.policy import Settings
 from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
 from services.orchestrator.timeline import Timeline, of_incarnation
@@ -34,10 +35,39 @@ _T = TypeVar("_T")
 _U = TypeVar("_U")
 
 
+class Admissions(Protocol):
+    """Who says when a migration may go."""
+
+    async def admitted(self, migration_id: str, *, found: bool) -> MigrationRow | None:
+        """Wait until it may; None where there is no queue that it waits in."""
+
+    async def settings(self, migration_id: str) -> Settings:
+        """What the policies said of it."""
+
+
+class NoQueue:
+    """Everything goes at once."""
+
+    async def admitted(
+        self,
+        migration_id: str,  # noqa: ARG002
+        *,
+        found: bool,  # noqa: ARG002
+    ) -> MigrationRow | None:
+        """See Admissions."""
+        return None
+
+    async def settings(self, migration_id: str) -> Settings:  # noqa: ARG002
+        """See Admissions."""
+        return Settings()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How long things may take. Seconds. Past the decision they raise alarms and nothing else."""
 
+    queue_s: float = 900.0
+    """In the queue: then an alarm, and no more than that."""
     validating_s: float = 30.0
     preparing_s: float = 120.0
     patience_s: float = 10.0
@@ -80,6 +110,7 @@ class Context:
     bitmaps: Bitmaps
     metrics: Metrics
     changes: Changes = field(default_factory=Changes)
+    queue: Admissions = field(default_factory=NoQueue)
     limits: Limits = field(default_factory=Limits)
     role: Role = field(default_factory=Role)
     fetch_tokens: FetchTokens = field(default_factory=FetchTokens)

@@ -9,6 +9,7 @@ ends anywhere in it is replaced by one that starts from the row and from evidenc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -60,6 +61,7 @@ from services.orchestrator.migration import (
     progress,
 )
 from services.orchestrator.move import Context, HappenedError, Move
+from services.orchestrator.scheduling.policy import Settings
 from services.orchestrator.store import PhaseLostError, StoreError, identity
 from services.orchestrator.store.rows import EventRow, MigrationRow
 from services.orchestrator.timeline import describe, of_transition
@@ -100,6 +102,8 @@ class Mover:
         self._group: asyncio.TaskGroup | None = None
         self._sealing: asyncio.Task[None] | None = None
         self._alarmed: Phase | None = None
+        self._settings = Settings()
+        """What the policies said; read before the guest is paused."""
         self._follower: Follower | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -301,7 +305,9 @@ class Mover:
         ):
             match action:
                 case Admit():
-                    return await self._undecided(_just(Admitted()), limits.validating_s)
+                    return await self._undecided(
+                        lambda: self._admitted(found=rejoined), limits.queue_s
+                    )
                 case CheckBothSides():
                     return await self._undecided(
                         lambda: forward.check_both_sides(self.move), limits.validating_s
@@ -312,7 +318,7 @@ class Mover:
                     )
                 case PrepareBothSides():
                     return await self._undecided(
-                        lambda: forward.prepare_both_sides(self.move), limits.preparing_s
+                        lambda: forward.prepare_both_sides(self.move), await self._preparing_s()
                     )
                 case StartSwitchover():
                     return await self._undecided(
@@ -321,7 +327,7 @@ class Mover:
                 case PauseAndTransfer():
                     return await self._undecided(
                         lambda: forward.pause_and_transfer(self.move, rejoined=rejoined),
-                        limits.switchover_s,
+                        self._switchover_s(),
                     )
                 case Decide():
                     return await self._decide(action.decision)
@@ -396,6 +402,27 @@ class Mover:
             return StepFailed(reason="HOOK_FAILURE", message=str(error))
         finally:
             self._scope = None
+
+    async def _preparing_s(self) -> float:
+        """The budget of PREPARING, with what a policy adds for each GiB."""
+        gib = 0.0
+        with contextlib.suppress(StoreError):
+            self._settings = await self._context.queue.settings(self.row.migration_id)
+            if self._settings.prepare_s_per_gib:
+                vm = await self._context.store.fleet.vm(self.row.vm_id)
+                gib = vm.memory_bytes / (1 << 30) if vm else 0.0
+        return self._context.limits.preparing_s + gib * (self._settings.prepare_s_per_gib or 0.0)
+
+    def _switchover_s(self) -> float:
+        """The budget of SWITCHOVER, and no more than a policy allows. No question to the store."""
+        most_ms = self._settings.pause_ms_max
+        budget_s = self._context.limits.switchover_s
+        return min(budget_s, most_ms / 1e3) if most_ms else budget_s
+
+    async def _admitted(self, *, found: bool) -> Event:
+        if row := await self._context.queue.admitted(self.row.migration_id, found=found):
+            self.move.take(row)
+        return Admitted()
 
     async def _start_switchover(self, rejoined: bool) -> Event:
         if rejoined and (event := await self.move.settled(patience_s=self.move.limits.patience_s)):
@@ -490,10 +517,3 @@ class Mover:
 def _has_time(phase: Phase) -> bool:
     """False while a guest stands still: that a wait is over is told behind it."""
     return phase not in GUEST_STANDS_STILL
-
-
-def _just(event: Event) -> Callable[[], Awaitable[Event]]:
-    async def step() -> Event:
-        return event
-
-    return step

@@ -14,10 +14,12 @@ from prometheus_client.exposition import choose_encoder
 
 from services.common.auth.access import Access
 from services.common.errors import GodwitError, UnavailableError
-from services.orchestrator import problems, rest_models
+from services.orchestrator import problems, rest_models, rest_operations, rest_schedule
 from services.orchestrator.auth.middleware import AccessMiddleware
 from services.orchestrator.election import Role
 from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
+from services.orchestrator.operations.service import Operations
+from services.orchestrator.scheduling.model import Priority
 
 PING_S = 15.0
 """A comment this often keeps proxies from closing a silent event stream."""
@@ -118,6 +120,7 @@ def _migrations(fleet: Fleet) -> APIRouter:
             body.destination_node,
             bulk_bytes_per_s_max=body.bulk_bytes_per_s_max,
             freeze_after_ms=body.on_link_loss.freeze_after_ms,
+            priority=Priority[body.priority.upper()] if body.priority else None,
             key=idempotency_key,
         )
         response.headers["Location"] = f"/v1/migrations/{migration.migration_id}"
@@ -220,6 +223,7 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) 
 
 def build_app(
     fleet: Fleet,
+    operations: Operations,
     registry: CollectorRegistry,
     ready: Callable[[], Awaitable[Role]],
     access: Access,
@@ -234,6 +238,13 @@ def build_app(
     )
     problems.install(app)
     app.add_middleware(AccessMiddleware, access=access)
-    for router in (_nodes(fleet), _vms(fleet), _migrations(fleet), _process(registry, ready)):
+    for router in (
+        _nodes(fleet),
+        _vms(fleet),
+        _migrations(fleet),
+        rest_schedule.schedule(fleet),
+        rest_operations.operations(operations),
+        _process(registry, ready),
+    ):
         app.include_router(router)
     return app

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
@@ -61,7 +61,12 @@ class MigrationRequest(Strict):
     """A VM to move."""
 
     vm: Name
-    destination_node: Name
+    destination_node: Name | Literal[""] = Field(
+        default="", description="empty: the best when it is admitted"
+    )
+    priority: Literal["background", "maintenance", "user", "system"] | None = Field(
+        default=None, description="what the policies say, or user"
+    )
     bulk_bytes_per_s_max: int = Field(
         default=0, ge=0, le=1 << 50, description="limit of the bulk lane; 0 = none"
     )
@@ -108,6 +113,10 @@ class Node(BaseModel):
     message: str = Field(description="why it is not reachable; empty if it is")
     capabilities: Capabilities | None
     vm_ids: list[str]
+    closed_by: str = Field(description="the operation that keeps it empty")
+    labels: dict[str, str]
+    taints: list[str]
+    link: str = Field(description="the shared uplink behind which it is")
 
     @classmethod
     def of(cls, node: types_pb2.Node) -> Node:
@@ -128,6 +137,10 @@ class Node(BaseModel):
                 memory_available_bytes=said.memory_available_bytes,
             ),
             vm_ids=list(node.vm_ids),
+            closed_by=node.closed_by,
+            labels=dict(node.labels),
+            taints=list(node.taints),
+            link=node.link,
         )
 
 
@@ -135,6 +148,16 @@ class Nodes(BaseModel):
     """All nodes, by name."""
 
     nodes: list[Node]
+
+
+class VmPlacement(BaseModel):
+    """Where a VM may be, beside what its spec needs."""
+
+    selector: dict[str, str] = Field(default={}, description="labels that its node must have")
+    tolerations: list[str] = Field(default=[], description="taints that do not keep it away")
+    apart: str = Field(default="", description="no node has two VMs with the same word")
+    near: str = Field(default="", description="better where VMs with the same word are")
+    group: str = Field(default="", description="the limit `group` counts their moves together")
 
 
 class Vm(BaseModel):
@@ -148,6 +171,8 @@ class Vm(BaseModel):
     migration_id: str | None = Field(description="the migration under way")
     resident_share: float = Field(description="pages that are where it runs, 0..1")
     vmm_state: str = Field(description="what its VMM does, as its agent said last")
+    labels: dict[str, str]
+    placement: VmPlacement
 
     @classmethod
     def of(cls, vm: types_pb2.Vm) -> Vm:
@@ -161,6 +186,14 @@ class Vm(BaseModel):
             migration_id=vm.migration_id or None,
             resident_share=vm.resident_share,
             vmm_state=_word(agent_pb2.VmmState.Name(vm.vmm_state), "VMM_STATE_"),
+            labels=dict(vm.labels),
+            placement=VmPlacement(
+                selector=dict(vm.placement.selector),
+                tolerations=list(vm.placement.tolerations),
+                apart=vm.placement.apart,
+                near=vm.placement.near,
+                group=vm.placement.group,
+            ),
         )
 
 
@@ -315,6 +348,9 @@ class Migration(BaseModel):
     return_epoch: int = Field(description="under which its source gets it back; 0 = it does not")
     events: list[MigrationEvent] = Field(description="empty in lists")
     on_link_loss: LinkLossPolicy
+    because: str = Field(description="why the destination was chosen; empty in lists")
+    policies: list[str] = Field(description="that counted; empty in lists")
+    operation_id: str = Field(description="that asked for it; empty in lists")
 
     @classmethod
     def of(cls, migration: types_pb2.Migration) -> Migration:
@@ -359,6 +395,9 @@ class Migration(BaseModel):
                 for each in migration.events
             ],
             on_link_loss=LinkLossPolicy(freeze_after_ms=migration.on_link_loss.freeze_after_ms),
+            because=migration.because,
+            policies=list(migration.policies),
+            operation_id=migration.operation_id,
         )
 
 

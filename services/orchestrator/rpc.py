@@ -14,12 +14,18 @@ from godwit.fleet.v1 import (
     migration_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
+    operation_service_pb2_grpc,
+    schedule_service_pb2_grpc,
     vm_service_pb2,
     vm_service_pb2_grpc,
 )
 
 from services.common.grpc_server import Service
 from services.orchestrator.fleet import Fleet
+from services.orchestrator.operations.service import Operations
+from services.orchestrator.rpc_operations import OperationServicer
+from services.orchestrator.rpc_schedule import ScheduleServicer
+from services.orchestrator.scheduling_api import read_priority
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,6 +44,7 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
             request.destination_node,
             bulk_bytes_per_s_max=request.bulk_bytes_per_s_max,
             freeze_after_ms=request.on_link_loss.freeze_after_ms,
+            priority=read_priority(request.priority),
             key=request.request_id,
         )
         return migration_service_pb2.CreateMigrationResponse(migration=migration)
@@ -157,7 +164,7 @@ class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
         return await self._fleet.userfault_bitmap(request.vm_id)
 
 
-def services(fleet: Fleet) -> tuple[Service, ...]:
+def services(fleet: Fleet, operations: Operations) -> tuple[Service, ...]:
     """What the orchestrator serves."""
     return (
         Service(
@@ -176,6 +183,18 @@ def services(fleet: Fleet) -> tuple[Service, ...]:
             name="godwit.fleet.v1.VmService",
             add=lambda server: vm_service_pb2_grpc.add_VmServiceServicer_to_server(
                 VmServicer(fleet), server
+            ),
+        ),
+        Service(
+            name="godwit.fleet.v1.ScheduleService",
+            add=lambda server: schedule_service_pb2_grpc.add_ScheduleServiceServicer_to_server(
+                ScheduleServicer(fleet), server
+            ),
+        ),
+        Service(
+            name="godwit.fleet.v1.OperationService",
+            add=lambda server: operation_service_pb2_grpc.add_OperationServiceServicer_to_server(
+                OperationServicer(operations), server
             ),
         ),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
@@ -13,23 +14,37 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
+from services.orchestrator.scheduling.schedule import Wait
 from services.orchestrator.store.rows import EventRow, MigrationRow, NodeRow, TransitionRow, VmRow
+from services.orchestrator.store.schedule import AdmissionRow, NodeSettings, VmSettings
 
 WIRE_PHASE: dict[Phase, types_pb2.MigrationPhase.ValueType] = {
     phase: types_pb2.MigrationPhase.Value(f"MIGRATION_PHASE_{phase.name}") for phase in Phase
 }
 
 
-def _timestamp(at_ns: int) -> Timestamp:
+def timestamp(at_ns: int) -> Timestamp:
+    """Nanoseconds since 1970 for the wire."""
     stamp = Timestamp()
     stamp.FromNanoseconds(at_ns)
     return stamp
 
 
 def migration_view(
-    row: MigrationRow, history: Iterable[TransitionRow], events: Iterable[EventRow] = ()
+    row: MigrationRow,
+    history: Iterable[TransitionRow],
+    events: Iterable[EventRow] = (),
+    *,
+    admission: AdmissionRow | None = None,
+    wait: Wait | None = None,
 ) -> types_pb2.Migration:
-    """A migration. What it waits for now comes before why it is in its phase."""
+    """A migration. What it waits for now comes before why it is in its phase.
+
+    `wait`: what holds it in the queue.
+    """
+    if wait is not None:
+        message = f"{wait.message} (place {wait.place})"
+        row = replace(row, wait_reason=wait.reason, wait_message=message, wait_hint=wait.hint)
     waits = bool(row.wait_reason)
     view = types_pb2.Migration(
         migration_id=row.migration_id,
@@ -42,12 +57,12 @@ def migration_view(
         reason=row.wait_reason if waits else row.reason,
         message=row.wait_message if waits else row.message,
         hint=row.wait_hint if waits else row.hint,
-        created_at=_timestamp(row.created_at_ns),
+        created_at=timestamp(row.created_at_ns),
         pause_ns=row.pause_ns,
         progress=row.progress,
         transitions=[
             types_pb2.PhaseTransition(
-                phase=WIRE_PHASE[each.phase], at=_timestamp(each.at_ns), message=each.message
+                phase=WIRE_PHASE[each.phase], at=timestamp(each.at_ns), message=each.message
             )
             for each in history
         ],
@@ -58,8 +73,11 @@ def migration_view(
         events=[_event(each) for each in events],
         on_link_loss=common_pb2.LinkLossPolicy(freeze_after_ms=row.freeze_after_ms),
     )
+    if admission is not None:
+        view.because, view.operation_id = admission.because, admission.operation_id
+        view.policies.extend(admission.policies)
     if row.ended_at_ns:
-        view.ended_at.CopyFrom(_timestamp(row.ended_at_ns))
+        view.ended_at.CopyFrom(timestamp(row.ended_at_ns))
     if row.phase is Phase.SUCCEEDED:
         view.total_ns = max(row.ended_at_ns - row.created_at_ns, 1)
     if row.counters:
@@ -70,7 +88,7 @@ def migration_view(
 def _event(event: EventRow) -> types_pb2.MigrationEvent:
     return types_pb2.MigrationEvent(
         sequence=event.sequence,
-        at=_timestamp(event.at_ns),
+        at=timestamp(event.at_ns),
         kind=event.kind,
         node=event.node,
         message=event.message,
@@ -89,6 +107,7 @@ def node_view(
     message: str,
     capabilities: agent_pb2.Capabilities | None,
     vm_ids: Iterable[str],
+    settings: NodeSettings,
 ) -> types_pb2.Node:
     """A node."""
     return types_pb2.Node(
@@ -98,6 +117,10 @@ def node_view(
         message=message,
         capabilities=capabilities,
         vm_ids=vm_ids,
+        closed_by=settings.closed_by,
+        labels=settings.labels,
+        taints=sorted(settings.taints),
+        link=settings.link,
     )
 
 
@@ -107,8 +130,10 @@ def vm_view(
     migration_id: str,
     bitmap: Bitmap | None,
     vmm_state: agent_pb2.VmmState.ValueType,
+    settings: VmSettings,
 ) -> types_pb2.Vm:
     """A VM."""
+    placing = settings.placing
     return types_pb2.Vm(
         vm_id=row.vm_id,
         node=row.node,
@@ -118,6 +143,14 @@ def vm_view(
         migration_id=migration_id,
         resident_share=bitmap.resident_share if bitmap else 1.0,
         vmm_state=vmm_state,
+        labels=settings.labels,
+        placement=types_pb2.VmPlacement(
+            selector=placing.selector,
+            tolerations=sorted(placing.tolerations),
+            apart=placing.apart,
+            near=placing.near,
+            group=placing.group,
+        ),
     )
 
 

@@ -153,6 +153,8 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self.carries_on = True
         """Pause goes on with the transfer. False: an agent that does not know `transfer_to`."""
         self.failed_checks: list[common_pb2.Check] = []
+        self.immovable: set[str] = set()
+        """VMs that no preflight passes."""
         self._before: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
         self._after: dict[str, list[Callable[[], Awaitable[None]]]] = defaultdict(list)
         self._stalled: dict[str, Gate] = {}
@@ -348,12 +350,10 @@ class FakeAgent(pb_grpc.FaultAgentServiceServicer):
         self, request: pb.PreflightRequest, context: _Context
     ) -> pb.PreflightResponse:
         """See the proto."""
-        passed = common_pb2.Check(check="uffd", passed=True)
-        return await self._do(
-            "Preflight",
-            context,
-            lambda: pb.PreflightResponse(checks=[passed, *self.failed_checks]),
-        )
+        checks = [common_pb2.Check(check="uffd", passed=True), *self.failed_checks]
+        if request.vm_id in self.immovable:
+            checks.append(common_pb2.Check(check="devices", reason="VFIO", hint="unplug it"))
+        return await self._do("Preflight", context, lambda: pb.PreflightResponse(checks=checks))
 
     async def StartVm(self, request: pb.StartVmRequest, context: _Context) -> pb.StartVmResponse:
         """See the proto."""

@@ -230,6 +230,14 @@ class FakeFleet:
         """A migration."""
         return _json(rest_models.Migration.of(await self.core.fleet.get_migration(migration_id)))
 
+    async def until_queued(self, count: int) -> None:
+        """Wait until so many migrations wait for admission."""
+
+        async def look() -> bool:
+            return len((await self.get("/v1/queue"))["entries"]) == count
+
+        await eventually(look)
+
     async def ended(self, migration_id: str) -> Any:
         """A migration once it is terminal."""
         return await self.until(migration_id, lambda each: each["phase"] in _TERMINAL)

@@ -41,12 +41,12 @@ class Answer(Generic[ValueT]):
 
 def list_nodes() -> Call[list[Node]]:
     """All nodes by name."""
-    return Call(method="GET", path="/v1/nodes", read=partial(_list, "nodes", Node.from_json))
+    return Call(method="GET", path="/v1/nodes", read=partial(read_list, "nodes", Node.from_json))
 
 
 def get_node(name: str) -> Call[Node]:
     """One node."""
-    return Call(method="GET", path=f"/v1/nodes/{_part(name)}", read=Node.from_json)
+    return Call(method="GET", path=f"/v1/nodes/{part(name)}", read=Node.from_json)
 
 
 def register_node(name: str, agent_address: str) -> Call[Node]:
@@ -61,12 +61,12 @@ def register_node(name: str, agent_address: str) -> Call[Node]:
 
 def list_vms() -> Call[list[Vm]]:
     """All VMs by id."""
-    return Call(method="GET", path="/v1/vms", read=partial(_list, "vms", Vm.from_json))
+    return Call(method="GET", path="/v1/vms", read=partial(read_list, "vms", Vm.from_json))
 
 
 def get_vm(vm_id: str) -> Call[Vm]:
     """One VM."""
-    return Call(method="GET", path=f"/v1/vms/{_part(vm_id)}", read=Vm.from_json)
+    return Call(method="GET", path=f"/v1/vms/{part(vm_id)}", read=Vm.from_json)
 
 
 def start_vm(node: str, spec: Mapping[str, Any]) -> Call[Vm]:
@@ -78,24 +78,31 @@ def start_vm(node: str, spec: Mapping[str, Any]) -> Call[Vm]:
 
 def stop_vm(vm_id: str) -> Call[None]:
     """End a VM and free its memory."""
-    return Call(method="DELETE", path=f"/v1/vms/{_part(vm_id)}", read=_nothing)
+    return Call(method="DELETE", path=f"/v1/vms/{part(vm_id)}", read=read_nothing)
 
 
 def get_userfault_bitmap(vm_id: str) -> Call[UserfaultBitmap]:
     """Which of its pages are absent."""
-    path = f"/v1/vms/{_part(vm_id)}/userfault-bitmap"
+    path = f"/v1/vms/{part(vm_id)}/userfault-bitmap"
     return Call(method="GET", path=path, read=UserfaultBitmap.from_json)
 
 
 def create_migration(
-    vm_id: str, destination_node: str, bulk_bytes_per_s_max: int = 0, freeze_after_ms: int = 0
+    vm_id: str,
+    destination_node: str = "",
+    bulk_bytes_per_s_max: int = 0,
+    freeze_after_ms: int = 0,
+    priority: str = "",
 ) -> Call[Migration]:
     """Ask for a move. The answer comes before the move is done.
 
+    `destination_node`: empty: wherever is best. `priority`: empty: what the policies say, or user.
     `bulk_bytes_per_s_max`: 0 = the bulk lane has no limit. `freeze_after_ms`: freeze the guest once
     it has been held that long; 0 = never.
     """
     body: dict[str, Any] = {"vm": vm_id, "destination_node": destination_node}
+    if priority:
+        body["priority"] = priority
     if freeze_after_ms:
         body["on_link_loss"] = {"freeze_after_ms": freeze_after_ms}
     if bulk_bytes_per_s_max:
@@ -110,31 +117,31 @@ def list_migrations(vm_id: str = "", page_token: str = "") -> Call[list[Migratio
         method="GET",
         path="/v1/migrations",
         query={key: value for key, value in query.items() if value},
-        read=partial(_list, "migrations", Migration.from_json),
+        read=partial(read_list, "migrations", Migration.from_json),
     )
 
 
 def get_migration(migration_id: str) -> Call[Migration]:
     """One migration."""
-    path = f"/v1/migrations/{_part(migration_id)}"
+    path = f"/v1/migrations/{part(migration_id)}"
     return Call(method="GET", path=path, read=Migration.from_json)
 
 
 def cancel_migration(migration_id: str) -> Call[Migration]:
     """Ask that it be cancelled; refused once it is past the decision."""
-    path = f"/v1/migrations/{_part(migration_id)}:cancel"
+    path = f"/v1/migrations/{part(migration_id)}:cancel"
     return Call(method="POST", path=path, read=Migration.from_json)
 
 
 def recover_migration(migration_id: str) -> Call[Recovery]:
     """Look at both nodes anew, do what is safe, say what is missing."""
-    path = f"/v1/migrations/{_part(migration_id)}:recover"
+    path = f"/v1/migrations/{part(migration_id)}:recover"
     return Call(method="POST", path=path, read=Recovery.from_json)
 
 
 def abandon_migration(migration_id: str, epoch: int, *, confirm: bool) -> Call[Migration]:
     """Give its guest up; refused where one runs, may run, or can still be made to run."""
-    path = f"/v1/migrations/{_part(migration_id)}:abandon"
+    path = f"/v1/migrations/{part(migration_id)}:abandon"
     body = {"epoch": epoch, "confirm": confirm}
     return Call(method="POST", path=path, body=body, read=Migration.from_json)
 
@@ -143,7 +150,7 @@ def break_glass(
     migration_id: str, epoch: int, *, fenced_vm_id: str, operator: str, because: str
 ) -> Call[Migration]:
     """Give its guest back to its source by your word that the destination is fenced."""
-    path = f"/v1/migrations/{_part(migration_id)}:break-glass"
+    path = f"/v1/migrations/{part(migration_id)}:break-glass"
     body = {
         "epoch": epoch,
         "fenced_vm_id": fenced_vm_id,
@@ -155,19 +162,21 @@ def break_glass(
 
 def events_path(migration_id: str) -> str:
     """Where the events of a migration are streamed."""
-    return f"/v1/migrations/{_part(migration_id)}/events"
+    return f"/v1/migrations/{part(migration_id)}/events"
 
 
-def _part(name: str) -> str:
+def part(name: str) -> str:
     """One part of a path, whatever a user typed: ".." must not name another resource."""
     return (
         quote(name, safe="").replace(".", "%2E") if name.strip(".") == "" else quote(name, safe="")
     )
 
 
-def _list(key: str, read: Callable[[Any], _ItemT], data: Any) -> list[_ItemT]:
+def read_list(key: str, read: Callable[[Any], _ItemT], data: Any) -> list[_ItemT]:
+    """The items under a key of an answer."""
     return [read(item) for item in data.get(key, ())]
 
 
-def _nothing(_: Any) -> None:
-    return None
+def read_nothing(_: Any) -> None:
+    """An answer without content."""
+    return

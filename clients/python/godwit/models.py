@@ -54,7 +54,7 @@ TERMINAL_PHASES = frozenset(
 """Phases that are never left."""
 
 
-class _Model:
+class Model:
     """A dataclass that reads itself from JSON; all its fields have defaults."""
 
     __slots__ = ()
@@ -75,7 +75,7 @@ class _Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatencySummary(_Model):
+class LatencySummary(Model):
     """A distribution; with sample_count 0 the rest says nothing. Nanoseconds."""
 
     sample_count: int = 0
@@ -86,7 +86,7 @@ class LatencySummary(_Model):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hold(_Model):
+class Hold(Model):
     """A time in which no page could be had while the guest ran.
 
     Attributes:
@@ -103,7 +103,7 @@ class Hold(_Model):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArrivalCounters(_Model):
+class ArrivalCounters(Model):
     """How a guest's memory arrives. Pages unless the name says otherwise.
 
     Attributes:
@@ -142,11 +142,11 @@ class ArrivalCounters(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _with_many(_with(values, fault_latency=LatencySummary, hold_now=Hold), holds=Hold)
+        return with_many(with_one(values, fault_latency=LatencySummary, hold_now=Hold), holds=Hold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PhaseTransition(_Model):
+class PhaseTransition(Model):
     """A phase entered, when, and why in words. `at` by the orchestrator's clock."""
 
     phase: str = ""
@@ -155,11 +155,11 @@ class PhaseTransition(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _with_times(values, "at")
+        return with_times(values, "at")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationEvent(_Model):
+class MigrationEvent(Model):
     """Something that happened to a migration; docs/recovery.md lists the kinds.
 
     Attributes:
@@ -184,18 +184,18 @@ class MigrationEvent(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {**_with_times(values, "at"), "evidence": tuple(_list(values.get("evidence")))}
+        return {**with_times(values, "at"), "evidence": tuple(_list(values.get("evidence")))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkLossPolicy(_Model):
+class LinkLossPolicy(Model):
     """Freeze a guest once it has been held that long; 0: never."""
 
     freeze_after_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Migration(_Model):
+class Migration(Model):
     """One attempt to move one VM.
 
     Attributes:
@@ -236,6 +236,9 @@ class Migration(_Model):
     return_epoch: int = 0
     events: tuple[MigrationEvent, ...] = ()
     on_link_loss: LinkLossPolicy = LinkLossPolicy()
+    because: str = ""
+    policies: tuple[str, ...] = ()
+    operation_id: str = ""
 
     @property
     def is_terminal(self) -> bool:
@@ -244,13 +247,14 @@ class Migration(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = _with(values, counters=ArrivalCounters, on_link_loss=LinkLossPolicy)
-        values = _with_times(values, "created_at", "ended_at")
-        return _with_many(values, transitions=PhaseTransition, events=MigrationEvent)
+        values = with_one(values, counters=ArrivalCounters, on_link_loss=LinkLossPolicy)
+        values = with_times(values, "created_at", "ended_at")
+        values = {**values, "policies": tuple(_list(values.get("policies")))}
+        return with_many(values, transitions=PhaseTransition, events=MigrationEvent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recovery(_Model):
+class Recovery(Model):
     """What a look at both nodes has found, in words, and the migration as it is now."""
 
     migration: Migration = Migration()
@@ -258,12 +262,12 @@ class Recovery(_Model):
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = _with(values, migration=Migration)
+        values = with_one(values, migration=Migration)
         return values | {"findings": tuple(str(line) for line in _list(values.get("findings")))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capabilities(_Model):
+class Capabilities(Model):
     """What a node can do, as its agent said last."""
 
     kernel_release: str = ""
@@ -282,7 +286,7 @@ class Capabilities(_Model):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node(_Model):
+class Node(Model):
     """A node of the fleet and its agent; `message` says why it cannot be reached."""
 
     name: str = ""
@@ -291,15 +295,20 @@ class Node(_Model):
     message: str = ""
     capabilities: Capabilities | None = None
     vm_ids: tuple[str, ...] = ()
+    closed_by: str = ""
+    labels: Mapping[str, str] | None = None
+    taints: tuple[str, ...] = ()
+    link: str = ""
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        values = _with(values, capabilities=Capabilities)
-        return {**values, "vm_ids": tuple(_list(values.get("vm_ids")))}
+        values = with_one(values, capabilities=Capabilities)
+        words = {name: tuple(_list(values.get(name))) for name in ("vm_ids", "taints")}
+        return {**values, **words}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vm(_Model):
+class Vm(Model):
     """A virtual machine.
 
     Attributes:
@@ -318,10 +327,12 @@ class Vm(_Model):
     migration_id: str = ""
     resident_share: float = 0.0
     vmm_state: str = ""
+    labels: Mapping[str, str] | None = None
+    placement: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UserfaultBitmap(_Model):
+class UserfaultBitmap(Model):
     """Which pages of a VM are not yet where it runs.
 
     Attributes:
@@ -355,12 +366,14 @@ def _is_like(value: Any, default: Any) -> bool:
     return isinstance(value, type(default))
 
 
-def _with(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
+def with_one(values: dict[str, Any], **models: type[Model]) -> dict[str, Any]:
+    """Objects become the models named."""
     read = {name: model.from_json(values[name]) for name, model in models.items() if name in values}
     return {**values, **read}
 
 
-def _with_many(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]:
+def with_many(values: dict[str, Any], **models: type[Model]) -> dict[str, Any]:
+    """Lists of objects become tuples of the models named."""
     read = {
         name: tuple(model.from_json(item) for item in _list(values.get(name)))
         for name, model in models.items()
@@ -368,7 +381,7 @@ def _with_many(values: dict[str, Any], **models: type[_Model]) -> dict[str, Any]
     return {**values, **read}
 
 
-def _with_times(values: dict[str, Any], *names: str) -> dict[str, Any]:
+def with_times(values: dict[str, Any], *names: str) -> dict[str, Any]:
     """RFC 3339 text becomes a datetime; "" is no time."""
     return {**values, **{name: _time(values[name]) for name in names if name in values}}
 

@@ -62,6 +62,30 @@ def _migration(method: str, route: str, callers: frozenset[Caller]) -> Rule:
     return Rule(rpc=f"{_FLEET}.MigrationService/{method}", route=route, callers=callers)
 
 
+def _schedule(method: str, route: str, *names: str, rescue: bool = False) -> Rule:
+    """Of the queue, limits, policies and placement; with `names` it changes something."""
+    return Rule(
+        rpc=f"{_FLEET}.ScheduleService/{method}",
+        route=route,
+        callers=OPERATOR if names else VIEWER,
+        mutates=bool(names),
+        names=names,
+        rescue=rescue,
+    )
+
+
+def _operation(method: str, route: str, *names: str, rescue: bool = False) -> Rule:
+    """Of drains and the like; with `names` it changes something."""
+    return Rule(
+        rpc=f"{_FLEET}.OperationService/{method}",
+        route=route,
+        callers=OPERATOR if names else VIEWER,
+        mutates=bool(names),
+        names=names,
+        rescue=rescue,
+    )
+
+
 RULES: tuple[Rule, ...] = (
     # Nodes
     Rule(rpc=f"{_FLEET}.NodeService/ListNodes", route="GET /v1/nodes", callers=VIEWER),
@@ -144,6 +168,32 @@ RULES: tuple[Rule, ...] = (
         mutates=True,
         names=("migration_id", "epoch", "fenced_vm_id", "operator", "because"),
     ),
+    # Queue, limits, policies, placement
+    _schedule("GetQueue", "GET /v1/queue"),
+    _schedule("FreezeAdmissions", "POST /v1/queue:freeze", "because", rescue=True),
+    _schedule("ThawAdmissions", "POST /v1/queue:thaw", "because", rescue=True),
+    _schedule("GetLimits", "GET /v1/limits"),
+    _schedule("SetLimits", "PATCH /v1/limits", "values", "remove"),
+    _schedule("ListPolicies", "GET /v1/policies"),
+    _schedule("PutPolicy", "PUT /v1/policies/{name}", "name"),
+    _schedule("DeletePolicy", "DELETE /v1/policies/{name}", "name"),
+    _schedule("SetNodePlacement", "PUT /v1/nodes/{name}/placement", "name", "labels", "taints"),
+    _schedule("SetVmPlacement", "PUT /v1/vms/{vm}/placement", "vm", "vm_id", "labels"),
+    # Operations
+    _operation("DrainNode", "POST /v1/nodes/{node}:drain", "node"),
+    _operation("UndrainNode", "POST /v1/nodes/{node}:undrain", "node", "no_return"),
+    _operation("Rebalance", "POST /v1/operations:rebalance", "spread_max"),
+    _operation("MoveBatch", "POST /v1/operations:batch", "vms", "vm_ids", "destination_node"),
+    _operation("ListOperations", "GET /v1/operations"),
+    _operation("GetOperation", "GET /v1/operations/{operation_id}"),
+    _operation(
+        "CancelOperation",
+        "POST /v1/operations/{operation_id}:cancel",
+        "operation_id",
+        rescue=True,
+    ),
+    _operation("PauseOperation", "POST /v1/operations/{operation_id}:pause", "operation_id"),
+    _operation("ResumeOperation", "POST /v1/operations/{operation_id}:resume", "operation_id"),
     # The process itself: neither guests nor people are named there
     Rule(route="GET /healthz", callers=ANYBODY),
     Rule(route="GET /readyz", callers=ANYBODY),

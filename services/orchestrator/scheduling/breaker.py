@@ -54,10 +54,14 @@ class Trouble:
 
 
 def trouble(outcomes: Iterable[Outcome], now_s: float, caution: Caution) -> Trouble:
-    """What `outcomes` forbid at `now_s`; in any order. A success ends every row of failures."""
+    """What `outcomes` forbid at `now_s`; in any order. A success ends every row of failures.
+
+    What ended in the future, by a clock that was set back since, forbids nothing.
+    """
     row_of_vm: dict[str, list[Outcome]] = defaultdict(list)
     row_of_node: dict[str, list[Outcome]] = defaultdict(list)
-    for each in sorted(outcomes, key=lambda outcome: outcome.ended_s):
+    past = (each for each in outcomes if each.ended_s <= now_s)
+    for each in sorted(past, key=lambda outcome: outcome.ended_s):
         rows = (row_of_vm[each.vm_id], row_of_node[each.source], row_of_node[each.target])
         for row in rows:
             if each.ok:

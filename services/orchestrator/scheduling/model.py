@@ -138,6 +138,8 @@ class Request:
     """Back-off: it waits until then."""
     unfinished: bool = False
     """Goes on with something that was begun; before all others."""
+    paused: str = ""
+    """Why it does not go, whatever is free; empty: it may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,8 @@ class Wait:
     place: int
     """In the queue, from 1."""
     reason: str
-    """Stable code: one of limits.REASONS, placement.HINTS, FROZEN, BACK_OFF, RESERVED, NEXT."""
+    """Stable code: one of limits.REASONS, placement.HINTS, FROZEN, PAUSED, BACK_OFF,
+    RESERVED, NEXT."""
     message: str
     hint: str = ""
 
@@ -216,7 +217,7 @@ class Schedule:
         rank = min(heads)
         request = self._request(rank[2])
         waited_s = now_s - max(request.created_s, request.not_before_s)
-        if waited_s < self.rules.reserve_after_s:
+        if waited_s < self.rules.reserve_after_s or request.paused:
             return frozenset(), ""
         if not isinstance(self._consider(request, now_s, frozenset()), Wait):
             return frozenset(), request.request_id
@@ -241,6 +242,8 @@ class Schedule:
         self, request: Request, now_s: float, reserved: frozenset[str]
     ) -> Admission | Wait:
         """Whether it could go now. Changes nothing but where the next search begins."""
+        if request.paused:
+            return self._wait(request, "PAUSED", request.paused)
         if now_s < request.not_before_s:
             left_s = request.not_before_s - now_s
             return self._wait(request, "BACK_OFF", f"tried again in {left_s:.0f} s")

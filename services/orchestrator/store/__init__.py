@@ -19,7 +19,9 @@ from services.orchestrator.store.fleet import FleetTable
 from services.orchestrator.store.identity import StoreInDoubtError
 from services.orchestrator.store.leadership import NotLeaderError
 from services.orchestrator.store.migrations import MigrationTable, PhaseLostError
+from services.orchestrator.store.operations import OperationTable
 from services.orchestrator.store.records import BitmapTable, IdempotencyTable
+from services.orchestrator.store.schedule import ScheduleTable
 
 __all__ = [
     "NotLeaderError",
@@ -44,6 +46,8 @@ class Store:
         self.migrations = MigrationTable(database)
         self.idempotency = IdempotencyTable(database)
         self.bitmaps = BitmapTable(database)
+        self.schedule = ScheduleTable(database)
+        self.operations = OperationTable(database)
 
     @property
     def incarnation(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -158,8 +159,15 @@ class MigrationTable:
 
     # --- admission ---
 
-    async def create(self, row: MigrationRow, idempotency: IdempotencyRow | None) -> None:
+    async def create(
+        self,
+        row: MigrationRow,
+        idempotency: IdempotencyRow | None,
+        also: Callable[[sa.Connection], None] | None = None,
+    ) -> None:
         """Insert a migration, and the answer to its request, in one transaction (I7, I9).
+
+        `also`: what else is written in it.
 
         Raises:
             NotFoundError: VM_UNKNOWN.
@@ -189,6 +197,8 @@ class MigrationTable:
                 )
             connection.execute(_INSERT, row_values(row))
             add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
+            if also:
+                also(connection)
             if idempotency:
                 put_idempotency(connection, idempotency)
 

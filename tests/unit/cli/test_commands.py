@@ -168,8 +168,10 @@ def test_nobody_there(godwit: Godwit) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("migrate", "web"),
+        ("migrate",),
         ("migrate", "web", "--to", "b", "--bandwidth", "fast"),
+        ("drain", "a", "--deadline", "soon"),
+        ("limits", "set", "node-in"),
         ("nodes", "-o", "xml"),
         ("nodes", "--orchestrator", "ftp://x"),
         ("frobnicate",),

@@ -53,7 +53,6 @@ REFUSALS: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown VM", {"vm": "ghost", "destination_node": "b"}, 404, "VM_UNKNOWN"),
     ("unknown node", {"vm": VM, "destination_node": "zz"}, 404, "NODE_UNKNOWN"),
     ("same node", {"vm": VM, "destination_node": "a"}, 409, "SAME_NODE"),
-    ("no destination", {"vm": VM}, 422, "FIELD_INVALID"),
     ("unknown field", {"vm": VM, "destination_node": "b", "force": True}, 422, "FIELD_INVALID"),
     ("wrong type", {"vm": 7, "destination_node": "b"}, 422, "FIELD_INVALID"),
     ("no name", {"vm": "Not a name", "destination_node": "b"}, 422, "FIELD_INVALID"),

@@ -15,6 +15,10 @@ from godwit.fleet.v1 import (
     migration_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
+    operation_service_pb2,
+    operation_service_pb2_grpc,
+    schedule_service_pb2,
+    schedule_service_pb2_grpc,
     types_pb2,
     vm_service_pb2,
     vm_service_pb2_grpc,
@@ -86,6 +90,8 @@ async def test_move_watched_to_its_end(fleet: FakeFleet, channel: grpc.aio.Chann
         migration_service_pb2.ListMigrationsRequest(),
         timeout_s=10,
     )
+    assert seen[-1].because == "asked for"
+    seen[-1].ClearField("because")  # not in lists
     assert list(listed.migrations) == [seen[-1]]
 
 
@@ -111,7 +117,7 @@ async def test_key_is_shared_with_rest(fleet: FakeFleet, channel: grpc.aio.Chann
         ("ghost", "b", NotFoundError, "VM_UNKNOWN"),
         (VM, "zz", NotFoundError, "NODE_UNKNOWN"),
         (VM, "a", FailedPreconditionError, "SAME_NODE"),
-        (VM, "", InvalidArgumentError, "FIELD_INVALID"),
+        (VM, "B_", InvalidArgumentError, "FIELD_INVALID"),
         ("", "b", InvalidArgumentError, "FIELD_INVALID"),
     ],
 )
@@ -216,3 +222,56 @@ async def test_health(fleet: FakeFleet, channel: grpc.aio.Channel) -> None:
             timeout_s=10,
         )
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_drain_over_grpc_is_the_one_that_rest_shows(
+    fleet: FakeFleet, channel: grpc.aio.Channel
+) -> None:
+    operations = operation_service_pb2_grpc.OperationServiceStub(channel)
+    request = operation_service_pb2.DrainNodeRequest(node="a", request_id="r")
+    planned = operation_service_pb2.DrainNodeRequest(
+        node="a", options=operation_service_pb2.OperationOptions(dry_run=True)
+    )
+    answer = await grpc_client.call(channel, operations.DrainNode, planned, timeout_s=10)
+    assert [step.vm_id for step in answer.plan.steps] == [VM]
+    assert not answer.HasField("operation")
+    begun = (await grpc_client.call(channel, operations.DrainNode, request, timeout_s=10)).operation
+    again = (await grpc_client.call(channel, operations.DrainNode, request, timeout_s=10)).operation
+    assert again.operation_id == begun.operation_id
+    shown = await fleet.get(f"/v1/operations/{begun.operation_id}")
+    assert (shown["kind"], shown["node"]) == ("drain", "a")
+    with pytest.raises(NotFoundError):
+        await grpc_client.call(
+            channel,
+            operations.CancelOperation,
+            operation_service_pb2.CancelOperationRequest(operation_id="x"),
+            timeout_s=10,
+        )
+
+
+async def test_limits_and_queue_over_grpc(fleet: FakeFleet, channel: grpc.aio.Channel) -> None:
+    schedule = schedule_service_pb2_grpc.ScheduleServiceStub(channel)
+    freeze = schedule_service_pb2.FreezeAdmissionsRequest(because="x")
+    await grpc_client.call(channel, schedule.FreezeAdmissions, freeze, timeout_s=10)
+    change = schedule_service_pb2.SetLimitsRequest(values={"node-in:b": 1})
+    changed = await grpc_client.call(channel, schedule.SetLimits, change, timeout_s=10)
+    assert {limit.key: limit.value for limit in changed.limits}["node-in:b"] == 1
+    migration_id = await fleet.migrate(to="")
+    queue = await grpc_client.call(
+        channel, schedule.GetQueue, schedule_service_pb2.GetQueueRequest(), timeout_s=10
+    )
+    assert [(each.migration_id, each.reason) for each in queue.entries] == [
+        (migration_id, "FROZEN")
+    ]
+    policy = schedule_service_pb2.Policy(name="all", retries=0)
+    written = await grpc_client.call(
+        channel,
+        schedule.PutPolicy,
+        schedule_service_pb2.PutPolicyRequest(policy=policy),
+        timeout_s=10,
+    )
+    assert written.policy.HasField("retries"), "0 is said, not unsaid"
+    assert not written.policy.HasField("freeze_after_ms")
+    wrong = schedule_service_pb2.SetLimitsRequest(values={"speed": 1})
+    with pytest.raises(InvalidArgumentError):
+        await grpc_client.call(channel, schedule.SetLimits, wrong, timeout_s=10)

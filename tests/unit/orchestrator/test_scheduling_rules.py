@@ -36,6 +36,11 @@ def test_a_success_ends_the_row() -> None:
     assert (found.not_before_s, found.avoid, found.failures) == ({}, {}, {})
 
 
+def test_a_clock_that_was_set_back_makes_nobody_wait() -> None:
+    found = trouble([failed(1e9), failed(2e9, "2"), failed(3e9, "3")], 5.0, CAUTION)
+    assert (found.not_before_s, found.broken_until_s) == ({}, {})
+
+
 def test_the_breaker_opens_for_several_vms_and_doubles() -> None:
     one_vm = [failed(each) for each in (1.0, 2.0, 3.0)]
     assert trouble(one_vm, 4.0, CAUTION).broken_until_s == {}, "that is the VM's trouble"

@@ -23,7 +23,14 @@ from services.orchestrator.migration import (
     NeverRan,
     Phase,
 )
-from services.orchestrator.store import Store, open_store, opening, schema, upgrades
+from services.orchestrator.store import (
+    Store,
+    open_store,
+    opening,
+    schedule_schema,
+    schema,
+    upgrades,
+)
 from services.orchestrator.store.backup import check
 from services.orchestrator.store.rows import MigrationRow
 from tests.harness.stores import Place
@@ -178,6 +185,8 @@ async def test_nothing_that_was_there_changes(old_store: Path) -> None:
     ]
     nobody = {"one": 1, "term": 0, "holder": "", "rest": "", "grpc": "", "expires_at_ns": 0}
     assert after.pop("leadership") == [nobody]
+    for table in schedule_schema.TABLES:
+        assert after.pop(table.name) == [], "nothing was ever in a queue"
     new = {"return_epoch": 0, "given_back": 0, "by_force": 0, "source_owed": 0}
     new |= {"freeze_after_ms": 0}
     before["migrations"] = [row | new for row in before["migrations"]]

@@ -38,7 +38,7 @@ from services.fault_agent.drivers import unix_socket
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.drivers.unix_socket import JsonLines
 from services.orchestrator.auth.settings import read_role
-from services.orchestrator.fleet import _read_token, _write_token
+from services.orchestrator.fleet import read_token, write_token
 from services.orchestrator.main import read_node
 from services.page_server.records import IMAGE_ID_PATTERN, read_record
 from tests.harness.made_up import JSON, TEXTS, wounded
@@ -285,11 +285,11 @@ def test_a_traceparent(text: str) -> None:
 @QUICK
 @given(st.text(max_size=80))
 def test_a_page_token(text: str) -> None:
-    migration_id, refusal = outcome(lambda: _read_token(text))
+    migration_id, refusal = outcome(lambda: read_token(text))
     if migration_id is None:
         assert refusal == "FIELD_INVALID"
         return
-    assert not migration_id or _read_token(_write_token(migration_id)) == migration_id
+    assert not migration_id or read_token(write_token(migration_id)) == migration_id
 
 
 @QUICK

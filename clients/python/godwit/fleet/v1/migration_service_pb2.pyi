@@ -31,14 +31,17 @@ class CreateMigrationRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
     ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """The guest."""
     destination_node: _builtins.str
-    """Where to."""
+    """Where to. Empty: to the node that is best when it is admitted."""
     request_id: _builtins.str
     """Drawn by the caller, so that a retry is not a second move. May be empty: then every call is a new one."""
     bulk_bytes_per_s_max: _builtins.int
     """Limit of the bulk lane. Bytes a second; 0 = none."""
+    priority: _types_pb2.Priority.ValueType
+    """Its class. Unspecified: what the policies say, or user."""
     @_builtins.property
     def on_link_loss(self) -> _common_pb2.LinkLossPolicy:
         """What to do with the guest when its pages cannot be fetched. Unset: each vCPU waits on what it touches."""
@@ -51,10 +54,11 @@ class CreateMigrationRequest(_message.Message):
         request_id: _builtins.str = ...,
         bulk_bytes_per_s_max: _builtins.int = ...,
         on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
+        priority: _types_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["on_link_loss", b"on_link_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "destination_node", b"destination_node", "on_link_loss", b"on_link_loss", "request_id", b"request_id", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "destination_node", b"destination_node", "on_link_loss", b"on_link_loss", "priority", b"priority", "request_id", b"request_id", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -134,6 +134,100 @@ MIGRATION_PHASE_RETURNED: MigrationPhase.ValueType  # 23
 """Given back; the guest runs at its source. Terminal."""
 Global___MigrationPhase: _TypeAlias = MigrationPhase  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Not set."""
+    PRIORITY_BACKGROUND: _Priority.ValueType  # 1
+    """Whenever there is nothing else."""
+    PRIORITY_MAINTENANCE: _Priority.ValueType  # 2
+    """Drains and the like."""
+    PRIORITY_USER: _Priority.ValueType  # 3
+    """Somebody waits."""
+    PRIORITY_SYSTEM: _Priority.ValueType  # 4
+    """The platform needs it."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Class of a move. Each is a head start of five minutes before the one below."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Not set."""
+PRIORITY_BACKGROUND: Priority.ValueType  # 1
+"""Whenever there is nothing else."""
+PRIORITY_MAINTENANCE: Priority.ValueType  # 2
+"""Drains and the like."""
+PRIORITY_USER: Priority.ValueType  # 3
+"""Somebody waits."""
+PRIORITY_SYSTEM: Priority.ValueType  # 4
+"""The platform needs it."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
+@_typing.final
+class VmPlacement(_message.Message):
+    """Where a VM may be, beside what its spec needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SelectorEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SELECTOR_FIELD_NUMBER: _builtins.int
+    TOLERATIONS_FIELD_NUMBER: _builtins.int
+    APART_FIELD_NUMBER: _builtins.int
+    NEAR_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    apart: _builtins.str
+    """No node has two VMs with the same word. Empty: none."""
+    near: _builtins.str
+    """Better where VMs with the same word are. Empty: none."""
+    group: _builtins.str
+    """No more VMs with the same word move at a time than the limit "group" says. Empty: none."""
+    @_builtins.property
+    def selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that its node must have."""
+
+    @_builtins.property
+    def tolerations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Taints of nodes that it may go to nevertheless."""
+
+    def __init__(
+        self,
+        *,
+        selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tolerations: _abc.Iterable[_builtins.str] | None = ...,
+        apart: _builtins.str = ...,
+        near: _builtins.str = ...,
+        group: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apart", b"apart", "group", b"group", "near", b"near", "selector", b"selector", "tolerations", b"tolerations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VmPlacement: _TypeAlias = VmPlacement  # noqa: Y015
+
 @_typing.final
 class Migration(_message.Message):
     """One attempt to move one VM."""
@@ -163,6 +257,9 @@ class Migration(_message.Message):
     RETURN_EPOCH_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     ON_LINK_LOSS_FIELD_NUMBER: _builtins.int
+    BECAUSE_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """Drawn by the orchestrator, 26 characters, sorts by time."""
     vm_id: _builtins.str
@@ -197,6 +294,10 @@ class Migration(_message.Message):
     """Changes with every write; the version to watch from."""
     return_epoch: _builtins.int
     """The epoch under which the guest is given back to its source; 0 unless that was begun."""
+    because: _builtins.str
+    """Why the destination was chosen, in words. Empty until it was, and in lists."""
+    operation_id: _builtins.str
+    """The operation that asked for it. Empty in lists, and if none did."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for. The orchestrator's clock."""
@@ -222,6 +323,10 @@ class Migration(_message.Message):
     @_builtins.property
     def on_link_loss(self) -> _common_pb2.LinkLossPolicy:
         """What is done with the guest when its pages cannot be fetched."""
+
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Policies that counted, the most specific first. Empty in lists."""
 
     def __init__(
         self,
@@ -249,10 +354,13 @@ class Migration(_message.Message):
         return_epoch: _builtins.int = ...,
         events: _abc.Iterable[Global___MigrationEvent] | None = ...,
         on_link_loss: _common_pb2.LinkLossPolicy | None = ...,
+        because: _builtins.str = ...,
+        policies: _abc.Iterable[_builtins.str] | None = ...,
+        operation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at", "on_link_loss", b"on_link_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "events", b"events", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "on_link_loss", b"on_link_loss", "pause_ns", b"pause_ns", "phase", b"phase", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "events", b"events", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "on_link_loss", b"on_link_loss", "operation_id", b"operation_id", "pause_ns", b"pause_ns", "phase", b"phase", "policies", b"policies", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,12 +466,36 @@ class Node(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     AGENT_ADDRESS_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     VM_IDS_FIELD_NUMBER: _builtins.int
+    CLOSED_BY_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    TAINTS_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name. 1..63 of [a-z0-9-]."""
     agent_address: _builtins.str
@@ -372,6 +504,10 @@ class Node(_message.Message):
     """True if the agent answered lately."""
     message: _builtins.str
     """Why not, in words. Empty if reachable."""
+    closed_by: _builtins.str
+    """The operation that keeps it empty. Empty: VMs may be placed here."""
+    link: _builtins.str
+    """The shared uplink behind which it is. Empty: none."""
     @_builtins.property
     def capabilities(self) -> _fault_agent_service_pb2.Capabilities:
         """What it can do, as it said last. Unset if it never answered."""
@@ -379,6 +515,14 @@ class Node(_message.Message):
     @_builtins.property
     def vm_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of the VMs that the store places here."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What selectors pick by."""
+
+    @_builtins.property
+    def taints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only VMs that tolerate all of them are placed here."""
 
     def __init__(
         self,
@@ -389,10 +533,14 @@ class Node(_message.Message):
         message: _builtins.str = ...,
         capabilities: _fault_agent_service_pb2.Capabilities | None = ...,
         vm_ids: _abc.Iterable[_builtins.str] | None = ...,
+        closed_by: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        taints: _abc.Iterable[_builtins.str] | None = ...,
+        link: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "capabilities", b"capabilities", "message", b"message", "name", b"name", "reachable", b"reachable", "vm_ids", b"vm_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "capabilities", b"capabilities", "closed_by", b"closed_by", "labels", b"labels", "link", b"link", "message", b"message", "name", b"name", "reachable", b"reachable", "taints", b"taints", "vm_ids", b"vm_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,6 +552,26 @@ class Vm(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VM_ID_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -412,6 +580,8 @@ class Vm(_message.Message):
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     RESIDENT_SHARE_FIELD_NUMBER: _builtins.int
     VMM_STATE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Its id."""
     node: _builtins.str
@@ -428,6 +598,14 @@ class Vm(_message.Message):
     """Pages resident where it runs, of all. 0..1."""
     vmm_state: _fault_agent_service_pb2.VmmState.ValueType
     """What its VMM does, as its agent said last."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What policies pick by."""
+
+    @_builtins.property
+    def placement(self) -> Global___VmPlacement:
+        """Where it may be."""
+
     def __init__(
         self,
         *,
@@ -439,10 +617,12 @@ class Vm(_message.Message):
         migration_id: _builtins.str = ...,
         resident_share: _builtins.float = ...,
         vmm_state: _fault_agent_service_pb2.VmmState.ValueType = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        placement: Global___VmPlacement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "resident_share", b"resident_share", "spec_hash", b"spec_hash", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "labels", b"labels", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "placement", b"placement", "resident_share", b"resident_share", "spec_hash", b"spec_hash", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""REST of the queue, limits, policies and placement: /v1/queue, /v1/limits, /v1/policies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter
+from godwit.fleet.v1 import schedule_service_pb2 as pb
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from pydantic import BaseModel, BeforeValidator, Field
+
+from services.orchestrator import problems, rest_models
+from services.orchestrator.fleet import Fleet
+from services.orchestrator.rest_models import Strict
+
+
+def _word(text: object) -> object:
+    """PRIORITY_USER → user; "" for what is not set."""
+    name = str(text).partition("_")[2].lower()
+    return "" if name == "unspecified" else name
+
+
+Priority = Literal["background", "maintenance", "user", "system"]
+PriorityWord = Annotated[str, BeforeValidator(_word)]
+
+
+class FromMessage(BaseModel):
+    """An answer, field by field the message of the proto."""
+
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        """From the message."""
+        return cls.model_validate(as_fields(message))
+
+
+def as_fields(message: Message) -> dict[str, Any]:
+    """The message's fields by their own names, unset ones with their defaults."""
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+class QueueEntry(FromMessage):
+    """A migration that waits for admission."""
+
+    migration_id: str
+    vm_id: str
+    source_node: str
+    destination_node: str = Field(description="the node asked for; empty: any")
+    priority: PriorityWord
+    place: int = Field(description="from 1")
+    reason: str = Field(description="what holds it; stable code")
+    message: str
+    hint: str
+    operation_id: str
+    waited_s: float
+
+
+class Queue(FromMessage):
+    """What waits for admission, in order."""
+
+    entries: list[QueueEntry]
+    frozen: str = Field(description="why admissions are frozen; empty while they are not")
+
+
+class FreezeRequest(Strict):
+    """Stop admissions."""
+
+    because: str = Field(min_length=1, max_length=200, description="shown to everybody who waits")
+
+
+class Limit(FromMessage):
+    """How many moves may be under way at a time."""
+
+    key: str = Field(description="a kind, or KIND:NAME for one node, link or group")
+    value: int
+    used: int
+
+
+class Limits(BaseModel):
+    """Kinds first, then what was set for one, and what is used."""
+
+    limits: list[Limit]
+
+
+class LimitsRequest(Strict):
+    """Change limits."""
+
+    values: dict[str, int] = Field(default={}, description="by key, e.g. node-in or node-in:b")
+    remove: list[str] = Field(default=[], description="keys that shall have their kind's value")
+
+
+class PolicySettings(Strict):
+    """What counts for the VMs that a policy picks. Absent: nothing is said."""
+
+    match_labels: dict[str, str] = Field(default={}, description="a VM has all; none: every VM")
+    priority: Priority | None = None
+    bulk_bytes_per_s_max: int | None = Field(default=None, ge=0, le=1 << 50)
+    freeze_after_ms: int | None = Field(default=None, ge=0, le=86_400_000)
+    pause_ms_max: int | None = Field(default=None, ge=1, le=60_000)
+    prepare_s_per_gib: float | None = Field(default=None, ge=0, le=3600)
+    retries: int | None = Field(default=None, ge=0, le=100)
+
+
+class Policy(PolicySettings):
+    """A policy."""
+
+    name: str
+
+    @classmethod
+    def of(cls, message: pb.Policy) -> Self:
+        """From the message."""
+        said = as_fields(message)
+        said["priority"] = _word(said["priority"]) or None
+        return cls.model_validate(said)
+
+
+class Policies(BaseModel):
+    """All of them, by name."""
+
+    policies: list[Policy]
+
+
+class NodePlacementRequest(Strict):
+    """What a node is for placement."""
+
+    labels: dict[str, str] = Field(default={}, description="what selectors pick by")
+    taints: list[str] = Field(default=[], description="only VMs that tolerate all are placed here")
+    link: str = Field(default="", description="the shared uplink behind which it is")
+
+
+class VmPlacement(rest_models.VmPlacement, Strict):
+    """Where a VM may be."""
+
+
+class VmPlacementRequest(Strict):
+    """What is said of a VM."""
+
+    labels: dict[str, str] = Field(default={}, description="what policies pick by")
+    placement: VmPlacement = VmPlacement()
+
+
+def message_of(message: type[Message], body: BaseModel, **more: Any) -> Any:
+    """A request message with the fields of a body; what is absent stays unset."""
+    fields = body.model_dump(exclude_none=True) | more
+    if word := fields.get("priority"):
+        fields["priority"] = f"PRIORITY_{word.upper()}"
+    return message(**fields)
+
+
+def schedule(fleet: Fleet) -> APIRouter:
+    """Queue, limits and policies."""
+    router = APIRouter(prefix="/v1", tags=["schedule"], responses=problems.RESPONSES)
+    scheduling = fleet.scheduling
+
+    @router.get("/queue")
+    async def get_queue() -> Queue:
+        return Queue.of(await scheduling.queue())
+
+    @router.post("/queue:freeze", status_code=204)
+    async def freeze_admissions(body: FreezeRequest) -> None:
+        await scheduling.freeze(body.because)
+
+    @router.post("/queue:thaw", status_code=204)
+    async def thaw_admissions() -> None:
+        await scheduling.thaw()
+
+    @router.get("/limits")
+    async def get_limits() -> Limits:
+        return Limits(limits=[Limit.of(each) for each in await scheduling.limits()])
+
+    @router.patch("/limits")
+    async def set_limits(body: LimitsRequest) -> Limits:
+        limits = await scheduling.set_limits(body.values, body.remove)
+        return Limits(limits=[Limit.of(each) for each in limits])
+
+    @router.get("/policies")
+    async def list_policies() -> Policies:
+        return Policies(policies=[Policy.of(each) for each in await scheduling.policies()])
+
+    @router.put("/policies/{name}")
+    async def put_policy(name: str, body: PolicySettings) -> Policy:
+        return Policy.of(await scheduling.put_policy(message_of(pb.Policy, body, name=name)))
+
+    @router.delete("/policies/{name}", status_code=204)
+    async def delete_policy(name: str) -> None:
+        await scheduling.delete_policy(name)
+
+    @router.put("/nodes/{name}/placement")
+    async def set_node_placement(name: str, body: NodePlacementRequest) -> rest_models.Node:
+        request = message_of(pb.SetNodePlacementRequest, body, name=name)
+        await scheduling.set_node_placement(request)
+        return rest_models.Node.of(await fleet.get_node(name))
+
+    @router.put("/vms/{vm}/placement")
+    async def set_vm_placement(vm: str, body: VmPlacementRequest) -> rest_models.Vm:
+        await scheduling.set_vm_placement(message_of(pb.SetVmPlacementRequest, body, vm_id=vm))
+        return rest_models.Vm.of(await fleet.get_vm(vm))
+
+    return router
