@@ -30,7 +30,7 @@ def _last(prefix: str) -> BeforeValidator:
     return BeforeValidator(lambda text: str(text).removeprefix(prefix).lower())
 
 
-class OptionsRequest(Strict):
+class OptionsRequest(Strict, strict=True):
     """How an operation goes about it."""
 
     parallel_max: int = Field(default=0, ge=0, le=10_000, description="0: as the limits allow")

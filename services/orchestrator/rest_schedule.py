@@ -65,7 +65,7 @@ class Queue(FromMessage):
     frozen: str = Field(description="why admissions are frozen; empty while they are not")
 
 
-class FreezeRequest(Strict):
+class FreezeRequest(Strict, strict=True):
     """Stop admissions."""
 
     because: str = Field(min_length=1, max_length=200, description="shown to everybody who waits")
@@ -85,14 +85,14 @@ class Limits(BaseModel):
     limits: list[Limit]
 
 
-class LimitsRequest(Strict):
+class LimitsRequest(Strict, strict=True):
     """Change limits."""
 
     values: dict[str, int] = Field(default={}, description="by key, e.g. node-in or node-in:b")
     remove: list[str] = Field(default=[], description="keys that shall have their kind's value")
 
 
-class PolicySettings(Strict):
+class PolicySettings(Strict, strict=True):
     """What counts for the VMs that a policy picks. Absent: nothing is said."""
 
     match_labels: dict[str, str] = Field(default={}, description="a VM has all; none: every VM")
@@ -104,7 +104,7 @@ class PolicySettings(Strict):
     retries: int | None = Field(default=None, ge=0, le=100)
 
 
-class Policy(PolicySettings):
+class Policy(PolicySettings, strict=False):
     """A policy."""
 
     name: str
@@ -123,7 +123,7 @@ class Policies(BaseModel):
     policies: list[Policy]
 
 
-class NodePlacementRequest(Strict):
+class NodePlacementRequest(Strict, strict=True):
     """What a node is for placement."""
 
     labels: dict[str, str] = Field(default={}, description="what selectors pick by")

@@ -235,7 +235,7 @@ def return_is_written_blindly() -> Iterator[None]:
 RULES: dict[Callable[[], contextlib.AbstractContextManager[None]], Any] = {
     agent_ignores_the_fence: scenarios("cancel", "move", weather=("late",), at_least=4),
     store_answers_before_it_is_durable: SCENARIOS,
-    source_resumes_under_the_old_epoch: scenarios("cancel", "cut", at_least=1),
+    source_resumes_under_the_old_epoch: SCENARIOS,
     decision_is_overwritten: scenarios("twin", "cancel", weather=("calm",), at_least=5),
     memory_is_released_early: SCENARIOS,
     cont_before_activating: SCENARIOS,

