@@ -166,6 +166,7 @@ async def _make_history(store: Store, count: int) -> VmRow:
         await store.database.write(
             lambda connection, first=first: _fill(connection, vm, first, CHUNK)  # type: ignore[misc]
         )
+    await store.database.write(lambda connection: connection.exec_driver_sql("ANALYZE").close())
     return vm
 
 
@@ -356,7 +357,8 @@ def _child(kind: str, at: Path, history: int, calls: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         server = None
         if kind == "postgresql":
-            server = stack.enter_context(postgres.serving(at=at, shared_buffers="128MB"))
+            settings = {"shared_buffers": "128MB", "autovacuum": "on"}
+            server = stack.enter_context(postgres.serving(at=at, **settings))
             place = server.url(server.create())
         else:
             place = str(stack.enter_context(_directory(at)) / "godwit.db")

@@ -200,9 +200,8 @@ def directory(at: Path | None = None) -> Iterator[Path]:
     try:
         if user := _user():
             shutil.chown(made, user)
-            made.chmod(
-                0o711
-            )  # the socket is for root without its capabilities too; the data is not
+            # The socket, for a root without capabilities too; the data have a mode of their own.
+            made.chmod(0o711)
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
