@@ -216,7 +216,8 @@ int gw_sandbox_enter(uint32_t kind, uint32_t mode)
 
 	if (mode == GW_SANDBOX_OFF)
 		return 0;
-	if (mode > GW_SANDBOX_ENFORCE)
+	if (mode > GW_SANDBOX_ENFORCE ||
+	    (kind != GW_SANDBOX_PAGE_SERVER && kind != GW_SANDBOX_PAGE_THREAD))
 		return -EINVAL;
 	if (SANITIZED || NATIVE_ARCH == 0)
 		return -ENOSYS;
@@ -224,10 +225,8 @@ int gw_sandbox_enter(uint32_t kind, uint32_t mode)
 	if (kind == GW_SANDBOX_PAGE_SERVER) {
 		page_server(&program);
 		flags |= SECCOMP_FILTER_FLAG_TSYNC;
-	} else if (kind == GW_SANDBOX_PAGE_THREAD) {
-		page_thread(&program);
 	} else {
-		return -EINVAL;
+		page_thread(&program);
 	}
 	refuse_each(&program, refused, COUNT_OF(refused));
 	refuse(&program, ENOSYS);
