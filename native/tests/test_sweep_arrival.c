@@ -55,7 +55,7 @@ static void make_source(void)
 
 struct vcpu {
 	pthread_t thread;
-	const struct bench *bench;
+	struct bench *bench;
 	uint64_t first;
 };
 
@@ -64,6 +64,7 @@ struct bench {
 	struct gw_serve *serve;
 	struct gw_arrival *arrival;
 	struct vcpu vcpus[VCPU_COUNT];
+	_Atomic uint32_t done_count; /* vCPUs that have seen all of it */
 	_Atomic bool
 		let_go; /* its userfaultfd is taken off: what is absent reads zero from now on */
 };
@@ -71,7 +72,7 @@ struct bench {
 static void *vcpu_main(void *argument)
 {
 	const struct vcpu *const vcpu = argument;
-	const struct bench *const bench = vcpu->bench;
+	struct bench *const bench = vcpu->bench;
 
 	for (uint64_t i = 0; i < PAGE_COUNT; i++) {
 		const uint64_t page = (vcpu->first + i * 7) % PAGE_COUNT;
@@ -80,6 +81,7 @@ static void *vcpu_main(void *argument)
 
 		CHECK(right || atomic_load(&bench->let_go));
 	}
+	atomic_fetch_add(&bench->done_count, 1);
 	return NULL;
 }
 
@@ -287,12 +289,18 @@ static bool arrive(enum gw_sys_call call, uint64_t nth, int err)
 		sweep_arm(call, nth, err);
 	run(&bench);
 	uint32_t phase = settle_phase(&bench, call, err);
+
+	/* A fault that is late for the last page may yet meet the failure. */
+	while (phase == GW_ARRIVAL_COMPLETE && atomic_load(&bench.done_count) < VCPU_COUNT) {
+		(void)nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+		phase = status_of(&bench).phase;
+	}
 	const bool failed = gw_sys_failed() && err;
 
 	gw_sys_fail_none();
 	const int finished = gw_arrival_finish(bench.arrival);
 
-	/* A fault that was late for the last page may have met the failure behind it. */
+	/* And its event may be read when its vCPU has long gone on. */
 	if (finished == -EBUSY)
 		phase = status_of(&bench).phase;
 	if (phase != GW_ARRIVAL_COMPLETE)
@@ -301,7 +309,8 @@ static bool arrive(enum gw_sys_call call, uint64_t nth, int err)
 	CHECK(phase == GW_ARRIVAL_COMPLETE || may_hold(call, err, phase));
 	check_pages(&bench, phase == GW_ARRIVAL_COMPLETE);
 	if (phase == GW_ARRIVAL_COMPLETE) {
-		CHECK_EQ(status_of(&bench).violation_count, 0);
+		CHECK(status_of(&bench).violation_count == 0 ||
+		      may_hold(call, err, GW_ARRIVAL_VIOLATION));
 		CHECK_EQ(finished, 0);
 	} else {
 		CHECK(status_of(&bench).reason[0] != '\0');
