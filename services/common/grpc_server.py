@@ -18,8 +18,9 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
-from services.common import grpc_status, health, telemetry
+from services.common import grpc_handlers, grpc_status, health, telemetry
 from services.common.errors import GodwitError, InternalError, UnavailableError
+from services.common.grpc_handlers import Continuation, Handler
 from services.common.listen import Address
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 # Quoted: generic in the stubs only. What a servicer annotates its context with.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,34 +139,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps what leaves a handler to a status, for all four shapes of call."""
 
     async def intercept_service(
-        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
             return handler
         method = handler_call_details.method.lstrip("/")
-        make: Callable[..., _Handler]
-        if handler.response_streaming:
-            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            wrapped = _streaming(method, cast(Callable[[Any, Context], Any], behavior))
-        else:
-            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-            wrapped = _unary(method, cast(Callable[[Any, Context], Any], behavior))
-        return make(
-            wrapped,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+        return grpc_handlers.wrapped(
+            handler,
+            streaming=lambda behavior: _streaming(method, behavior),
+            unary=lambda behavior: _unary(method, behavior),
         )
 
 

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from services.common.errors import GodwitError
 from services.common.vm_spec import VmSpec
 from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
+from services.orchestrator.looker import Looker
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import PAST_COMMIT, Phase
 from services.orchestrator.nodes import NodeStatus
@@ -91,7 +91,9 @@ class Queue:
         self._now_ns = now_ns
         self._rules = rules or Rules()
         self._caution = caution or Caution()
-        self._wake = asyncio.Event()
+        self._looker = Looker(
+            self.look, look_s=LOOK_S, gather_s=GATHER_S, log=log, what="the queue"
+        )
         self._admitted: dict[str, asyncio.Event] = {}
         self._granted: dict[str, MigrationRow] = {}
         """As they were admitted; until their movers have heard."""
@@ -149,30 +151,14 @@ class Queue:
 
     def wake(self) -> None:
         """Something changed: look."""
-        self._wake.set()
+        self._looker.wake()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Look, again and again, for the length of the block: of this process' leading."""
         self._granted.clear()
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._run())
-            try:
-                yield
-            finally:
-                task.cancel()
-
-    async def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            try:
-                await self.look()
-            except GodwitError as error:
-                log.warning("the queue could not be looked at: %s", error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await self._wake.wait()
-            await asyncio.sleep(GATHER_S)
+        async with self._looker.running():
+            yield
 
     async def look(self) -> list[MigrationRow]:
         """Admit what can go now; those that went."""

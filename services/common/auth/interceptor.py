@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from services.common import grpc_handlers
 from services.common.auth import audit
 from services.common.auth.access import REQUEST_ID, Access, Attempt, request_id
 from services.common.auth.gate import Credentials, Gate
 from services.common.auth.identity import LOCAL, acting, become
 from services.common.auth.rules import BY_RPC, Rule
 from services.common.errors import GodwitError
+from services.common.grpc_handlers import Continuation, Handler
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
 AUTHORIZATION = "authorization"
 
@@ -54,8 +54,8 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         self._peer_names = peer_names
 
     async def intercept_service(
-        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> _Handler | None:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
         """Wrap the handler of one call."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method.lstrip("/")
@@ -64,28 +64,11 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             return handler
         return self._wrapped(handler, method, rule)
 
-    def _wrapped(self, handler: _Handler, method: str, rule: Rule | None) -> _Handler:
-        make: Callable[..., _Handler]
-        if handler.response_streaming:
-            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            wrapped: Any = self._streaming(method, rule, behavior)
-        else:
-            behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-            wrapped = self._unary(method, rule, behavior)
-        return make(
-            wrapped,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+    def _wrapped(self, handler: Handler, method: str, rule: Rule | None) -> Handler:
+        return grpc_handlers.wrapped(
+            handler,
+            streaming=lambda behavior: self._streaming(method, rule, behavior),
+            unary=lambda behavior: self._unary(method, rule, behavior),
         )
 
     async def _admit(

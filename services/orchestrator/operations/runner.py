@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from dataclasses import replace
 from services.common.errors import GodwitError, NotFoundError
 from services.orchestrator.evidence import holds_nothing
 from services.orchestrator.fleet import Fleet
+from services.orchestrator.looker import Looker
 from services.orchestrator.migration import Decision, Phase
 from services.orchestrator.move import Context
 from services.orchestrator.nodes import Nodes
@@ -47,34 +47,20 @@ class OperationRunner:
         self._fleet = fleet
         self._nodes = nodes
         self._queue = queue
-        self._wake = asyncio.Event()
+        self._looker = Looker(
+            self.look, look_s=LOOK_S, gather_s=GATHER_S, log=log, what="operations"
+        )
         context.changes.on_publish.append(lambda _migration_id: self.wake())
 
     def wake(self) -> None:
         """Something changed."""
-        self._wake.set()
+        self._looker.wake()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Go on with every operation for the length of the block; leave them to the next start."""
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(self._run())
-            try:
-                yield
-            finally:
-                task.cancel()
-
-    async def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            try:
-                await self.look()
-            except GodwitError as error:
-                log.warning("operations could not be looked at: %s", error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await self._wake.wait()
-            await asyncio.sleep(GATHER_S)
+        async with self._looker.running():
+            yield
 
     async def look(self) -> None:
         """One step of each."""
