@@ -83,6 +83,48 @@ static inline void guest_run_forked(void (*function)(void))
 	CHECK_EQ(status, 0);
 }
 
+/*
+ * A process of its own, for an engine that is to be killed. It is forked before the test starts a
+ * thread: the child of a process with threads may find a lock of the allocator taken (ASan's: once
+ * in some hundred forks) by a thread that it does not have.
+ */
+struct guest_life {
+	pid_t pid;    /* 0 in the child */
+	int start_fd; /* takes the word to start: the page server's port */
+};
+
+/* The child returns when it is told to start, with the port in *port. */
+static inline struct guest_life guest_fork_life(uint32_t *port)
+{
+	int pair[2];
+
+	CHECK_EQ(pipe(pair), 0);
+	const struct guest_life life = {.pid = fork(), .start_fd = pair[1]};
+
+	CHECK(life.pid >= 0);
+	if (life.pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		CHECK_EQ(read(pair[0], port, sizeof(*port)), sizeof(*port));
+	}
+	CHECK_EQ(close(pair[0]), 0);
+	return life;
+}
+
+static inline void guest_start_life(const struct guest_life *life, uint32_t port)
+{
+	CHECK_EQ(write(life->start_fd, &port, sizeof(port)), sizeof(port));
+}
+
+/* Its wait status, when it has ended. */
+static inline int guest_wait_life(const struct guest_life *life)
+{
+	int status = 0;
+
+	CHECK_EQ(waitpid(life->pid, &status, 0), life->pid);
+	CHECK_EQ(close(life->start_fd), 0);
+	return status;
+}
+
 static inline void guest_need_uffd(void)
 {
 	uint64_t features = 0;

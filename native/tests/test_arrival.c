@@ -578,23 +578,12 @@ static void a_silent_server_is_given_up(void)
 
 /* --- death and adoption ----------------------------------------------------------------------- */
 
-/*
- * An engine in a process of its own. All lives are forked before the first thread is started: a
- * child of a process with threads may find a lock of the allocator taken (ASan's: once in some
- * hundred lives) by a thread that it does not have.
- */
-struct life {
-	pid_t pid;
-	int start_fd; /* the page server's port, which is the word to start */
-};
-
 enum { LIFE_COUNT = 42 };
 
-static _Noreturn void live(const struct guest *guest, int start_fd, bool adopts, atomic_bool *whole)
+/* An engine in a process of its own. */
+static _Noreturn void live(const struct guest *guest, uint32_t port, bool adopts,
+			   atomic_bool *whole)
 {
-	uint32_t port = 0;
-
-	CHECK_EQ(read(start_fd, &port, sizeof(port)), sizeof(port));
 	struct gw_arrival *const arrival = arrival_of(guest, port, adopts);
 
 	CHECK_EQ(gw_arrival_start(arrival), 0);
@@ -610,35 +599,31 @@ static _Noreturn void live(const struct guest *guest, int start_fd, bool adopts,
 		pause();
 }
 
-static void fork_lives(const struct guest *guest, struct life lives[LIFE_COUNT], atomic_bool *whole)
+static void fork_lives(const struct guest *guest, struct guest_life lives[LIFE_COUNT],
+		       atomic_bool *whole)
 {
-	for (int i = 0; i < LIFE_COUNT; i++) {
-		int pair[2];
+	uint32_t port = 0;
 
-		CHECK_EQ(pipe(pair), 0);
-		lives[i] = (struct life){.pid = fork(), .start_fd = pair[1]};
-		CHECK(lives[i].pid >= 0);
+	for (int i = 0; i < LIFE_COUNT; i++) {
+		lives[i] = guest_fork_life(&port);
 		if (lives[i].pid == 0)
-			live(guest, pair[0], i > 0, whole);
-		CHECK_EQ(close(pair[0]), 0);
+			live(guest, port, i > 0, whole);
 	}
 }
 
-static void end_life(const struct life *life)
+static void end_life(const struct guest_life *life)
 {
-	int status = 0;
-
 	CHECK_EQ(kill(life->pid, SIGKILL), 0);
-	CHECK_EQ(waitpid(life->pid, &status, 0), life->pid);
+	const int status = guest_wait_life(life);
+
 	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
-	CHECK_EQ(close(life->start_fd), 0);
 }
 
 /* The engine is killed in the middle; a successor goes on where it was. */
 static void an_engine_killed_at_any_time_is_adopted(void)
 {
 	struct bench bench = {.guest = guest_of_method()};
-	struct life lives[LIFE_COUNT];
+	struct guest_life lives[LIFE_COUNT];
 	struct vcpu vcpus[2];
 	int life_count = 0;
 	atomic_bool *const whole = mmap(NULL, sizeof(*whole), PROT_READ | PROT_WRITE,
@@ -653,10 +638,9 @@ static void an_engine_killed_at_any_time_is_adopted(void)
 	}
 	while (!atomic_load(whole) && life_count < LIFE_COUNT) {
 		const uint64_t checked = atomic_load(&vcpus[0].checked_count);
-		const struct life *const life = &lives[life_count++];
+		const struct guest_life *const life = &lives[life_count++];
 
-		CHECK_EQ(write(life->start_fd, &bench.peer->port, sizeof(bench.peer->port)),
-			 sizeof(bench.peer->port));
+		guest_start_life(life, bench.peer->port);
 		/* Until some more pages were touched, or it is whole; the last one until it is whole. */
 		while (!atomic_load(whole) &&
 		       (life_count == LIFE_COUNT ||

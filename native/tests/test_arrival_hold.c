@@ -171,18 +171,16 @@ static void a_wait_from_before_counts_from_the_loss(void)
 static void an_absence_of_the_engine_is_a_hold(void)
 {
 	struct guest guest = guest_of();
-	struct peer *const peer = peer_start(source, PAGE_COUNT * PAGE, GENERATION, 0);
 	struct toucher toucher;
+	uint32_t port = 0;
 	int pair[2];
 	char byte = 0;
-	int wait_status = 0;
 
 	CHECK_EQ(pipe(pair), 0);
-	const pid_t pid = fork();
+	const struct guest_life life = guest_fork_life(&port);
 
-	CHECK(pid >= 0);
-	if (pid == 0) {
-		struct gw_arrival *const arrival = run_slowly(&guest, peer->port, false);
+	if (life.pid == 0) {
+		struct gw_arrival *const arrival = run_slowly(&guest, port, false);
 
 		WAIT_UNTIL(status_of(arrival).phase == GW_ARRIVAL_FETCHING);
 		/* Its turns go on, so that the last one is not long ago. */
@@ -191,9 +189,12 @@ static void an_absence_of_the_engine_is_a_hold(void)
 		for (;;)
 			pause();
 	}
+	struct peer *const peer = peer_start(source, PAGE_COUNT * PAGE, GENERATION, 0);
+
+	guest_start_life(&life, peer->port);
 	CHECK_EQ(read(pair[0], &byte, 1), 1);
-	CHECK_EQ(kill(pid, SIGKILL), 0);
-	CHECK_EQ(waitpid(pid, &wait_status, 0), pid);
+	CHECK_EQ(kill(life.pid, SIGKILL), 0);
+	(void)guest_wait_life(&life);
 	const uint64_t dead_ns = gw_sys_now_ns();
 
 	toucher_start(&toucher, &guest, 200);

@@ -187,15 +187,13 @@ static void die(void *argument)
 static void adoption_after_a_kill_at(const char *point)
 {
 	struct guest guest = guest_huge();
-	struct peer *const peer = peer_start(source, PAGE_COUNT * HUGE, GENERATION, 0);
-	int status = 0;
+	uint32_t port = 0;
 
 	fprintf(stderr, "    %s\n", point);
-	const pid_t pid = fork();
+	const struct guest_life life = guest_fork_life(&port);
 
-	CHECK(pid >= 0);
-	if (pid == 0) {
-		struct gw_arrival *const arrival = arrival_of(&guest, peer->port, false);
+	if (life.pid == 0) {
+		struct gw_arrival *const arrival = arrival_of(&guest, port, false);
 
 		gw_hook_call(point, die, NULL);
 		CHECK_EQ(gw_arrival_start(arrival), 0);
@@ -204,8 +202,10 @@ static void adoption_after_a_kill_at(const char *point)
 		for (;;)
 			pause();
 	}
-	CHECK_EQ(waitpid(pid, &status, 0), pid);
-	CHECK_EQ(WEXITSTATUS(status), 137);
+	struct peer *const peer = peer_start(source, PAGE_COUNT * HUGE, GENERATION, 0);
+
+	guest_start_life(&life, peer->port);
+	CHECK_EQ(WEXITSTATUS(guest_wait_life(&life)), 137);
 	struct gw_arrival *const arrival = arrival_of(&guest, peer->port, true);
 
 	CHECK_EQ(gw_arrival_start(arrival), 0);
