@@ -70,6 +70,10 @@ demo: setup ## migrate a real guest to another node and back
 test: system-guest system-postgres setup native-test ## all tests, native ones in every variant
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
+.PHONY: test-kube
+test-kube: setup ## the tests against a real Kubernetes API server, from KUBEBUILDER_ASSETS
+	@GODWIT_REQUIRE=kube $(PY) -m pytest tests/kube $(ARGS)
+
 .PHONY: soak
 soak: setup ## the model test, ever new, for SECONDS=N
 	@$(PY) -m tests.sim.soak $(or $(SECONDS),60)

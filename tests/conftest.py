@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from services.orchestrator.store import open_store
-from tests.harness import postgres
+from tests.harness import kube, postgres
 from tests.harness.require import THINGS, missing, require, required_names
 
 # No test asserts on absolute time, so no example has a deadline; what failed can be replayed. In CI
@@ -44,6 +44,14 @@ def postgres_server() -> Iterator[postgres.Server]:
     """A PostgreSQL of this session, started when the first test asks for it."""
     require("postgres")
     with postgres.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kube_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kube.ApiServer]:
+    """A Kubernetes API server of this session, started when the first test asks for it."""
+    require("kube")
+    with kube.serving(tmp_path_factory.mktemp("kube")) as server:
         yield server
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.harness import postgres
+from tests.harness import kube, postgres
 
 REQUIRE_ENV = "GODWIT_REQUIRE"
 
@@ -158,6 +158,11 @@ THINGS: Mapping[str, Thing] = {
     "net_raw": Thing(probe=_probe_net_raw, what_to_do="run with CAP_NET_RAW"),
     "postgres": Thing(
         probe=postgres.missing, what_to_do="apt-get install --no-install-recommends postgresql"
+    ),
+    "kube": Thing(
+        probe=kube.missing,
+        what_to_do="set KUBEBUILDER_ASSETS to a directory with etcd and kube-apiserver, such as"
+        " `setup-envtest use -p path` of sigs.k8s.io/controller-runtime prints",
     ),
     "root": Thing(probe=_probe_root, what_to_do="run as root"),
 }
