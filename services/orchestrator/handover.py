@@ -12,6 +12,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from services.common.errors import GodwitError
 from services.common.hooks import reach
 from services.orchestrator.evidence import (
+    Evidence,
     Verdict,
     holds_nothing,
     is_sealed,
@@ -126,7 +127,8 @@ async def _release_side(
     """Release one side.
 
     A guest that has ended needs no memory: its source is released with the same word, because the
-    agents free nothing without it.
+    agents free nothing without it. So is a source that has lost its memory with its boot: a record
+    that stayed would say for ever that this node retains something, and no drain of it would end.
     """
     alarm_at = asyncio.get_running_loop().time() + move.limits.alarm_s
     is_source = side == agent_pb2.SIDE_SOURCE
@@ -137,16 +139,19 @@ async def _release_side(
         except GodwitError as error:
             await move.wait_for(error.reason, error.message, error.hint)
             evidence = await move.context.agents.describe(node, move.row.vm_id)
-            if evidence and holds_nothing(evidence) and not evidence.retained_bytes:
-                return
-            if evidence and is_source and source_memory_is_gone(move.row, evidence):
-                return
-            if evidence and not is_source and evidence.role == agent_pb2.VM_ROLE_RESIDENT:
+            if evidence and _is_released(evidence, is_source=is_source):
                 return
         else:
             return
         alarm_at = await _alarm_if_due(move, alarm, alarm_at)
         await asyncio.sleep(delay_s)
+
+
+def _is_released(evidence: Evidence, *, is_source: bool) -> bool:
+    """True if a node whose answer to Release is missing has nothing left to release."""
+    if holds_nothing(evidence) and not evidence.retained_bytes:
+        return True
+    return not is_source and evidence.role == agent_pb2.VM_ROLE_RESIDENT
 
 
 async def _alarm_if_due(move: Move, alarm: Alarm, alarm_at: float) -> float:

@@ -270,7 +270,12 @@ def test_rule_that_is_broken_is_found(
     def search(scenario: Scenario) -> None:
         nonlocal tries
         tries += 1
-        play(scenario.seed, scenario)
+        try:
+            play(scenario.seed, scenario)
+        except BrokenError as error:
+            # A process that ended by an error of its own proves nothing of any invariant.
+            if not str(error).startswith("BUG:"):
+                raise
 
     with broken(), pytest.raises(BrokenError) as found:
         search()
