@@ -461,7 +461,7 @@ static uint64_t hole_len(const struct serve_stream *stream, const struct gw_imag
 static enum outcome answer_locked(struct serve_stream *stream)
 {
 	const struct gw_image *image = stream->slot->image;
-	const struct gw_page_want *want = &stream->wants[stream->want_first];
+	const struct gw_page_want *want;
 	uint64_t offset;
 	uint64_t len;
 
@@ -470,6 +470,7 @@ static enum outcome answer_locked(struct serve_stream *stream)
 	if (stream->state == SERVE_READY_DUE)
 		return serve_access_is_granted(stream, image) ? send_ready(stream, image) : ENDED;
 	/* Again for each part: the record may have been replaced in between. */
+	want = &stream->wants[stream->want_first];
 	if (!want_is_valid(stream, want, image))
 		return ENDED;
 	offset = want->offset + stream->want_done_len;
