@@ -203,7 +203,6 @@ RULES: tuple[Rule, ...] = (
     Rule(route="GET /docs/oauth2-redirect", callers=ANYBODY),
     Rule(route="GET /redoc", callers=ANYBODY),
     Rule(rpc="grpc.health.v1.Health/Check", callers=ANYBODY),
-    Rule(rpc="grpc.health.v1.Health/List", callers=ANYBODY),
     Rule(rpc="grpc.health.v1.Health/Watch", callers=ANYBODY),
     Rule(rpc="grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", callers=ANYBODY),
     # Agents
