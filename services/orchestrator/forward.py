@@ -99,8 +99,9 @@ async def reserve(move: Move) -> Event:
 
 
 async def prepare_both_sides(move: Move) -> Event:
-    """Export the memory, then raise the shell that will fetch it."""
+    """Export the memory, then raise the shell that will fetch it, where there is a place for it."""
     row, tokens = move.row, move.context.fetch_tokens
+    await move.context.homes.prepare(row)
     reader = node_name(row.destination_node)
     exported = await move.attempt(
         lambda: move.source.prepare(

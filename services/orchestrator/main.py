@@ -6,16 +6,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI
 from ulid import ULID
 
@@ -24,7 +24,7 @@ from services.common.auth.access import Access
 from services.common.auth.gate import Gate
 from services.common.auth.interceptor import AccessInterceptor
 from services.common.certificates import Kind
-from services.common.errors import InvalidArgumentError, UnavailableError
+from services.common.errors import InvalidArgumentError
 from services.common.health import Health
 from services.common.lifecycle import ExitStatus
 from services.common.listen import INSECURE_FLAG, Address, parse_listen
@@ -33,7 +33,6 @@ from services.common.tls import Certificates
 from services.common.tls_metrics import TlsCollector
 from services.orchestrator import rest, rpc
 from services.orchestrator.agents import AgentPool, Deadlines
-from services.orchestrator.auth.connection import HEAD_BYTES_MAX, Connection
 from services.orchestrator.auth.settings import (
     AuthSettings,
     add_auth_options,
@@ -45,6 +44,10 @@ from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
 from services.orchestrator.election import LEASE_S, Election, Role
 from services.orchestrator.fleet import Fleet, check_node
+from services.orchestrator.homes import HomesInCharge, NoHomes
+from services.orchestrator.http_server import serving_http
+from services.orchestrator.kubernetes.options import add_kubernetes_options, read_kubernetes
+from services.orchestrator.kubernetes.settings import Settings as KubernetesSettings
 from services.orchestrator.machines import Machines
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.move import Context, Limits
@@ -59,7 +62,6 @@ from services.orchestrator.store.opening import read_store
 
 log = logging.getLogger(__name__)
 
-HTTP_GRACE_S = 2
 LEASE_S_MIN = 1.0
 LEASE_S_MAX = 300.0
 STANDBY_LOOK_S = 1.0
@@ -95,6 +97,8 @@ class Settings:
     auth: AuthSettings = field(default_factory=AuthSettings)
     tls_dir: Path | None = None
     """The orchestrator's certificates; None: plaintext."""
+    kubernetes: KubernetesSettings | None = None
+    """None: it is no Kubernetes controller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,48 +139,6 @@ class Running:
     core: Core
 
 
-class _Uvicorn(uvicorn.Server):
-    """Signals are the process's business, not the HTTP server's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@contextlib.asynccontextmanager
-async def _http(
-    app: FastAPI, listen: Address, certificates: Certificates | None
-) -> AsyncIterator[Address]:
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((listen.host, listen.port))
-        except OSError as error:
-            raise UnavailableError(
-                "LISTEN_FAILED", f"cannot bind {listen}: {error.strerror}"
-            ) from error
-        config = uvicorn.Config(
-            app,
-            http=Connection,
-            h11_max_incomplete_event_size=HEAD_BYTES_MAX,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=HTTP_GRACE_S,
-        )
-        config.load()
-        # Ours, not one of uvicorn's: it follows the files.
-        config.ssl = certificates.server_context() if certificates else None
-        server = _Uvicorn(config)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(server.serve(sockets=[listener]))
-            try:
-                yield Address(host=listen.host, port=listener.getsockname()[1])
-            finally:
-                server.should_exit = True
-
-
 @contextlib.asynccontextmanager
 async def working(
     settings: Settings, certificates: Certificates | None = None
@@ -199,6 +161,7 @@ async def working(
         agents.refused_by = doubt.hear_hello
         bitmaps, changes = Bitmaps(store.bitmaps), Changes()
         queue = Queue(store, bitmaps, changes, metrics, time.time_ns)
+        homes = HomesInCharge() if settings.kubernetes else NoHomes()
         context = Context(
             store=store,
             doubt=doubt,
@@ -207,6 +170,7 @@ async def working(
             metrics=metrics,
             changes=changes,
             queue=queue,
+            homes=homes,
             limits=settings.limits,
             role=Role(
                 name=f"{socket.gethostname()}/{ULID()}",
@@ -286,6 +250,14 @@ async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
         "machines": core.machines.settle,
         "doubt": context.doubt.keep,
     }
+    if settings.kubernetes and isinstance(context.homes, HomesInCharge):
+        # Its client takes half a second to import, which every other start would wait for.
+        from services.orchestrator.kubernetes import controller
+
+        run = functools.partial(
+            controller.run, settings.kubernetes, context, core.fleet, core.operations, context.homes
+        )
+        tasks["kubernetes"] = run
     try:
         async with (
             lifecycle.background(tasks),
@@ -316,7 +288,11 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
         certificates.kept() if certificates else contextlib.nullcontext(),
         working(settings, certificates) as core,
         admitting(settings.auth, certificates=certificates is not None) as access,
-        _http(core.build_app(access), settings.rest, certificates) as http,
+        serving_http(
+            core.build_app(access),
+            settings.rest,
+            certificates.server_context() if certificates else None,
+        ) as http,
         grpc_server.serving(
             settings.grpc,
             rpc.services(core.fleet, core.operations),
@@ -406,6 +382,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     )
     add_tls_option(parser)
     add_auth_options(parser, env)
+    add_kubernetes_options(parser, env)
     parsed = parser.parse_args(arguments)
     nodes = parsed.node
     if nodes is None:
@@ -420,6 +397,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         lease_s=_read_lease(parsed.lease),
         advertise_rest=parsed.advertise,
         auth=read_auth(parsed),
+        kubernetes=read_kubernetes(parsed),
     )
 
 

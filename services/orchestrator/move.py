@@ -22,6 +22,7 @@ from services.orchestrator.doubt import Doubt
 from services.orchestrator.election import Role
 from services.orchestrator.evidence import Evidence, Judgement, Verdict, judge, wire_decision
 from services.orchestrator.fetch_tokens import FetchTokens
+from services.orchestrator.homes import Homes, NoHomes
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
 from services.orchestrator.scheduling.policy import Settings
@@ -111,6 +112,7 @@ class Context:
     metrics: Metrics
     changes: Changes = field(default_factory=Changes)
     queue: Admissions = field(default_factory=NoQueue)
+    homes: Homes = field(default_factory=NoHomes)
     limits: Limits = field(default_factory=Limits)
     role: Role = field(default_factory=Role)
     fetch_tokens: FetchTokens = field(default_factory=FetchTokens)
