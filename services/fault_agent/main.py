@@ -72,6 +72,7 @@ DRAIN_POLL_S = 0.1
 DRAIN_REPORT_S = 10.0
 NODE_NAME_LEN_MAX = 63
 BYTES_PER_S_MAX = 1 << 50
+TOKEN_FLAG = "--orchestrator-token-file"  # noqa: S105 - a word
 
 
 KEPT = (Capability.NET_ADMIN, Capability.SYS_PTRACE)
@@ -99,6 +100,8 @@ class Config:
     """What it keeps, as far as it has it."""
     tls_dir: Path | None = None
     """Certificates of this node; None: plaintext."""
+    orchestrator_token_file: Path | None = None
+    """Where the token is that this node registers with; None: by its certificate, or unasked."""
 
     @classmethod
     def from_argv(cls, argv: Sequence[str]) -> Config:
@@ -114,6 +117,13 @@ class Config:
         parser.add_argument("--images-dir", type=Path, metavar="DIR")
         parser.add_argument("--page-server-control", required=True, metavar="HOST:PORT")
         parser.add_argument("--orchestrator", default="", metavar="HOST:PORT")
+        parser.add_argument(
+            TOKEN_FLAG,
+            type=Path,
+            metavar="FILE",
+            help="a bearer token of this node, for an orchestrator that asks for one; it is read"
+            " again each time",
+        )
         parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PROGRAM")
         parser.add_argument("--microvm", default=MICROVM, metavar="PROGRAM")
         parser.add_argument("--collapse", action="store_true")
@@ -137,6 +147,8 @@ class Config:
         if not 0 <= args.peer_bytes_per_s_max <= BYTES_PER_S_MAX:
             parser.error(f"--peer-bytes-per-s-max must be 0..{BYTES_PER_S_MAX}")
         try:
+            orchestrator = str(parse_address(args.orchestrator)) if args.orchestrator else ""
+            _check_token_file(args.orchestrator_token_file, orchestrator, args.tls_dir)
             return cls(
                 node=NodeConfig(
                     name=_node_name(args.node),
@@ -155,7 +167,8 @@ class Config:
                     tls=args.tls_dir is not None,
                 ),
                 metrics=parse_listen(args.metrics, insecure_plaintext=args.insecure_plaintext),
-                orchestrator=str(parse_address(args.orchestrator)) if args.orchestrator else "",
+                orchestrator=orchestrator,
+                orchestrator_token_file=args.orchestrator_token_file,
                 qemu=args.qemu,
                 drain_s=args.drain_s,
                 microvm=args.microvm,
@@ -165,6 +178,18 @@ class Config:
             )
         except GodwitError as error:
             parser.error(str(error))
+
+
+def _check_token_file(path: Path | None, orchestrator: str, tls_dir: Path | None) -> None:
+    if path is None:
+        return
+    if not orchestrator:
+        raise InvalidArgumentError("FIELD_INVALID", f"{TOKEN_FLAG} is for --orchestrator")
+    if tls_dir is None and not parse_address(orchestrator).is_loopback:
+        raise InvalidArgumentError(
+            "FIELD_INVALID",
+            f"{TOKEN_FLAG}: a token goes over TLS only, or to this machine, not to {orchestrator}",
+        )
 
 
 def _kept(further: Sequence[str]) -> tuple[Capability, ...]:
@@ -303,6 +328,7 @@ async def run(config: Config, core: PageCore, tell: respawn.Tell = _nobody) -> E
                     config.node.name,
                     running.grpc,
                     running.node.peer_tls(ORCHESTRATOR_NAME),
+                    config.orchestrator_token_file,
                 )
             tell(f"{running.grpc} {running.metrics}")
             print(  # noqa: T201 - the supervisor and the tests read it
