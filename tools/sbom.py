@@ -48,7 +48,7 @@ def pins(lock: str) -> dict[str, str]:
     return {normalised(name): version for name, version in PIN.findall(lock)}
 
 
-def _hashes(lock: str) -> dict[str, list[str]]:
+def hashes(lock: str) -> dict[str, list[str]]:
     """Of every file that the index has of it; none where the lock has none."""
     entries = re.split(r"\n(?=[A-Za-z0-9])", lock)
     return {
@@ -75,7 +75,7 @@ def _licence(name: str) -> Json | None:
 
 def python_components(lock: str) -> list[Json]:
     """One a pin."""
-    hashes = _hashes(lock)
+    known_hashes = hashes(lock)
     components = []
     for name, version in sorted(pins(lock).items()):
         purl = f"pkg:pypi/{name}@{version}"
@@ -88,7 +88,7 @@ def python_components(lock: str) -> list[Json]:
         }
         if (licence := _licence(name)) is not None:
             component["licenses"] = [licence]
-        if known := hashes.get(name):
+        if known := known_hashes.get(name):
             component["hashes"] = [{"alg": "SHA-256", "content": item} for item in sorted(known)]
         components.append(component)
     return components

@@ -24,9 +24,10 @@ deps() {
 		rm -rf .venv
 		"$python" -m venv .venv
 	fi
-	# --no-deps: the lock is complete, nothing is resolved here. --no-compile: most of what is
-	# installed is never imported, and Python compiles the rest when it is.
-	pip install --no-deps --no-compile --requirement requirements.lock
+	# --no-deps: the lock is complete, nothing is resolved here. --require-hashes: and nothing else is
+	# taken, whatever the index says. --no-compile: most of what is installed is never imported, and
+	# Python compiles the rest when it is.
+	pip install --no-deps --no-compile --require-hashes --requirement requirements.lock
 	pip check
 }
 

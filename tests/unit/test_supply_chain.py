@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from tools import audit, sbom
 
@@ -55,6 +59,37 @@ def test_the_bill_has_every_pin_and_every_native_library(tmp_path: Path) -> None
     references = {item["bom-ref"] for item in bill["components"]}
     assert len(references) == len(bill["components"])
     assert set(bill["dependencies"][0]["dependsOn"]) <= references
+
+
+def test_the_lock_pins_each_file_and_tells_nobodys_index() -> None:
+    """What is installed is what was resolved; a package that is asked for by name alone is none."""
+    text = (ROOT / "requirements.lock").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    pins = [line for line in lines if not line.startswith(" ")]
+    assert len(pins) > 50
+    hashes = sbom.hashes(text)
+    for pin in pins:
+        match = sbom.PIN.fullmatch(pin.removesuffix(" \\"))
+        assert match, f"{pin}: neither an index nor a file may be named, and nothing but a version"
+        assert hashes[sbom.normalised(match[1])], pin
+    for line in lines:
+        assert line in pins or re.fullmatch(r" {4}--hash=sha256:[0-9a-f]{64}( \\)?", line)
+    setup = (ROOT / "tools" / "setup_python.sh").read_text()
+    installs = [line for line in setup.splitlines() if "pip install" in line and "lock" in line]
+    assert installs
+    assert all("--require-hashes" in line for line in installs)
+
+
+def test_the_bill_keeps_to_its_schema() -> None:
+    """CycloneDX's own, strict: no field that it does not know."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bill = sbom.bill((ROOT / "requirements.lock").read_text(), project)
+    validator = JsonStrictValidator(SchemaVersion.V1_5)
+    assert validator.validate_str(json.dumps(bill)) is None
+    assert validator.validate_str(json.dumps(bill | {"colour": "red"})) is not None
+    python = [item for item in bill["components"] if item["purl"].startswith("pkg:pypi/")]
+    assert len(python) > 50
+    assert all(item["hashes"] for item in python)
 
 
 def test_the_same_lock_gives_the_same_bill(lock: Path) -> None:
