@@ -49,7 +49,7 @@ from services.orchestrator.store.schedule import (
     AdmissionRow,
     NodeSettings,
     VmSettings,
-    admitting,
+    new_admission,
 )
 from services.orchestrator.views import bitmap_view, migration_view, node_view, vm_view
 
@@ -263,7 +263,7 @@ class Fleet:
             )
             view = migration_view(row, (), admission=admission)
             await self._context.store.migrations.create(
-                row, self.idempotency(key, request, view), admitting(admission)
+                row, self.idempotency(key, request, view), new_admission(admission)
             )
         except (AlreadyExistsError, sa.exc.IntegrityError) as error:
             # What is in the way may be this very request, given twice at once.

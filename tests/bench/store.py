@@ -33,10 +33,12 @@ from services.common.listen import Address
 from services.common.vm_spec import VmSpec
 from services.orchestrator.main import Core, Settings, working
 from services.orchestrator.migration import Decision, Phase
+from services.orchestrator.scheduling.model import Priority
+from services.orchestrator.scheduling.policy import Settings as PolicySettings
 from services.orchestrator.store import Store, schema
-from services.orchestrator.store.migrations import row_values
 from services.orchestrator.store.records import ANSWERS_MAX
-from services.orchestrator.store.rows import IdempotencyRow, MigrationRow, VmRow
+from services.orchestrator.store.rows import IdempotencyRow, MigrationRow, VmRow, row_values
+from services.orchestrator.store.schedule import AdmissionRow, new_admission
 from tests.harness import postgres
 
 ADMISSIONS_PER_S_MIN = 200.0
@@ -180,7 +182,7 @@ async def _start(store: Store, vm_id: str) -> VmRow:
 
 
 async def _admit(store: Store, vms: list[VmRow], *, at_once: int) -> dict[str, float]:
-    """Admissions, each with the answer that is kept for a repeated request, `at_once` callers."""
+    """Admissions as the API makes them, each with its place in the queue and the answer kept."""
     queue = list(reversed(vms))
     times: list[float] = []
 
@@ -198,8 +200,16 @@ async def _admit(store: Store, vms: list[VmRow], *, at_once: int) -> dict[str, f
             answer = IdempotencyRow(
                 key=row.migration_id, request_hash="h" * 64, response=b"r" * 200, created_at_ns=1
             )
+            admission = AdmissionRow(
+                migration_id=row.migration_id,
+                priority=Priority.USER,
+                target="b",
+                operation_id="",
+                settings=PolicySettings(),
+                policies=(),
+            )
             began = time.perf_counter()
-            await store.migrations.create(row, answer)
+            await store.migrations.create(row, answer, new_admission(admission))
             times.append(time.perf_counter() - began)
 
     server = await _backend(store)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 import pydantic
+import sqlalchemy as sa
 
 from services.common.listen import Address
 from services.orchestrator import rest_models
@@ -20,7 +20,9 @@ from services.orchestrator.agents import Deadlines
 from services.orchestrator.auth.settings import AuthSettings
 from services.orchestrator.main import Core, Settings, orchestrating, working
 from services.orchestrator.move import Limits
+from services.orchestrator.store import schema
 from tests.harness.fake_agent import FakeAgent, World, spec_json
+from tests.harness.stores import Place
 
 VM = "vm-1"
 LOOPBACK = Address(host="127.0.0.1", port=0)
@@ -103,6 +105,11 @@ class FakeFleet:
         self._http: httpx.AsyncClient | None = None
 
     @property
+    def place(self) -> Place:
+        """What `--store` names."""
+        return self.server or self.store
+
+    @property
     def a(self) -> FakeAgent:
         """The source in most tests."""
         return self.agents["a"]
@@ -140,7 +147,7 @@ class FakeFleet:
 
     async def _serve(self, started: asyncio.Future[Core], stop: asyncio.Event) -> None:
         settings = Settings(
-            store=self.server or self.store,
+            store=self.place,
             rest=LOOPBACK,
             grpc=LOOPBACK,
             nodes=tuple((name, str(agent.address)) for name, agent in self.agents.items()),
@@ -259,9 +266,17 @@ class FakeFleet:
                     await changed.wait()
 
     async def dump(self) -> list[str]:
-        """Every row of the store, except what idempotent reads may touch: proof of no change."""
-        with contextlib.closing(sqlite3.connect(self.store)) as connection:
-            return list(connection.iterdump())
+        """Every row of the store but the leader's, which is renewed: proof of no change."""
+
+        def work(connection: sa.Connection) -> list[str]:
+            return [
+                f"{table.name}: {row}"
+                for table in schema.metadata.sorted_tables
+                if table is not schema.leadership
+                for row in sorted(map(repr, connection.execute(sa.select(table))))
+            ]
+
+        return await self.core.context.store.database.read(work)
 
 
 _TERMINAL = ("succeeded", "failed", "cancelled", "lost", "returned")

@@ -10,6 +10,7 @@ for root it runs as `postgres`, or as `nobody`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
@@ -19,10 +20,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 START_S_MAX = 120
+PR_SET_PDEATHSIG = 1
+SWEEP_AFTER_S = 3600.0
 ROOM_BYTES = 1 << 30
 PROGRAMS = ("initdb", "postgres", "psql", "pg_isready", "pg_basebackup")
 _SETTINGS = {
@@ -132,6 +135,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 process_group=0,
+                preexec_fn=_end_with_us(os.getpid()),  # noqa: PLW1509 - takes no lock
             )
         deadline_s = time.monotonic() + START_S_MAX
         while not self._answers():
@@ -190,6 +194,34 @@ def _memory() -> str | None:
     return None
 
 
+def _end_with_us(parent: int) -> Callable[[], None]:
+    """For a child, before it becomes the server: killed, we could not stop it.
+
+    After the change of its user, which would undo it; kept over the exec. The thread that starts
+    the server has to live as long as it: here that is the main one.
+    """
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGQUIT)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def _sweep(at: Path) -> None:
+    """Remove what servers left whose tests were killed: a server ends with them, its files stay."""
+    for left in at.glob("godwit-pg-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if time.time() - left.stat().st_mtime < SWEEP_AFTER_S:
+                continue
+            pid_file = left / "data" / "postmaster.pid"
+            pid = int(pid_file.read_text().split()[0]) if pid_file.exists() else 0
+            if not pid or not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def directory(at: Path | None = None) -> Iterator[Path]:
     """A new directory that the server's user may use, and its socket's name is short enough for.
@@ -197,6 +229,7 @@ def directory(at: Path | None = None) -> Iterator[Path]:
     In `at`, else in memory where there is room.
     """
     made = Path(tempfile.mkdtemp(prefix="godwit-pg-", dir=at or _memory()))
+    _sweep(made.parent)
     try:
         if user := _user():
             shutil.chown(made, user)

@@ -24,7 +24,7 @@ from services.fault_agent import arrivals, departures, fence, vms
 from services.fault_agent.journal import Decision, Record
 from services.orchestrator import evidence, giveback, handover, migration
 from services.orchestrator.doubt import Doubt
-from services.orchestrator.store import fleet, identity, migrations, schedule, schema
+from services.orchestrator.store import admission, fleet, identity, migrations, schedule, schema
 from services.orchestrator.store.migrations import MigrationTable
 from tests.sim.cluster import play
 from tests.sim.hosts import BrokenError, SimObeyedStore
@@ -174,6 +174,7 @@ def memory_is_forgotten() -> Iterator[None]:
         mock.patch.object(migrations, "refuse_in_doubt", _nothing),
         mock.patch.object(fleet, "refuse_in_doubt", _nothing),
         mock.patch.object(schedule, "refuse_in_doubt", _nothing),
+        mock.patch.object(admission, "_doubt", return_value=""),
         mock.patch.object(identity.Identity, "__init__", __init__),
         mock.patch.object(Doubt, "found", _nothing),
     ):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +13,13 @@ import sqlalchemy as sa
 from services.common.errors import FailedPreconditionError, InternalError, NotFoundError
 from services.orchestrator.migration import TERMINAL, Decision, Noted, Phase
 from services.orchestrator.store import schema
+from services.orchestrator.store.admission import Admitter, Asked
 from services.orchestrator.store.database import Database
 from services.orchestrator.store.fleet import (
     active_migration_id,
-    migration_active,
     next_epoch,
-    vm_of,
-    vm_unknown,
 )
 from services.orchestrator.store.identity import refuse_in_doubt
-from services.orchestrator.store.records import put_idempotency
 from services.orchestrator.store.rows import (
     EventRow,
     IdempotencyRow,
@@ -31,6 +27,7 @@ from services.orchestrator.store.rows import (
     TransitionRow,
     VmRow,
     VmState,
+    row_values,
 )
 
 _m = schema.migrations.c
@@ -65,6 +62,7 @@ class MigrationTable:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._admitter = Admitter(database)
 
     # --- reading ---
 
@@ -163,11 +161,11 @@ class MigrationTable:
         self,
         row: MigrationRow,
         idempotency: IdempotencyRow | None,
-        also: Callable[[sa.Connection], None] | None = None,
+        also: tuple[sa.Insert, dict[str, Any]] | None = None,
     ) -> None:
         """Insert a migration, and the answer to its request, in one transaction (I7, I9).
 
-        `also`: what else is written in it.
+        `also`: a further row that is inserted in it.
 
         Raises:
             NotFoundError: VM_UNKNOWN.
@@ -175,34 +173,9 @@ class MigrationTable:
             StoreInDoubtError: nothing is admitted.
             FailedPreconditionError: VM_NOT_RUNNING; VM_MOVED: the VM is not where it was when the
                 caller looked.
+            sqlalchemy.exc.IntegrityError: the key of `idempotency` was used meanwhile.
         """
-
-        def work(connection: sa.Connection) -> None:
-            refuse_in_doubt(connection)
-            vm = vm_of(connection, row.vm_id)
-            if vm is None:
-                raise vm_unknown(row.vm_id)
-            if active := active_migration_id(connection, row.vm_id):
-                raise migration_active(row.vm_id, active)
-            if vm.state is not VmState.RUNNING:
-                raise FailedPreconditionError(
-                    "VM_NOT_RUNNING",
-                    f"VM {vm.vm_id} is {vm.state}",
-                    hint="try again when it runs",
-                    metadata={"vm_id": vm.vm_id, "state": vm.state},
-                )
-            if (vm.node, vm.epoch) != (row.source_node, row.source_epoch):
-                raise FailedPreconditionError(
-                    "VM_MOVED", f"VM {vm.vm_id} is on node {vm.node} now", hint="try again"
-                )
-            connection.execute(_INSERT, row_values(row))
-            add_transition(connection, row.migration_id, row.phase, row.created_at_ns, "")
-            if also:
-                also(connection)
-            if idempotency:
-                put_idempotency(connection, idempotency)
-
-        await self._database.write(work)
+        await self._admitter.admit(Asked(row=row, idempotency=idempotency, also=also))
 
     # --- phases ---
 
@@ -502,7 +475,6 @@ _ADD_TRANSITION = sa.insert(schema.transitions).values(
     at_ns=sa.bindparam("now_ns"),
     message=sa.bindparam("note"),
 )
-_INSERT = sa.insert(schema.migrations)
 _SELECT = sa.select(schema.migrations).where(_m.migration_id == sa.bindparam("of"))
 
 
@@ -637,8 +609,3 @@ def _event_of(row: Any) -> EventRow:
     del values["migration_id"]
     evidence = tuple(values["evidence"].split("\n")) if values["evidence"] else ()
     return EventRow(**(values | {"evidence": evidence}))
-
-
-def row_values(row: MigrationRow) -> dict[str, Any]:
-    """The row's columns."""
-    return {column.name: getattr(row, column.name) for column in schema.migrations.columns}

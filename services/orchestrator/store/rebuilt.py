@@ -9,8 +9,8 @@ import sqlalchemy as sa
 
 from services.orchestrator.store import identity, schema
 from services.orchestrator.store.database import Database
-from services.orchestrator.store.migrations import add_transition, row_values
-from services.orchestrator.store.rows import MigrationRow, VmRow
+from services.orchestrator.store.migrations import add_transition
+from services.orchestrator.store.rows import MigrationRow, VmRow, row_values
 
 
 async def all_migrations(database: Database) -> list[MigrationRow]:

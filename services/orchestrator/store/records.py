@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
 
 from services.orchestrator.store import schema
@@ -19,7 +21,6 @@ FORGET_EVERY = 64
 which no caller chooses. So some more than ANSWERS_MAX may be there."""
 
 _answers = schema.idempotency.c
-_LAST = sa.select(sa.func.coalesce(sa.func.max(_answers.created_at_ns), 0))
 _FORGET = sa.delete(schema.idempotency).where(
     _answers.created_at_ns
     <= sa.select(_answers.created_at_ns)
@@ -31,29 +32,54 @@ _FORGET = sa.delete(schema.idempotency).where(
 _KEEP = sa.insert(schema.idempotency)
 
 
-def _make_room(connection: sa.Connection, row: IdempotencyRow) -> dict[str, object]:
-    """Forget the oldest answers but ANSWERS_MAX - 1, now and then; the values of the next one.
+def last_answer_ns() -> sa.ScalarSelect[int]:
+    """When the last answer was given, by the store; to be part of another statement, or alone."""
+    return sa.select(sa.func.coalesce(sa.func.max(_answers.created_at_ns), 0)).scalar_subquery()
+
+
+_LAST = sa.select(last_answer_ns())
+
+
+def _make_room(
+    connection: sa.Connection, rows: Sequence[IdempotencyRow], last_ns: int
+) -> list[dict[str, object]]:
+    """Forget the oldest answers but ANSWERS_MAX - 1, now and then; the values of the next ones.
 
     Their order is that of `created_at_ns`, which therefore never falls, whatever the clock does.
     """
-    last = connection.execute(_LAST).scalar_one()
-    if (row.created_at_ns >> 8) % FORGET_EVERY == 0:
+    if any((row.created_at_ns >> 8) % FORGET_EVERY == 0 for row in rows):
         connection.execute(_FORGET, {"kept": ANSWERS_MAX - 1})
-    return {
-        "key": row.key,
-        "request_hash": row.request_hash,
-        "response": row.response,
-        "created_at_ns": max(row.created_at_ns, last + 1),
-    }
+    values: list[dict[str, object]] = []
+    for row in rows:
+        last_ns = max(row.created_at_ns, last_ns + 1)
+        values.append(
+            {
+                "key": row.key,
+                "request_hash": row.request_hash,
+                "response": row.response,
+                "created_at_ns": last_ns,
+            }
+        )
+    return values
+
+
+def keep_answers(connection: sa.Connection, rows: Sequence[IdempotencyRow], last_ns: int) -> None:
+    """Keep answers, and forget the oldest if there are too many. `last_ns`: of last_answer_ns().
+
+    Raises:
+        sqlalchemy.exc.IntegrityError: a key was used meanwhile.
+    """
+    if values := _make_room(connection, rows, last_ns):
+        connection.execute(_KEEP, values if len(values) > 1 else values[0])
 
 
 def put_idempotency(connection: sa.Connection, row: IdempotencyRow) -> None:
-    """Keep an answer, and forget the oldest if there are too many.
+    """Keep one answer.
 
     Raises:
-        sqlalchemy.exc.IntegrityError: the key was used meanwhile.
+        sqlalchemy.exc.IntegrityError: as keep_answers.
     """
-    connection.execute(_KEEP, _make_room(connection, row))
+    keep_answers(connection, [row], connection.execute(_LAST).scalar_one())
 
 
 class IdempotencyTable:
@@ -77,9 +103,10 @@ class IdempotencyTable:
         """Keep an answer; the first one stays."""
 
         def work(connection: sa.Connection) -> None:
+            last_ns = connection.execute(_LAST).scalar_one()
             connection.execute(
                 insert(connection, schema.idempotency)
-                .values(_make_room(connection, row))
+                .values(_make_room(connection, [row], last_ns)[0])
                 .on_conflict_do_nothing()
             )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -228,3 +228,11 @@ class IdempotencyRow:
     response: bytes
     """The answer, serialised; empty: it is still being worked out."""
     created_at_ns: int
+
+
+def row_values(row: MigrationRow) -> dict[str, Any]:
+    """The row's columns."""
+    return {name: getattr(row, name) for name in _COLUMNS}
+
+
+_COLUMNS = tuple(each.name for each in fields(MigrationRow))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -107,20 +107,21 @@ class Grant:
     keys: tuple[str, ...]
 
 
-def new_admission(connection: sa.Connection, row: AdmissionRow) -> None:
-    """A migration that is being written goes through the queue."""
-    connection.execute(
-        sa.insert(tables.admissions).values(
-            migration_id=row.migration_id,
-            priority=int(row.priority),
-            target=row.target,
-            operation_id=row.operation_id,
-            settings=_settings_json(row.settings),
-            policies=json.dumps(row.policies),
-            admitted_at_ns=row.admitted_at_ns,
-            because=row.because,
-        )
-    )
+_NEW_ADMISSION = sa.insert(tables.admissions)
+
+
+def new_admission(row: AdmissionRow) -> tuple[sa.Insert, dict[str, Any]]:
+    """What is inserted with a migration that goes through the queue."""
+    return _NEW_ADMISSION, {
+        "migration_id": row.migration_id,
+        "priority": int(row.priority),
+        "target": row.target,
+        "operation_id": row.operation_id,
+        "settings": _settings_json(row.settings),
+        "policies": json.dumps(row.policies),
+        "admitted_at_ns": row.admitted_at_ns,
+        "because": row.because,
+    }
 
 
 def _admission(row: Any) -> AdmissionRow:
@@ -537,8 +538,3 @@ def _held(connection: sa.Connection) -> list[tuple[str, str]]:
 
 def _used(connection: sa.Connection) -> Counter[str]:
     return Counter(key for _migration_id, key in _held(connection))
-
-
-def admitting(row: AdmissionRow | None) -> Callable[[sa.Connection], None] | None:
-    """What the transaction that writes a migration does for the queue."""
-    return None if row is None else lambda connection: new_admission(connection, row)

@@ -48,3 +48,12 @@ def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Pl
 def place(new_place: Callable[[], Place]) -> Place:
     """A place for a store."""
     return new_place()
+
+
+@pytest.fixture
+async def stored_fleet(tmp_path: Path, place: Place) -> AsyncIterator[FakeFleet]:
+    """As `fleet`, once on each kind of store that there is."""
+    server = place if isinstance(place, str) else ""
+    async with fake_fleet(tmp_path, server=server) as running:
+        yield running
+        assert running.world.broken == []

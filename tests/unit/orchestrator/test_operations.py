@@ -15,6 +15,12 @@ VMS = (VM, "vm-2", "vm-3")
 
 
 @pytest.fixture
+def fleet(stored_fleet: FakeFleet) -> FakeFleet:
+    """Everything here runs on SQLite and on a real PostgreSQL."""
+    return stored_fleet
+
+
+@pytest.fixture
 async def three(fleet: FakeFleet) -> FakeFleet:
     """Three VMs on a."""
     for vm_id in VMS[1:]:

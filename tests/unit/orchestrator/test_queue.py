@@ -17,6 +17,12 @@ from services.orchestrator.store.schedule import Grant
 from tests.harness.fake_fleet import VM, FakeFleet, eventually
 
 
+@pytest.fixture
+def fleet(stored_fleet: FakeFleet) -> FakeFleet:
+    """Everything here runs on SQLite and on a real PostgreSQL."""
+    return stored_fleet
+
+
 async def queue(fleet: FakeFleet) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = (await fleet.get("/v1/queue"))["entries"]
     return found
@@ -164,7 +170,7 @@ async def test_an_orchestrator_that_dies_between_admission_and_its_beginning(
     await fleet.post("/v1/queue:freeze", {"because": "x"})
     migration_id = await fleet.migrate(to="")
     await fleet.stop()
-    async with open_store(fleet.store) as store:
+    async with open_store(fleet.place) as store:
         await store.schedule.freeze("")
         grant = Grant(
             migration_id=migration_id, target="c", because="so", keys=("cluster", "node-in:c")
@@ -183,7 +189,7 @@ async def test_of_two_that_see_one_token_one_takes_it(fleet: FakeFleet) -> None:
     await fleet.post("/v1/queue:freeze", {"because": "x"})
     ids = [await fleet.migrate(to="", vm_id=f"vm-{number}") for number in (1, 2, 3)]
     await fleet.stop()
-    async with open_store(fleet.store) as store:
+    async with open_store(fleet.place) as store:
         await store.schedule.freeze("")
         await store.schedule.set_limits({"node-in:b": 1, "node-out": 2})
 

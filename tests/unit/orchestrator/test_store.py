@@ -23,7 +23,14 @@ from services.common.errors import (
 )
 from services.orchestrator.migration import Decision, Phase, StepFailed
 from services.orchestrator.store import PhaseLostError, Store, open_store, records
-from services.orchestrator.store.rows import BitmapRow, EventRow, IdempotencyRow, VmState
+from services.orchestrator.store.rows import (
+    BitmapRow,
+    EventRow,
+    IdempotencyRow,
+    MigrationRow,
+    VmRow,
+    VmState,
+)
 from tests.harness.stores import SPEC, Place, admit, execute, fleet_store, start, switchover
 
 YEAR_NS = 365 * 86400 * 10**9
@@ -237,6 +244,60 @@ async def test_race_of_two_admissions_has_one_winner(place: Place) -> None:
     async with fleet_store(place) as one, open_store(place) as two:
         said = await asyncio.gather(admit(one, "m1"), admit(two, "m2"), return_exceptions=True)
         assert sorted(isinstance(each, AlreadyExistsError) for each in said) == [False, True]
+
+
+async def test_whoever_asks_together_is_admitted_or_refused_by_himself(store: Store) -> None:
+    """One transaction writes them; one that cannot be is no trouble of the others."""
+    for number in range(2, 6):
+        await start(store, SPEC.model_copy(update={"vm_id": f"vm-{number}"}))
+    answers = [
+        IdempotencyRow(key=key, request_hash="h", response=key.encode(), created_at_ns=1)
+        for key in ("k1", "k2", "k1")  # a key twice: what the database refuses, not our check
+    ]
+
+    async def ask(vm_id: str, migration_id: str, answer: IdempotencyRow | None = None) -> None:
+        vm = await store.fleet.vm(vm_id) or replace(await _vm_1(store), vm_id=vm_id)
+        row = MigrationRow.new(
+            migration_id=migration_id,
+            vm=vm,
+            destination_node="b",
+            bulk_bytes_per_s_max=0,
+            traceparent="",
+            now_ns=1,
+        )
+        await asyncio.sleep(0)  # all are ready to ask before the first one does
+        await store.migrations.create(row, answer)
+
+    said = await asyncio.gather(
+        ask("vm-1", "m1", answers[0]),
+        ask("vm-2", "m2", answers[1]),
+        ask("vm-2", "m3"),
+        ask("vm-3", "m4", answers[2]),
+        ask("vm-9", "m5"),
+        ask("vm-4", "m6"),
+        return_exceptions=True,
+    )
+    kinds = [type(each).__name__ for each in said]
+    written = {row.migration_id for row in await store.migrations.unfinished()}
+    assert {"m6"} <= written
+    assert len(written & {"m2", "m3"}) == len(written & {"m1", "m4"}) == 1
+    assert sorted(kinds) == [
+        "AlreadyExistsError",
+        "IntegrityError",
+        "NoneType",
+        "NoneType",
+        "NoneType",
+        "NotFoundError",
+    ]
+    kept = await store.idempotency.get("k1")
+    assert kept is not None
+    assert kept.response == b"k1"
+
+
+async def _vm_1(store: Store) -> VmRow:
+    vm = await store.fleet.vm("vm-1")
+    assert vm is not None
+    return vm
 
 
 async def test_vm_that_moved_meanwhile_is_not_admitted(store: Store) -> None:
