@@ -189,7 +189,7 @@ def _said(labels: Any) -> str:
 
 _SETTINGS = (
     *("priority", "bulk_bytes_per_s_max", "freeze_after_ms"),
-    *("pause_ms_max", "prepare_s_per_gib", "retries"),
+    *("pause_ms_max", "prepare_s_per_gib", "retries", "mode"),
 )
 
 
@@ -219,8 +219,9 @@ def set_policy(
     ] = None,
     prepare_s_per_gib: Annotated[float | None, typer.Option("--prepare-s-per-gib", min=0)] = None,
     retries: Annotated[
-        int | None, typer.Option("--retries", min=0, help="Of a VM by an operation.")
+        int | None, typer.Option("--retries", min=0, help="Of a migration that failed.")
     ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="post-copy; others to come.")] = None,
     output: OutputOption = None,
     orchestrator: UrlOption = None,
 ) -> None:
@@ -239,6 +240,7 @@ def set_policy(
         "pause_ms_max": pause_ms_max,
         "prepare_s_per_gib": prepare_s_per_gib,
         "retries": retries,
+        "mode": mode,
     }
     with session(ctx, output, orchestrator) as now:
         given = {key: value for key, value in said.items() if value is not None}

@@ -115,5 +115,12 @@ class DataLossError(GodwitError):
     http_status = 500
 
 
+class UnimplementedError(GodwitError):
+    """What was asked for is understood, and not there yet."""
+
+    grpc_status = grpc.StatusCode.UNIMPLEMENTED
+    http_status = 422
+
+
 class InternalError(GodwitError):
     """A broken invariant or a bug; says which."""

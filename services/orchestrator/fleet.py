@@ -260,6 +260,8 @@ class Fleet:
                 operation_id=operation_id,
                 settings=settings,
                 policies=policies,
+                # An operation tries its VMs again itself.
+                retries_left=0 if operation_id else settings.retries or 0,
             )
             view = migration_view(row, (), admission=admission)
             await self._context.store.migrations.create(

@@ -55,6 +55,7 @@ from services.orchestrator.nodes import Nodes
 from services.orchestrator.operations.runner import OperationRunner
 from services.orchestrator.operations.service import Operations
 from services.orchestrator.queue import Queue
+from services.orchestrator.retries import Retrier
 from services.orchestrator.runner import Runner
 from services.orchestrator.store import open_store
 from services.orchestrator.store.backup import in_use
@@ -113,6 +114,7 @@ class Core:
     machines: Machines
     queue: Queue
     operating: OperationRunner
+    retrier: Retrier
 
     def build_app(self, access: Access | None = None) -> FastAPI:
         """REST, to be served. Without `access` nobody is asked who he is."""
@@ -193,6 +195,7 @@ async def working(
             machines=machines,
             queue=queue,
             operating=operating,
+            retrier=Retrier(context, runner, queue),
         )
         election = Election(store, context.role, lease_s=settings.lease_s, file=settings.file)
         await stack.enter_async_context(_elected(election, lambda: _leading(settings, core)))
@@ -264,6 +267,7 @@ async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
             core.queue.running(),
             core.runner.running(),
             core.operating.running(),
+            core.retrier.running(),
         ):
             yield
     finally:

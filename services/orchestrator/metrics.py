@@ -53,6 +53,12 @@ class Metrics:
             buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600),
             registry=self.registry,
         )
+        self.retries = Counter(
+            "godwit_migration_retries",
+            "Migrations that failed and were tried again, by the reason of the failure",
+            ["reason"],
+            registry=self.registry,
+        )
         self.alarms = Counter(
             "godwit_migration_alarms",
             "Times a step took longer than it should, by phase",

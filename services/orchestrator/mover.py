@@ -151,6 +151,7 @@ class Mover:
             )
         if self._rejoined and self.row.phase in UNDECIDED:
             await self._thawed()
+            await self._read_settings()
         actions = deque(entry(self.phase))
         while self.phase not in TERMINAL:
             if not actions:
@@ -406,12 +407,17 @@ class Mover:
     async def _preparing_s(self) -> float:
         """The budget of PREPARING, with what a policy adds for each GiB."""
         gib = 0.0
+        await self._read_settings()
         with contextlib.suppress(StoreError):
-            self._settings = await self._context.queue.settings(self.row.migration_id)
             if self._settings.prepare_s_per_gib:
                 vm = await self._context.store.fleet.vm(self.row.vm_id)
                 gib = vm.memory_bytes / (1 << 30) if vm else 0.0
         return self._context.limits.preparing_s + gib * (self._settings.prepare_s_per_gib or 0.0)
+
+    async def _read_settings(self) -> None:
+        """What the policies said; what cannot be read now says nothing."""
+        with contextlib.suppress(StoreError):
+            self._settings = await self._context.queue.settings(self.row.migration_id)
 
     def _switchover_s(self) -> float:
         """The budget of SWITCHOVER, and no more than a policy allows. No question to the store."""

@@ -90,7 +90,7 @@ class Queue:
         self._metrics = metrics
         self._now_ns = now_ns
         self._rules = rules or Rules()
-        self._caution = caution or Caution()
+        self.caution = caution or Caution()
         self._looker = Looker(
             self.look, look_s=LOOK_S, gather_s=GATHER_S, log=log, what="the queue"
         )
@@ -210,7 +210,7 @@ class Queue:
 
     def _fleet(self, snapshot: Snapshot) -> Fleet:
         now_s = _seconds(self._now_ns())
-        found = trouble(_outcomes(snapshot.recent), now_s, self._caution)
+        found = trouble(_outcomes(snapshot.recent), now_s, self.caution)
         schedule = Schedule(snapshot.limits, self._rules, bool(snapshot.frozen))
         for node in snapshot.fleet:
             schedule.add_node(self._node(node, snapshot, found))
@@ -326,8 +326,9 @@ def _request(each: Waiting, vm: VmView, found: Trouble, snapshot: Snapshot) -> R
         policies=(),
     )
     paused = asked.operation_id in snapshot.paused
-    # Somebody who names a node knows better, and need not wait.
-    waits = asked.operation_id or not asked.target
+    # Somebody who names a node knows better, and need not wait; who has failed there does.
+    again = asked.attempt > 1
+    waits = asked.operation_id or not asked.target or again
     return Request(
         request_id=row.migration_id,
         vm=vm,
@@ -336,5 +337,6 @@ def _request(each: Waiting, vm: VmView, found: Trouble, snapshot: Snapshot) -> R
         target=asked.target,
         avoid=found.avoid.get(vm.vm_id, frozenset()),
         not_before_s=found.not_before_s.get(vm.vm_id, 0.0) if waits else 0.0,
+        unfinished=again,
         paused=f"operation {asked.operation_id} is paused" if paused else "",
     )

@@ -320,6 +320,42 @@ class MigrationEvent(BaseModel):
     evidence: list[str] = Field(description="what each node could prove")
 
 
+def mode_word(mode: types_pb2.MigrationMode.ValueType) -> str | None:
+    """As JSON has it; None: not set."""
+    word = types_pb2.MigrationMode.Name(mode).removeprefix("MIGRATION_MODE_")
+    return word.lower().replace("_", "-") if mode else None
+
+
+class EffectivePolicy(BaseModel):
+    """What counted for one migration, from whichever policies; null: none said anything."""
+
+    priority: str | None
+    bulk_bytes_per_s_max: int | None
+    freeze_after_ms: int | None
+    pause_ms_max: int | None
+    prepare_s_per_gib: float | None
+    retries: int | None
+    mode: str | None
+
+    @classmethod
+    def of(cls, policy: types_pb2.EffectivePolicy) -> EffectivePolicy:
+        """From the message."""
+
+        def said(name: Any) -> Any:
+            return getattr(policy, name) if policy.HasField(name) else None
+
+        priority = types_pb2.Priority.Name(policy.priority).removeprefix("PRIORITY_").lower()
+        return cls(
+            priority=priority if policy.priority else None,
+            bulk_bytes_per_s_max=said("bulk_bytes_per_s_max"),
+            freeze_after_ms=said("freeze_after_ms"),
+            pause_ms_max=said("pause_ms_max"),
+            prepare_s_per_gib=said("prepare_s_per_gib"),
+            retries=said("retries"),
+            mode=mode_word(policy.mode),
+        )
+
+
 class Migration(BaseModel):
     """One attempt to move one VM."""
 
@@ -351,6 +387,9 @@ class Migration(BaseModel):
     because: str = Field(description="why the destination was chosen; empty in lists")
     policies: list[str] = Field(description="that counted; empty in lists")
     operation_id: str = Field(description="that asked for it; empty in lists")
+    attempt: int = Field(description="which try of the move it is, from 1; 0 in lists")
+    retry_of: str = Field(description="the one that failed and was tried again as this")
+    policy: EffectivePolicy | None = Field(description="what the policies said; null in lists")
 
     @classmethod
     def of(cls, migration: types_pb2.Migration) -> Migration:
@@ -398,6 +437,9 @@ class Migration(BaseModel):
             because=migration.because,
             policies=list(migration.policies),
             operation_id=migration.operation_id,
+            attempt=migration.attempt,
+            retry_of=migration.retry_of,
+            policy=EffectivePolicy.of(migration.policy) if migration.HasField("policy") else None,
         )
 
 

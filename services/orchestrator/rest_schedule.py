@@ -101,7 +101,12 @@ class PolicySettings(Strict, strict=True):
     freeze_after_ms: int | None = Field(default=None, ge=0, le=86_400_000)
     pause_ms_max: int | None = Field(default=None, ge=1, le=60_000)
     prepare_s_per_gib: float | None = Field(default=None, ge=0, le=3600)
-    retries: int | None = Field(default=None, ge=0, le=100)
+    retries: int | None = Field(
+        default=None, ge=0, le=100, description="of a migration that failed, each after a back-off"
+    )
+    mode: Literal["post-copy", "pre-copy", "hybrid"] | None = Field(
+        default=None, description="all but post-copy are refused: they are not there yet"
+    )
 
 
 class Policy(PolicySettings, strict=False):
@@ -114,6 +119,7 @@ class Policy(PolicySettings, strict=False):
         """From the message."""
         said = as_fields(message)
         said["priority"] = _word(said["priority"]) or None
+        said["mode"] = rest_models.mode_word(message.mode)
         return cls.model_validate(said)
 
 
@@ -147,6 +153,8 @@ def message_of(message: type[Message], body: BaseModel, **more: Any) -> Any:
     fields = body.model_dump(exclude_none=True) | more
     if word := fields.get("priority"):
         fields["priority"] = f"PRIORITY_{word.upper()}"
+    if word := fields.get("mode"):
+        fields["mode"] = f"MIGRATION_MODE_{word.upper().replace('-', '_')}"
     return message(**fields)
 
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from godwit.fleet.v1 import schedule_service_pb2 as pb
 from godwit.fleet.v1 import types_pb2
 
-from services.common.errors import InvalidArgumentError
+from services.common.errors import InvalidArgumentError, UnimplementedError
 from services.common.vm_spec import VM_ID_PATTERN
 from services.orchestrator.agents import node_unknown
 from services.orchestrator.move import Context
 from services.orchestrator.queue import Queue
 from services.orchestrator.scheduling.limits import Kind
 from services.orchestrator.scheduling.model import Placing, Priority
-from services.orchestrator.scheduling.policy import Policy, Settings, effective
+from services.orchestrator.scheduling.policy import Mode, Policy, Settings, effective
 from services.orchestrator.store.fleet import vm_unknown
 from services.orchestrator.store.schedule import NodeSettings, VmSettings
 
@@ -212,6 +212,7 @@ def _read_policy(given: pb.Policy) -> Policy:
         raise _invalid("pause_ms_max", f"must be 1..{PAUSE_MS_MAX}", 0)
     bulk, freeze = said("bulk_bytes_per_s_max", 1 << 50), said("freeze_after_ms", 86_400_000)
     retries = said("retries", RETRIES_MAX)
+    _require_available(given.mode)
     return Policy(
         name=given.name,
         match_labels=_labels("match_labels", given.match_labels),
@@ -222,7 +223,47 @@ def _read_policy(given: pb.Policy) -> Policy:
             pause_ms_max=None if pause_ms_max is None else int(pause_ms_max),
             prepare_s_per_gib=said("prepare_s_per_gib", 3600),
             retries=None if retries is None else int(retries),
+            mode=Mode.POST_COPY if given.mode else None,
         ),
+    )
+
+
+def _require_available(mode: types_pb2.MigrationMode.ValueType) -> None:
+    """Refuse what a policy can ask for and no migration does.
+
+    Raises:
+        InvalidArgumentError: FIELD_INVALID.
+        UnimplementedError: MODE_NOT_AVAILABLE.
+    """
+    if mode not in types_pb2.MigrationMode.values():
+        raise _invalid("mode", "must be one of the enum", mode)
+    if mode in (types_pb2.MIGRATION_MODE_PRE_COPY, types_pb2.MIGRATION_MODE_HYBRID):
+        word = types_pb2.MigrationMode.Name(mode).removeprefix("MIGRATION_MODE_")
+        raise UnimplementedError(
+            "MODE_NOT_AVAILABLE",
+            f"mode {word.lower().replace('_', '-')} is not there yet: every migration is post-copy",
+            hint="leave mode out, or say post-copy",
+            metadata={"field": "mode"},
+        )
+
+
+def wire_mode(mode: Mode | None) -> types_pb2.MigrationMode.ValueType:
+    """For the wire."""
+    if mode is None:
+        return types_pb2.MIGRATION_MODE_UNSPECIFIED
+    return types_pb2.MigrationMode.Value(f"MIGRATION_MODE_{mode.name}")
+
+
+def wire_settings(said: Settings) -> types_pb2.EffectivePolicy:
+    """For the wire."""
+    return types_pb2.EffectivePolicy(
+        priority=wire_priority(said.priority),
+        bulk_bytes_per_s_max=said.bulk_bytes_per_s_max,
+        freeze_after_ms=said.freeze_after_ms,
+        pause_ms_max=said.pause_ms_max,
+        prepare_s_per_gib=said.prepare_s_per_gib,
+        retries=said.retries,
+        mode=wire_mode(said.mode),
     )
 
 
@@ -237,4 +278,5 @@ def _policy_view(policy: Policy) -> pb.Policy:
         pause_ms_max=said.pause_ms_max,
         prepare_s_per_gib=said.prepare_s_per_gib,
         retries=said.retries,
+        mode=wire_mode(said.mode),
     )

@@ -15,6 +15,7 @@ from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
 from services.orchestrator.scheduling.schedule import Wait
+from services.orchestrator.scheduling_api import wire_settings
 from services.orchestrator.store.rows import EventRow, MigrationRow, NodeRow, TransitionRow, VmRow
 from services.orchestrator.store.schedule import AdmissionRow, NodeSettings, VmSettings
 
@@ -76,6 +77,8 @@ def migration_view(
     if admission is not None:
         view.because, view.operation_id = admission.because, admission.operation_id
         view.policies.extend(admission.policies)
+        view.attempt, view.retry_of = admission.attempt, admission.retry_of
+        view.policy.CopyFrom(wire_settings(admission.settings))
     if row.ended_at_ns:
         view.ended_at.CopyFrom(timestamp(row.ended_at_ns))
     if row.phase is Phase.SUCCEEDED:

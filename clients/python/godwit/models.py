@@ -239,6 +239,8 @@ class Migration(Model):
     because: str = ""
     policies: tuple[str, ...] = ()
     operation_id: str = ""
+    attempt: int = 0
+    retry_of: str = ""
 
     @property
     def is_terminal(self) -> bool:

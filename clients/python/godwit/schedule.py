@@ -62,6 +62,7 @@ class Policy(Model):
     pause_ms_max: int | None = None
     prepare_s_per_gib: float | None = None
     retries: int | None = None
+    mode: str | None = None
 
 
 def get_queue() -> Call[Queue]:

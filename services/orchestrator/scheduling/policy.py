@@ -5,8 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 
 from services.orchestrator.scheduling.model import Priority
+
+
+class Mode(StrEnum):
+    """How a guest's memory comes to its destination."""
+
+    POST_COPY = "post-copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +31,7 @@ class Settings:
     """Beside the fixed budget of PREPARING."""
     retries: int | None = None
     """Further attempts after a failure, each after a longer back-off."""
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

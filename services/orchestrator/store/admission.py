@@ -50,6 +50,10 @@ _INSERT = sa.insert(schema.migrations)
 _FIRST_TRANSITION = sa.insert(schema.transitions)
 
 
+Also = tuple[sa.Insert | sa.Update, dict[str, Any]]
+"""A statement that is the same object each time, and its values."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """A migration that is to be written, and what is written with it."""
@@ -57,8 +61,8 @@ class Asked:
     row: MigrationRow
     idempotency: IdempotencyRow | None = None
     """The answer to its request."""
-    also: tuple[sa.Insert, dict[str, Any]] | None = None
-    """One further row: a statement that is the same object each time, and its values."""
+    also: tuple[Also, ...] = ()
+    """What else is written in the same transaction."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,17 +195,17 @@ def _insert(connection: sa.Connection, admitted: list[Asked], last_ns: int) -> N
             for row in rows
         ),
     )
-    others: dict[sa.Insert, list[dict[str, Any]]] = {}
+    others: dict[sa.Insert | sa.Update, list[dict[str, Any]]] = {}
     for each in admitted:
-        if each.also:
-            others.setdefault(each.also[0], []).append(each.also[1])
-    for statement, values in others.items():
-        _execute(connection, statement, values)
+        for statement, values in each.also:
+            others.setdefault(statement, []).append(values)
+    for statement, given in others.items():
+        _execute(connection, statement, given)
     keep_answers(connection, [each.idempotency for each in admitted if each.idempotency], last_ns)
 
 
 def _execute(
-    connection: sa.Connection, statement: sa.Insert, values: Iterable[dict[str, Any]]
+    connection: sa.Connection, statement: sa.Insert | sa.Update, values: Iterable[dict[str, Any]]
 ) -> None:
     given = list(values)
     connection.execute(statement, given if len(given) > 1 else given[0])

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from services.common.errors import FailedPreconditionError, InternalError, NotFoundError
 from services.orchestrator.migration import TERMINAL, Decision, Noted, Phase
 from services.orchestrator.store import schema
-from services.orchestrator.store.admission import Admitter, Asked
+from services.orchestrator.store.admission import Admitter, Also, Asked
 from services.orchestrator.store.database import Database
 from services.orchestrator.store.fleet import (
     active_migration_id,
@@ -161,11 +161,11 @@ class MigrationTable:
         self,
         row: MigrationRow,
         idempotency: IdempotencyRow | None,
-        also: tuple[sa.Insert, dict[str, Any]] | None = None,
+        *also: Also,
     ) -> None:
         """Insert a migration, and the answer to its request, in one transaction (I7, I9).
 
-        `also`: a further row that is inserted in it.
+        `also`: what else is written in it.
 
         Raises:
             NotFoundError: VM_UNKNOWN.

@@ -15,7 +15,7 @@ from services.common.errors import NotFoundError
 from services.orchestrator.migration import Phase
 from services.orchestrator.scheduling.limits import LimitSet
 from services.orchestrator.scheduling.model import Placing, Priority
-from services.orchestrator.scheduling.policy import Policy, Settings
+from services.orchestrator.scheduling.policy import Mode, Policy, Settings
 from services.orchestrator.store import schedule_schema as tables
 from services.orchestrator.store import schema
 from services.orchestrator.store.database import Database
@@ -41,6 +41,12 @@ class AdmissionRow:
     policies: tuple[str, ...]
     admitted_at_ns: int = 0
     because: str = ""
+    attempt: int = 1
+    """Which try of the move it is."""
+    retry_of: str = ""
+    """The migration that failed and of which this is the next try."""
+    retries_left: int = 0
+    """How many follow if it fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +114,15 @@ class Grant:
 
 
 _NEW_ADMISSION = sa.insert(tables.admissions)
+_NO_RETRY = (
+    sa.update(tables.admissions).where(_a.migration_id == sa.bindparam("of")).values(retries_left=0)
+)
+_WITH_RETRIES = (
+    sa.select(_a.migration_id)
+    .join(schema.migrations, _m.migration_id == _a.migration_id)
+    .where(_a.retries_left > sa.literal_column("0"), _m.terminal)
+    .order_by(_a.migration_id)
+)
 
 
 def new_admission(row: AdmissionRow) -> tuple[sa.Insert, dict[str, Any]]:
@@ -121,7 +136,15 @@ def new_admission(row: AdmissionRow) -> tuple[sa.Insert, dict[str, Any]]:
         "policies": json.dumps(row.policies),
         "admitted_at_ns": row.admitted_at_ns,
         "because": row.because,
+        "attempt": row.attempt,
+        "retry_of": row.retry_of,
+        "retries_left": row.retries_left,
     }
+
+
+def no_retry_of(migration_id: str) -> tuple[sa.Update, dict[str, Any]]:
+    """What settles that a migration that is over is not tried again, or was."""
+    return _NO_RETRY, {"of": migration_id}
 
 
 def _admission(row: Any) -> AdmissionRow:
@@ -134,6 +157,9 @@ def _admission(row: Any) -> AdmissionRow:
         policies=tuple(json.loads(row.policies)),
         admitted_at_ns=row.admitted_at_ns,
         because=row.because,
+        attempt=row.attempt,
+        retry_of=row.retry_of,
+        retries_left=row.retries_left,
     )
 
 
@@ -145,6 +171,8 @@ def _settings(text: str) -> Settings:
     values = json.loads(text)
     if "priority" in values:
         values["priority"] = Priority(values["priority"])
+    if "mode" in values:
+        values["mode"] = Mode(values["mode"])
     return Settings(**values)
 
 
@@ -245,6 +273,25 @@ class ScheduleTable:
             return _admission(asked), MigrationRow.of(found.one())
 
         return await self._database.read(work)
+
+    # --- retries ---
+
+    async def ended_with_retries(self) -> list[str]:
+        """Migrations that are over and of which it is not settled whether they are tried again."""
+
+        def work(connection: sa.Connection) -> list[str]:
+            return list(connection.execute(_WITH_RETRIES).scalars())
+
+        return await self._database.read(work)
+
+    async def settle_retry(self, migration_id: str) -> None:
+        """It is not tried again, or was."""
+        statement, values = no_retry_of(migration_id)
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(statement, values)
+
+        await self._database.write(work)
 
     # --- limits, and the emergency stop ---
 

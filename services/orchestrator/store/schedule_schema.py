@@ -18,9 +18,28 @@ admissions = sa.Table(
     sa.Column("policies", sa.Text, nullable=False),
     sa.Column("admitted_at_ns", sa.BigInteger, nullable=False),
     sa.Column("because", sa.Text, nullable=False),
+    sa.Column("attempt", sa.BigInteger, nullable=False, server_default="1"),
+    sa.Column("retry_of", sa.Text, nullable=False, server_default=""),
+    sa.Column("retries_left", sa.BigInteger, nullable=False, server_default="0"),
+    # A failure is tried again once, whoever finds it.
+    sa.Index(
+        "admissions_one_retry",
+        "retry_of",
+        unique=True,
+        sqlite_where=sa.text("retry_of <> ''"),
+        postgresql_where=sa.text("retry_of <> ''"),
+    ),
+    sa.Index(
+        "admissions_with_retries",
+        "migration_id",
+        sqlite_where=sa.text("retries_left > 0"),
+        postgresql_where=sa.text("retries_left > 0"),
+    ),
 )
 """Of a migration that went through the queue. target: the node asked for, "": any. settings: what
-the policies said when it was asked for, as JSON. admitted_at_ns: 0 while it waits."""
+the policies said when it was asked for, as JSON. admitted_at_ns: 0 while it waits. attempt: from 1.
+retry_of: the one that failed and of which it is the next try. retries_left: how many follow if it
+fails; 0 too once it is settled that none does."""
 
 tokens = sa.Table(
     "tokens",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """The newest revision in `upgrades/versions`. A store of a later one is refused (STORE_TOO_NEW)."""
 
 metadata = sa.MetaData()

@@ -421,6 +421,7 @@ class Policy(_message.Message):
     PAUSE_MS_MAX_FIELD_NUMBER: _builtins.int
     PREPARE_S_PER_GIB_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1..63 of [a-z0-9-]."""
     priority: _types_pb2.Priority.ValueType
@@ -436,7 +437,11 @@ class Policy(_message.Message):
     prepare_s_per_gib: _builtins.float
     """How long PREPARING may take for each GiB, beside its fixed budget. Seconds. Unset: nothing is said."""
     retries: _builtins.int
-    """How often an operation tries a VM again after a failure. 0..100. Unset: nothing is said."""
+    """How often a migration that failed is tried again, each time after a longer back-off. Those of an operation go by
+    its own. 0..100. Unset: nothing is said.
+    """
+    mode: _types_pb2.MigrationMode.ValueType
+    """How the memory comes. All but POST_COPY are refused: they are not there yet. Unspecified: nothing is said."""
     @_builtins.property
     def match_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """A VM has all of these labels. Empty: every VM."""
@@ -452,10 +457,11 @@ class Policy(_message.Message):
         pause_ms_max: _builtins.int | None = ...,
         prepare_s_per_gib: _builtins.float | None = ...,
         retries: _builtins.int | None = ...,
+        mode: _types_pb2.MigrationMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "retries", b"retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "match_labels", b"match_labels", "name", b"name", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "priority", b"priority", "retries", b"retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "match_labels", b"match_labels", "mode", b"mode", "name", b"name", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "priority", b"priority", "retries", b"retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max"]  # noqa: Y015
     _WhichOneofArgType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max"]  # noqa: Y015

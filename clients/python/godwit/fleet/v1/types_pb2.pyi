@@ -166,6 +166,34 @@ PRIORITY_SYSTEM: Priority.ValueType  # 4
 """The platform needs it."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
+class _MigrationMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MigrationModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MigrationMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MIGRATION_MODE_UNSPECIFIED: _MigrationMode.ValueType  # 0
+    """Not set."""
+    MIGRATION_MODE_POST_COPY: _MigrationMode.ValueType  # 1
+    """The guest runs at the destination at once, its memory follows."""
+    MIGRATION_MODE_PRE_COPY: _MigrationMode.ValueType  # 2
+    """Its memory goes first. Not there yet: refused with MODE_NOT_AVAILABLE."""
+    MIGRATION_MODE_HYBRID: _MigrationMode.ValueType  # 3
+    """A round of memory goes first, the rest follows. Not there yet: refused with MODE_NOT_AVAILABLE."""
+
+class MigrationMode(_MigrationMode, metaclass=_MigrationModeEnumTypeWrapper):
+    """How a guest's memory comes to its destination."""
+
+MIGRATION_MODE_UNSPECIFIED: MigrationMode.ValueType  # 0
+"""Not set."""
+MIGRATION_MODE_POST_COPY: MigrationMode.ValueType  # 1
+"""The guest runs at the destination at once, its memory follows."""
+MIGRATION_MODE_PRE_COPY: MigrationMode.ValueType  # 2
+"""Its memory goes first. Not there yet: refused with MODE_NOT_AVAILABLE."""
+MIGRATION_MODE_HYBRID: MigrationMode.ValueType  # 3
+"""A round of memory goes first, the rest follows. Not there yet: refused with MODE_NOT_AVAILABLE."""
+Global___MigrationMode: _TypeAlias = MigrationMode  # noqa: Y015
+
 @_typing.final
 class VmPlacement(_message.Message):
     """Where a VM may be, beside what its spec needs."""
@@ -260,6 +288,9 @@ class Migration(_message.Message):
     BECAUSE_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
     OPERATION_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RETRY_OF_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.str
     """Drawn by the orchestrator, 26 characters, sorts by time."""
     vm_id: _builtins.str
@@ -298,6 +329,10 @@ class Migration(_message.Message):
     """Why the destination was chosen, in words. Empty until it was, and in lists."""
     operation_id: _builtins.str
     """The operation that asked for it. Empty in lists, and if none did."""
+    attempt: _builtins.int
+    """Which try this is, from 1: a policy's `retries` has a failed one tried again. 0 in lists."""
+    retry_of: _builtins.str
+    """The migration that failed and of which this is the next try. Empty for the first one, and in lists."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it was asked for. The orchestrator's clock."""
@@ -328,6 +363,10 @@ class Migration(_message.Message):
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Policies that counted, the most specific first. Empty in lists."""
 
+    @_builtins.property
+    def policy(self) -> Global___EffectivePolicy:
+        """What the policies said when it was asked for, setting by setting. Unset in lists."""
+
     def __init__(
         self,
         *,
@@ -357,14 +396,82 @@ class Migration(_message.Message):
         because: _builtins.str = ...,
         policies: _abc.Iterable[_builtins.str] | None = ...,
         operation_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        retry_of: _builtins.str = ...,
+        policy: Global___EffectivePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at", "on_link_loss", b"on_link_loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "created_at", b"created_at", "ended_at", b"ended_at", "on_link_loss", b"on_link_loss", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["because", b"because", "cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "events", b"events", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "on_link_loss", b"on_link_loss", "operation_id", b"operation_id", "pause_ns", b"pause_ns", "phase", b"phase", "policies", b"policies", "progress", b"progress", "reason", b"reason", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "because", b"because", "cancel_requested", b"cancel_requested", "counters", b"counters", "created_at", b"created_at", "decision", b"decision", "destination_node", b"destination_node", "ended_at", b"ended_at", "epoch", b"epoch", "events", b"events", "hint", b"hint", "message", b"message", "migration_id", b"migration_id", "on_link_loss", b"on_link_loss", "operation_id", b"operation_id", "pause_ns", b"pause_ns", "phase", b"phase", "policies", b"policies", "policy", b"policy", "progress", b"progress", "reason", b"reason", "retry_of", b"retry_of", "return_epoch", b"return_epoch", "source_node", b"source_node", "total_ns", b"total_ns", "traceparent", b"traceparent", "transitions", b"transitions", "version", b"version", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Migration: _TypeAlias = Migration  # noqa: Y015
+
+@_typing.final
+class EffectivePolicy(_message.Message):
+    """What counted for one migration, from whichever policies; unset: none said anything."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    BULK_BYTES_PER_S_MAX_FIELD_NUMBER: _builtins.int
+    FREEZE_AFTER_MS_FIELD_NUMBER: _builtins.int
+    PAUSE_MS_MAX_FIELD_NUMBER: _builtins.int
+    PREPARE_S_PER_GIB_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    priority: Global___Priority.ValueType
+    """Class of the move."""
+    bulk_bytes_per_s_max: _builtins.int
+    """Limit of the bulk lane. Bytes a second; 0 = none."""
+    freeze_after_ms: _builtins.int
+    """On a lost link, freeze a guest that has been held so long. Milliseconds; 0 = never."""
+    pause_ms_max: _builtins.int
+    """A guest whose state is not loaded at the destination by then runs on at its source. Milliseconds."""
+    prepare_s_per_gib: _builtins.float
+    """How long PREPARING may take for each GiB, beside its fixed budget. Seconds."""
+    retries: _builtins.int
+    """How often it is tried again after a failure."""
+    mode: Global___MigrationMode.ValueType
+    """How its memory comes."""
+    def __init__(
+        self,
+        *,
+        priority: Global___Priority.ValueType = ...,
+        bulk_bytes_per_s_max: _builtins.int | None = ...,
+        freeze_after_ms: _builtins.int | None = ...,
+        pause_ms_max: _builtins.int | None = ...,
+        prepare_s_per_gib: _builtins.float | None = ...,
+        retries: _builtins.int | None = ...,
+        mode: Global___MigrationMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "retries", b"retries"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "mode", b"mode", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "priority", b"priority", "retries", b"retries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max"]  # noqa: Y015
+    _WhichOneofArgType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max"]  # noqa: Y015
+    _WhichOneofReturnType__freeze_after_ms: _TypeAlias = _typing.Literal["freeze_after_ms"]  # noqa: Y015
+    _WhichOneofArgType__freeze_after_ms: _TypeAlias = _typing.Literal["_freeze_after_ms", b"_freeze_after_ms"]  # noqa: Y015
+    _WhichOneofReturnType__pause_ms_max: _TypeAlias = _typing.Literal["pause_ms_max"]  # noqa: Y015
+    _WhichOneofArgType__pause_ms_max: _TypeAlias = _typing.Literal["_pause_ms_max", b"_pause_ms_max"]  # noqa: Y015
+    _WhichOneofReturnType__prepare_s_per_gib: _TypeAlias = _typing.Literal["prepare_s_per_gib"]  # noqa: Y015
+    _WhichOneofArgType__prepare_s_per_gib: _TypeAlias = _typing.Literal["_prepare_s_per_gib", b"_prepare_s_per_gib"]  # noqa: Y015
+    _WhichOneofReturnType__retries: _TypeAlias = _typing.Literal["retries"]  # noqa: Y015
+    _WhichOneofArgType__retries: _TypeAlias = _typing.Literal["_retries", b"_retries"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bulk_bytes_per_s_max) -> _WhichOneofReturnType__bulk_bytes_per_s_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__freeze_after_ms) -> _WhichOneofReturnType__freeze_after_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pause_ms_max) -> _WhichOneofReturnType__pause_ms_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prepare_s_per_gib) -> _WhichOneofReturnType__prepare_s_per_gib | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retries) -> _WhichOneofReturnType__retries | None: ...
+
+Global___EffectivePolicy: _TypeAlias = EffectivePolicy  # noqa: Y015
 
 @_typing.final
 class MigrationEvent(_message.Message):
