@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +22,6 @@ app = typer.Typer(
     invoke_without_command=True, help="List the operations; show, cancel, pause or resume one."
 )
 
-WATCH_S = 0.5
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -336,15 +334,20 @@ def _watch(now: Session, operation: Operation) -> None:
     from godwit import operations as calls
 
     seen = ""
-    while True:
-        answer = now.client.send(calls.get_operation(operation.operation_id))
-        line = plain_line(answer.value)
-        if line != seen:
-            print(line, file=sys.stderr, flush=True)
-            seen = line
-        if answer.value.has_ended:
-            break
-        time.sleep(WATCH_S)
+    try:
+        for step, _ in now.client.watch_operation(operation.operation_id):
+            line = plain_line(step)
+            if line != seen:
+                print(line, file=sys.stderr, flush=True)
+                seen = line
+    except KeyboardInterrupt:
+        typer.echo(
+            "\nno longer watching; the operation goes on. `godwit operations cancel "
+            f"{operation.operation_id}` cancels it",
+            err=True,
+        )
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
+    answer = now.client.send(calls.get_operation(operation.operation_id))  # with its VMs
     _print_one(now.output, answer)
     ok = answer.value.state == "succeeded"
     raise typer.Exit(ExitStatus.OK if ok else ExitStatus.MIGRATION_FAILED)

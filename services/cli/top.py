@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from godwit.models import Migration, Node
 
 _QUEUE_SHOWN = 10
+LOOK_S = 5.0
+"""What is not told as an event, as the limits, is seen so late."""
 
 
 def top(
@@ -27,7 +30,10 @@ def top(
     ] = 1.0,
     orchestrator: UrlOption = None,
 ) -> None:
-    """Watch the fleet: nodes, moves under way, operations, and what waits and why. Ctrl-C ends."""
+    """Watch the fleet: nodes, moves under way, operations, and what waits and why. Ctrl-C ends.
+
+    It looks again whenever something changes, and every few seconds besides.
+    """
     with session(ctx, None, orchestrator) as now:
         if once:
             print(screen(now.client))
@@ -36,10 +42,43 @@ def top(
         from rich.live import Live
         from rich.text import Text
 
+        changed = Changed(now.client)
         with Live(console=Console(), screen=True, auto_refresh=False) as live:
             while True:
                 live.update(Text(screen(now.client)), refresh=True)
                 time.sleep(interval)
+                changed.wait()
+
+
+class Changed:
+    """Hears in a thread that something changed in the fleet.
+
+    Where that cannot be heard (too many watch, an orchestrator that does not tell) it is as if
+    something had changed all the time.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._event = threading.Event()
+        self._deaf = False
+        self._client = client
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        from godwit.errors import GodwitClientError
+
+        with self._client.another() as client:
+            try:
+                for _event in client.events():
+                    self._event.set()
+            except GodwitClientError:
+                self._deaf = True
+                self._event.set()
+
+    def wait(self) -> None:
+        """Until something has changed since the last call, or for LOOK_S."""
+        self._event.wait(LOOK_S)
+        if not self._deaf:
+            self._event.clear()
 
 
 def screen(client: Client) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells watchers that a migration was written. They read it again: nothing is handed on here."""
+"""Tells who waits that something was written. They read it again: nothing is handed on here."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
+from services.orchestrator.events.model import Kind, Subject
+
 
 class Changes:
-    """Who waits for which migration."""
+    """Who waits for which migration, and who hears of everything."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
-        self.on_publish: list[Callable[[str], None]] = []
-        """Hear the id of every migration that was written."""
+        self.on_publish: list[Callable[[Subject | None], None]] = []
+        """Hear of everything that was written; None: anything may have been."""
+        self.on_close: list[Callable[[], None]] = []
         self.closed = False
         """True once the process drains: watchers end."""
 
-    def publish(self, migration_id: str) -> None:
-        """The migration was written."""
-        for event in self._waiting.get(migration_id, ()):
-            event.set()
+    def publish(self, key: str, kind: Kind = Kind.MIGRATION) -> None:
+        """It was written."""
+        if kind is Kind.MIGRATION:
+            for event in self._waiting.get(key, ()):
+                event.set()
         for hear in self.on_publish:
-            hear(migration_id)
+            hear((kind, key))
 
     def publish_all(self) -> None:
-        """Any of them may have been written, by another process."""
+        """Anything may have been written, by another process."""
         for events in self._waiting.values():
             for event in events:
                 event.set()
+        for hear in self.on_publish:
+            hear(None)
 
     @contextlib.contextmanager
     def subscribe(self, migration_id: str) -> Iterator[asyncio.Event]:
@@ -47,4 +53,5 @@ class Changes:
     def close(self) -> None:
         """End every watch."""
         self.closed = True
-        self.publish_all()
+        for hear in self.on_close:
+            hear()

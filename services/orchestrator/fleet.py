@@ -7,12 +7,11 @@ transaction that writes (I9).
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import sqlalchemy as sa
@@ -34,7 +33,7 @@ from services.common.listen import parse_address
 from services.common.vm_spec import VM_ID_PATTERN, VmSpec
 from services.orchestrator.agents import node_unknown
 from services.orchestrator.machines import Machines
-from services.orchestrator.migration import TERMINAL, Phase
+from services.orchestrator.migration import Phase
 from services.orchestrator.move import Context, both
 from services.orchestrator.nodes import Nodes
 from services.orchestrator.operators import Operators
@@ -55,8 +54,6 @@ from services.orchestrator.views import bitmap_view, migration_view, node_view, 
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
-WATCH_S_MIN = 0.1
-"""Shortest time between two messages of a watch."""
 KEY_LEN_MAX = 255
 BYTES_PER_S_MAX = 1 << 50
 FREEZE_AFTER_MS_MAX = 86_400_000
@@ -121,6 +118,12 @@ class Fleet:
         said = await self._context.store.schedule.node_settings()
         vms = await self._context.store.fleet.vms()
         return [self._view_of_node(row, said, vms) for row in rows]
+
+    async def some_nodes(self, names: list[str]) -> list[types_pb2.Node]:
+        """Those that there are, without their VMs."""
+        said = await self._context.store.schedule.node_settings()
+        rows = [await self._context.store.fleet.node(name) for name in names]
+        return [self._view_of_node(row, said, []) for row in rows if row]
 
     async def _node(self, name: str) -> NodeRow:
         row = await self._context.store.fleet.node(name)
@@ -276,7 +279,7 @@ class Fleet:
             active = await self._context.store.migrations.active_of(vm_id)
             raise migration_active(vm_id, active) from None
         self._runner.admit(row)
-        self._queue.wake()
+        self._context.changes.publish(row.migration_id)
         return view
 
     async def _admissible(
@@ -381,27 +384,6 @@ class Fleet:
             because=because,
         )
         return await self.get_migration(migration_id)
-
-    async def watch_migration(
-        self, migration_id: str, *, ping_s: float | None = None
-    ) -> AsyncIterator[types_pb2.Migration | None]:
-        """The migration at every change, None after each `ping_s` without one, until terminal."""
-        seen = 0
-        with self._context.changes.subscribe(migration_id) as changed:
-            while True:
-                changed.clear()
-                row, view = await self._migration(migration_id)
-                if row.version != seen:
-                    seen = row.version
-                    yield view
-                if row.phase in TERMINAL or self._context.changes.closed:
-                    return
-                await asyncio.sleep(WATCH_S_MIN)
-                try:
-                    async with asyncio.timeout(ping_s):
-                        await changed.wait()
-                except TimeoutError:
-                    yield None
 
     # --- repeated requests ---
 

@@ -43,6 +43,9 @@ from services.orchestrator.bitmaps import Bitmaps
 from services.orchestrator.changes import Changes
 from services.orchestrator.doubt import Doubt
 from services.orchestrator.election import LEASE_S, Election, Role
+from services.orchestrator.events.feed import Feed
+from services.orchestrator.events.reader import StoreReader
+from services.orchestrator.events.service import Events
 from services.orchestrator.fleet import Fleet, check_node
 from services.orchestrator.homes import HomesInCharge, NoHomes
 from services.orchestrator.http_server import serving_http
@@ -108,6 +111,7 @@ class Core:
 
     fleet: Fleet
     operations: Operations
+    events: Events
     context: Context
     runner: Runner
     nodes: Nodes
@@ -120,7 +124,9 @@ class Core:
         """REST, to be served. Without `access` nobody is asked who he is."""
         registry = self.context.metrics.registry
         admitted = access or Access(Gate())
-        return rest.build_app(self.fleet, self.operations, registry, self._ready, admitted)
+        return rest.build_app(
+            self.fleet, self.operations, self.events, registry, self._ready, admitted
+        )
 
     async def _ready(self) -> Role:
         """One that stands by is ready too: to answer what is asked, and to lead."""
@@ -186,9 +192,12 @@ async def working(
         runner = Runner(context)
         fleet = Fleet(context, nodes, machines, runner, queue)
         operating = OperationRunner(context, fleet, nodes, queue)
+        operations = Operations(context, fleet, queue, operating)
+        feed = Feed(StoreReader(store, queue, fleet.some_nodes, operations.get), changes)
         core = Core(
             fleet=fleet,
-            operations=Operations(context, fleet, queue, operating),
+            operations=operations,
+            events=Events(feed),
             context=context,
             runner=runner,
             nodes=nodes,
@@ -203,7 +212,7 @@ async def working(
             await context.bitmaps.load()
             await nodes.load()
         await stack.enter_async_context(
-            lifecycle.background({"standby": lambda: _stand_by(context)})
+            lifecycle.background({"standby": lambda: _stand_by(context), "events": feed.run})
         )
         yield core
 
@@ -243,6 +252,7 @@ async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
     context = core.context
     context.doubt.read_again()
     context.metrics.leader.set(1)
+    context.changes.publish_all()  # what the leader before has written was not told here
     context.metrics.leader_term.set(context.role.leader.term)
     await context.bitmaps.load()
     await core.nodes.load()
@@ -299,7 +309,7 @@ async def orchestrating(settings: Settings) -> AsyncIterator[Running]:
         ) as http,
         grpc_server.serving(
             settings.grpc,
-            rpc.services(core.fleet, core.operations),
+            rpc.services(core.fleet, core.operations, core.events),
             certificates=certificates,
             interceptors=[AccessInterceptor(access)],
         ) as grpc,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 
 from services.common.errors import GodwitError, UnavailableError
+from services.orchestrator.events.model import Kind
 from services.orchestrator.move import Context
 from services.orchestrator.store.rows import NodeRow
 
@@ -64,6 +65,7 @@ class Nodes:
         if ask:
             with contextlib.suppress(UnavailableError):
                 await self.require(name)
+        self._context.changes.publish(name, Kind.NODE)
         return row, is_new
 
     async def require(self, name: str) -> NodeStatus:
@@ -124,6 +126,7 @@ class Nodes:
                     listed_at = loop.time()
             status = self.status(name)
             if status.reachable != was:
+                self._context.changes.publish(name, Kind.NODE)
                 log.warning(
                     "node %s: %s", name, "reachable" if status.reachable else status.message
                 )

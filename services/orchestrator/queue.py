@@ -99,7 +99,7 @@ class Queue:
         """As they were admitted; until their movers have heard."""
         self._waits: dict[str, Wait] = {}
         self.status_of: Callable[[str], NodeStatus] = lambda _name: NodeStatus()
-        changes.on_publish.append(lambda _migration_id: self.wake())
+        changes.on_publish.append(lambda _subject: self.wake())
 
     # --- for movers ---
 
@@ -187,6 +187,7 @@ class Queue:
             log.info("migration %s may go to %s", row.migration_id, row.destination_node)
             self._metrics.queue_wait_seconds.observe(_seconds(max(now_ns - row.created_at_ns, 0)))
             self._granted[row.migration_id] = row
+            self._changes.publish(row.migration_id)
             if event := self._admitted.get(row.migration_id):
                 event.set()
         self._waits = {

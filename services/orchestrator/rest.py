@@ -4,25 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from services.common.auth.access import Access
 from services.common.errors import GodwitError, UnavailableError
-from services.orchestrator import problems, rest_models, rest_operations, rest_schedule
+from services.orchestrator import (
+    problems,
+    rest_events,
+    rest_models,
+    rest_operations,
+    rest_schedule,
+)
 from services.orchestrator.auth.middleware import AccessMiddleware
 from services.orchestrator.election import Role
+from services.orchestrator.events.service import Events
 from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
 from services.orchestrator.operations.service import Operations
 from services.orchestrator.scheduling.model import Priority
-
-PING_S = 15.0
-"""A comment this often keeps proxies from closing a silent event stream."""
 
 IdempotencyKey = Annotated[
     str,
@@ -163,30 +167,7 @@ def _migrations(fleet: Fleet) -> APIRouter:
         )
         return rest_models.Migration.of(migration)
 
-    @router.get(
-        "/{migration_id}/events",
-        response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}},
-    )
-    async def watch_migration(migration_id: str) -> StreamingResponse:
-        """The migration at each change, as `event: migration`, until it is terminal."""
-        await fleet.get_migration(migration_id)  # unknown: a problem, not a stream
-        return StreamingResponse(
-            _events(fleet, migration_id),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        )
-
     return router
-
-
-async def _events(fleet: Fleet, migration_id: str) -> AsyncIterator[str]:
-    async for migration in fleet.watch_migration(migration_id, ping_s=PING_S):
-        if migration is None:
-            yield ": ping\n\n"
-        else:
-            data = rest_models.Migration.of(migration).model_dump_json()
-            yield f"id: {migration.version}\nevent: migration\ndata: {data}\n\n"
 
 
 def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) -> APIRouter:
@@ -224,6 +205,7 @@ def _process(registry: CollectorRegistry, ready: Callable[[], Awaitable[Role]]) 
 def build_app(
     fleet: Fleet,
     operations: Operations,
+    events: Events,
     registry: CollectorRegistry,
     ready: Callable[[], Awaitable[Role]],
     access: Access,
@@ -244,6 +226,7 @@ def build_app(
         _migrations(fleet),
         rest_schedule.schedule(fleet),
         rest_operations.operations(operations),
+        rest_events.events(events),
         _process(registry, ready),
     ):
         app.include_router(router)

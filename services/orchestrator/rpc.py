@@ -6,23 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import aclosing
+from typing import Any, cast
 
 import grpc.aio
 from godwit.fleet.v1 import (
+    event_service_pb2_grpc,
     migration_service_pb2,
     migration_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
     operation_service_pb2_grpc,
     schedule_service_pb2_grpc,
+    types_pb2,
     vm_service_pb2,
     vm_service_pb2_grpc,
 )
 
 from services.common.grpc_server import Service
+from services.orchestrator.events.model import Change, Kind
+from services.orchestrator.events.service import Events
 from services.orchestrator.fleet import Fleet
 from services.orchestrator.operations.service import Operations
+from services.orchestrator.rpc_events import EventServicer
 from services.orchestrator.rpc_operations import OperationServicer
 from services.orchestrator.rpc_schedule import ScheduleServicer
 from services.orchestrator.scheduling_api import read_priority
@@ -33,8 +39,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     """See the proto."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, events: Events) -> None:
         self._fleet = fleet
+        self._events = events
 
     async def CreateMigration(
         self, request: migration_service_pb2.CreateMigrationRequest, context: _Context
@@ -102,9 +109,13 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
     async def WatchMigration(
         self, request: migration_service_pb2.WatchMigrationRequest, context: _Context
     ) -> AsyncIterator[migration_service_pb2.WatchMigrationResponse]:
-        async for migration in self._fleet.watch_migration(request.migration_id):
-            if migration:
-                yield migration_service_pb2.WatchMigrationResponse(migration=migration)
+        watching = self._events.one(Kind.MIGRATION, request.migration_id)
+        async with aclosing(watching) as stream:  # type: ignore[type-var]
+            async for told in stream:
+                if isinstance(told.what, Change):
+                    yield migration_service_pb2.WatchMigrationResponse(
+                        migration=cast(types_pb2.Migration, told.what.message)
+                    )
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
@@ -164,13 +175,13 @@ class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
         return await self._fleet.userfault_bitmap(request.vm_id)
 
 
-def services(fleet: Fleet, operations: Operations) -> tuple[Service, ...]:
+def services(fleet: Fleet, operations: Operations, events: Events) -> tuple[Service, ...]:
     """What the orchestrator serves."""
     return (
         Service(
             name="godwit.fleet.v1.MigrationService",
             add=lambda server: migration_service_pb2_grpc.add_MigrationServiceServicer_to_server(
-                MigrationServicer(fleet), server
+                MigrationServicer(fleet, events), server
             ),
         ),
         Service(
@@ -194,7 +205,13 @@ def services(fleet: Fleet, operations: Operations) -> tuple[Service, ...]:
         Service(
             name="godwit.fleet.v1.OperationService",
             add=lambda server: operation_service_pb2_grpc.add_OperationServiceServicer_to_server(
-                OperationServicer(operations), server
+                OperationServicer(operations, events), server
+            ),
+        ),
+        Service(
+            name="godwit.fleet.v1.EventService",
+            add=lambda server: event_service_pb2_grpc.add_EventServiceServicer_to_server(
+                EventServicer(events), server
             ),
         ),
     )

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, cast
 
 import grpc.aio
 from godwit.fleet.v1 import operation_service_pb2 as pb
 from godwit.fleet.v1 import operation_service_pb2_grpc as pb_grpc
 
+from services.orchestrator.events.model import Change, Kind
+from services.orchestrator.events.service import Events
 from services.orchestrator.operations.service import Operations
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,8 +23,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class OperationServicer(pb_grpc.OperationServiceServicer):
     """See the proto."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, events: Events) -> None:
         self._operations = operations
+        self._events = events
 
     async def DrainNode(
         self, request: pb.DrainNodeRequest, context: _Context
@@ -74,3 +79,12 @@ class OperationServicer(pb_grpc.OperationServiceServicer):
     ) -> pb.ResumeOperationResponse:
         operation = await self._operations.pause(request.operation_id, paused=False)
         return pb.ResumeOperationResponse(operation=operation)
+
+    async def WatchOperation(
+        self, request: pb.WatchOperationRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchOperationResponse]:
+        watching = self._events.one(Kind.OPERATION, request.operation_id)
+        async with aclosing(watching) as stream:  # type: ignore[type-var]
+            async for told in stream:
+                if isinstance(told.what, Change):
+                    yield pb.WatchOperationResponse(operation=cast(pb.Operation, told.what.message))

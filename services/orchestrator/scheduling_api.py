@@ -12,6 +12,7 @@ from godwit.fleet.v1 import types_pb2
 from services.common.errors import InvalidArgumentError, UnimplementedError
 from services.common.vm_spec import VM_ID_PATTERN
 from services.orchestrator.agents import node_unknown
+from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.move import Context
 from services.orchestrator.queue import Queue
 from services.orchestrator.scheduling.limits import Kind
@@ -171,7 +172,7 @@ class Scheduling:
             link=check_word("link", request.link) if request.link else "",
         )
         await self._context.store.schedule.put_node_settings(request.name, settings)
-        self._queue.wake()
+        self._context.changes.publish(request.name, EventKind.NODE)
 
     async def set_vm_placement(self, request: pb.SetVmPlacementRequest) -> None:
         """Where a VM may be."""

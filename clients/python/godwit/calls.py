@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from godwit.models import Migration, Node, Recovery, UserfaultBitmap, Vm
 
@@ -163,6 +163,12 @@ def break_glass(
 def events_path(migration_id: str) -> str:
     """Where the events of a migration are streamed."""
     return f"/v1/migrations/{part(migration_id)}/events"
+
+
+def fleet_events_path(kinds: Iterable[str] = ()) -> str:
+    """Where what changes in the fleet is streamed. `kinds`: of migration, operation, node."""
+    query = urlencode([("kind", kind) for kind in kinds])
+    return f"/v1/events?{query}" if query else "/v1/events"
 
 
 def part(name: str) -> str:

@@ -16,19 +16,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import httpx
 from httpx_sse import EventSource, SSEError
 
-from godwit import calls
+from godwit import calls, operations
 from godwit.bearer import Token, bearer
 from godwit.calls import Answer, Call, ValueT
 from godwit.errors import GodwitApiError, GodwitConnectionError
 from godwit.models import Migration, Node, UserfaultBitmap, Vm
+from godwit.operations import Operation
 from godwit.tls import expect_orchestrator, expect_orchestrator_async, make_context
-from godwit.watch import WatchState
+from godwit.watch import FleetEvent, FleetState, NewsT, Stream, WatchState
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 60.0
@@ -37,6 +39,12 @@ SILENCE_S_MAX = 60.0
 """A stream without so much as a comment for so long is broken; servers comment each 15 s."""
 UNREACHABLE_S_MAX = 60.0
 _SERVER_ERROR = 500
+
+
+class _Options(TypedDict):
+    timeout_s: float
+    tls_dir: Path | None
+    token: Token
 
 
 class Client:
@@ -56,6 +64,7 @@ class Client:
         `token`: a bearer token, or a function that is asked for it before each request.
         """
         self.url = url.rstrip("/")
+        self._options = _Options(timeout_s=timeout_s, tls_dir=tls_dir, token=token)
         # trust_env: a proxy from the environment must not come between us and a loopback address.
         self._http = httpx.Client(
             base_url=self.url,
@@ -153,8 +162,37 @@ class Client:
         self, migration_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
     ) -> Iterator[tuple[Migration, object]]:
         """Like `watch`, each with its JSON."""
-        state = WatchState(unreachable_s_max)
-        path = calls.events_path(migration_id)
+        state = WatchState.of_migration(unreachable_s_max)
+        return self._follow(calls.events_path(migration_id), state)
+
+    def watch_operation(
+        self, operation_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> Iterator[tuple[Operation, object]]:
+        """Like `watch_answers`, of an operation, without its VMs."""
+        state = WatchState.of_operation(unreachable_s_max)
+        return self._follow(operations.events_path(operation_id), state)
+
+    def events(
+        self, *kinds: str, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> Iterator[FleetEvent]:
+        """What changes in the fleet, of some `kinds` or of all, from now on and for ever.
+
+        The first is `began`: what was listed after it is what later events change. After `reset`
+        list again.
+
+        Raises:
+            GodwitApiError: TOO_MANY_WATCHERS, WATCHER_TOO_SLOW.
+            GodwitConnectionError: see `watch`.
+        """
+        path = calls.fleet_events_path(kinds)
+        for event, _ in self._follow(path, FleetState(unreachable_s_max)):
+            yield event
+
+    def another(self) -> Client:
+        """A client of the same, for another thread."""
+        return Client(self.url, **self._options)
+
+    def _follow(self, path: str, state: Stream[NewsT]) -> Iterator[tuple[NewsT, object]]:
         while not state.is_over:
             why = "the stream ended"
             try:
@@ -166,7 +204,7 @@ class Client:
                     _check_stream(response)
                     state.connected()
                     for event in EventSource(response).iter_sse():
-                        if news := state.accept(event.id, event.data):
+                        if news := state.accept(event.event, event.id, event.data):
                             yield news
                         if state.is_over:
                             return
@@ -264,8 +302,32 @@ class AsyncClient:
         self, migration_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
     ) -> AsyncGenerator[Migration, None]:
         """See Client.watch. Close it (aclosing) where it is left before its end."""
-        state = WatchState(unreachable_s_max)
-        path = calls.events_path(migration_id)
+        state = WatchState.of_migration(unreachable_s_max)
+        async with aclosing(self._follow(calls.events_path(migration_id), state)) as stream:
+            async for migration, _ in stream:
+                yield migration
+
+    async def watch_operation(
+        self, operation_id: str, *, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> AsyncGenerator[Operation, None]:
+        """See Client.watch_operation; as `watch`."""
+        state = WatchState.of_operation(unreachable_s_max)
+        async with aclosing(self._follow(operations.events_path(operation_id), state)) as stream:
+            async for operation, _ in stream:
+                yield operation
+
+    async def events(
+        self, *kinds: str, unreachable_s_max: float = UNREACHABLE_S_MAX
+    ) -> AsyncGenerator[FleetEvent, None]:
+        """See Client.events; as `watch`."""
+        state = FleetState(unreachable_s_max)
+        async with aclosing(self._follow(calls.fleet_events_path(kinds), state)) as stream:
+            async for event, _ in stream:
+                yield event
+
+    async def _follow(
+        self, path: str, state: Stream[NewsT]
+    ) -> AsyncGenerator[tuple[NewsT, object], None]:
         while not state.is_over:
             why = "the stream ended"
             try:
@@ -277,8 +339,8 @@ class AsyncClient:
                     _check_stream(response)
                     state.connected()
                     async for event in EventSource(response).aiter_sse():
-                        if news := state.accept(event.id, event.data):
-                            yield news[0]
+                        if news := state.accept(event.event, event.id, event.data):
+                            yield news
                         if state.is_over:
                             return
             except (httpx.HTTPError, SSEError, _ServerTroubleError) as error:

@@ -169,3 +169,8 @@ def change_operation(operation_id: str, verb: str) -> Call[Operation]:
     """`verb`: cancel, pause or resume."""
     path = f"/v1/operations/{part(operation_id)}:{verb}"
     return Call(method="POST", path=path, read=Operation.from_json)
+
+
+def events_path(operation_id: str) -> str:
+    """Where the events of an operation are streamed."""
+    return f"/v1/operations/{part(operation_id)}/events"

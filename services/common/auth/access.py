@@ -18,7 +18,7 @@ from services.common.auth.identity import How, Identity
 from services.common.auth.rules import Rule
 from services.common.errors import GodwitError, ResourceExhaustedError
 
-WATCHER_COUNT_MAX = 256
+WATCHER_COUNT_MAX = 1200
 OWN_WATCHER_COUNT_MAX = 64
 """Of one caller, where callers are told apart."""
 

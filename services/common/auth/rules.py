@@ -194,6 +194,19 @@ RULES: tuple[Rule, ...] = (
     ),
     _operation("PauseOperation", "POST /v1/operations/{operation_id}:pause", "operation_id"),
     _operation("ResumeOperation", "POST /v1/operations/{operation_id}:resume", "operation_id"),
+    Rule(
+        rpc=f"{_FLEET}.OperationService/WatchOperation",
+        route="GET /v1/operations/{operation_id}/events",
+        callers=VIEWER,
+        watches=True,
+    ),
+    # Events
+    Rule(
+        rpc=f"{_FLEET}.EventService/WatchEvents",
+        route="GET /v1/events",
+        callers=VIEWER,
+        watches=True,
+    ),
     # The process itself: neither guests nor people are named there
     Rule(route="GET /healthz", callers=ANYBODY),
     Rule(route="GET /readyz", callers=ANYBODY),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -24,9 +25,10 @@ HEAD_BYTES_MAX = 32 << 10
 """Of a request's line and headers."""
 HEAD_S_MAX = 15.0
 """From the connection, or from the end of the last answer, until a request's head is there."""
-CONNECTION_COUNT_MAX = 512
+CONNECTION_COUNT_MAX = 2048
 
 _TLS = "tls"
+_HANG_UP = "godwit.hang_up"
 _DNS_NAMES = "godwit.client_dns_names"
 
 
@@ -34,6 +36,12 @@ def dns_names(scope: Scope) -> tuple[str, ...]:
     """DNS names of the caller's certificate; empty: he has shown none."""
     tls = (scope.get("extensions") or {}).get(_TLS) or {}
     return cast(tuple[str, ...], tls.get(_DNS_NAMES, ()))
+
+
+def hang_up(scope: Scope) -> None:
+    """End the request's connection at once, whatever waits to be sent on it."""
+    if end := (scope.get("extensions") or {}).get(_HANG_UP):
+        cast(Callable[[], None], end)()
 
 
 class Connection(H11Protocol):
@@ -49,8 +57,10 @@ class Connection(H11Protocol):
             transport.close()
             return
         tls = transport.get_extra_info("ssl_object")
+        extensions: dict[str, Any] = {_HANG_UP: transport.abort}
         if tls is not None:
-            self.app = _told(self.app, _extension(tls))
+            extensions[_TLS] = _extension(tls)
+        self.app = _told(self.app, extensions)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -104,9 +114,9 @@ def _extension(tls: ssl.SSLObject) -> dict[str, Any]:
     }
 
 
-def _told(app: ASGIApp, extension: dict[str, Any]) -> ASGIApp:
+def _told(app: ASGIApp, extensions: dict[str, Any]) -> ASGIApp:
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["extensions"] = {**(scope.get("extensions") or {}), _TLS: extension}
+        scope["extensions"] = {**(scope.get("extensions") or {}), **extensions}
         await app(scope, receive, send)
 
     return call

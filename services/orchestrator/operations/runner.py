@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from services.common.errors import GodwitError, NotFoundError
+from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.evidence import holds_nothing
 from services.orchestrator.fleet import Fleet
 from services.orchestrator.looker import Looker
@@ -50,7 +51,7 @@ class OperationRunner:
         self._looker = Looker(
             self.look, look_s=LOOK_S, gather_s=GATHER_S, log=log, what="operations"
         )
-        context.changes.on_publish.append(lambda _migration_id: self.wake())
+        context.changes.on_publish.append(lambda _subject: self.wake())
 
     def wake(self) -> None:
         """Something changed."""
@@ -95,8 +96,9 @@ class OperationRunner:
             )
             if written and taken.operation.ended:
                 log.info("operation %s: %s", operation_id, taken.operation.state)
-            self._queue.wake()
-            self._context.changes.publish(operation_id)
+            self._context.changes.publish(operation_id, EventKind.OPERATION)
+            if operation.node and taken.operation.ended:
+                self._context.changes.publish(operation.node, EventKind.NODE)
 
     @staticmethod
     def _is_last_look(before: Operation, after: Operation) -> bool:

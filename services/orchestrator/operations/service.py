@@ -12,6 +12,7 @@ from ulid import ULID
 
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
 from services.orchestrator.agents import node_unknown
+from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.fleet import (
     PAGE_SIZE_DEFAULT,
     PAGE_SIZE_MAX,
@@ -195,8 +196,7 @@ class Operations:
             reopen=wish.kind is Kind.UNDRAIN,
             idempotency=self._fleet.idempotency(key, asked, view),
         )
-        self._runner.wake()
-        self._queue.wake()
+        self._publish(operation.operation_id, wish.node)
         return view, None
 
     # --- the dry run ---
@@ -272,9 +272,15 @@ class Operations:
     ) -> pb.Operation:
         self._context.role.require()
         await self._context.store.operations.change(operation_id, cancel=cancel, paused=paused)
-        self._runner.wake()
-        self._queue.wake()
-        return await self.get(operation_id)
+        found = await self.get(operation_id)
+        self._publish(operation_id, found.node)
+        return found
+
+    def _publish(self, operation_id: str, node: str) -> None:
+        """Written: it, and perhaps whether its node is open."""
+        self._context.changes.publish(operation_id, EventKind.OPERATION)
+        if node:
+            self._context.changes.publish(node, EventKind.NODE)
 
 
 def _without_key(request: Message) -> Message:

@@ -142,7 +142,7 @@ class MigrationTable:
         )
 
         def work(connection: sa.Connection) -> list[EventRow]:
-            return [_event_of(row) for row in connection.execute(query)]
+            return [event_of(row) for row in connection.execute(query)]
 
         return await self._database.read(work)
 
@@ -604,7 +604,8 @@ def add_event(connection: sa.Connection, migration_id: str, event: EventRow) -> 
     )
 
 
-def _event_of(row: Any) -> EventRow:
+def event_of(row: Any) -> EventRow:
+    """A result row."""
     values = row._asdict()
     del values["migration_id"]
     evidence = tuple(values["evidence"].split("\n")) if values["evidence"] else ()

@@ -147,7 +147,8 @@ def no_retry_of(migration_id: str) -> tuple[sa.Update, dict[str, Any]]:
     return _NO_RETRY, {"of": migration_id}
 
 
-def _admission(row: Any) -> AdmissionRow:
+def admission_of(row: Any) -> AdmissionRow:
+    """A result row."""
     return AdmissionRow(
         migration_id=row.migration_id,
         priority=Priority(row.priority),
@@ -254,7 +255,7 @@ class ScheduleTable:
 
         def work(connection: sa.Connection) -> AdmissionRow | None:
             row = connection.execute(query).one_or_none()
-            return _admission(row) if row else None
+            return admission_of(row) if row else None
 
         return await self._database.read(work)
 
@@ -270,7 +271,7 @@ class ScheduleTable:
             found = connection.execute(
                 sa.select(schema.migrations).where(_m.migration_id == migration_id)
             )
-            return _admission(asked), MigrationRow.of(found.one())
+            return admission_of(asked), MigrationRow.of(found.one())
 
         return await self._database.read(work)
 
@@ -550,7 +551,7 @@ def _unfinished(
     connection: sa.Connection,
 ) -> tuple[list[Waiting], list[tuple[MigrationRow, tuple[str, ...]]]]:
     admissions = {
-        row.migration_id: _admission(row)
+        row.migration_id: admission_of(row)
         for row in connection.execute(
             sa.select(tables.admissions)
             .join(schema.migrations, _m.migration_id == _a.migration_id)

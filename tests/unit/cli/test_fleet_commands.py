@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from godwit.client import Client
 
+from services.cli import top
 from services.cli.exit_status import ExitStatus
-from tests.harness.fake_fleet import VM, FakeFleet, fake_fleet
+from tests.harness.fake_fleet import VM, WAIT_S, FakeFleet, eventually, fake_fleet
 
 
 class Shell:
@@ -89,3 +91,18 @@ async def test_queue_limits_policies_and_an_operation_that_is_cancelled(
     await godwit("queue", "thaw")
     await godwit("policy", "delete", "db")
     await godwit("operations", "cancel", "zz", status=ExitStatus.NOT_FOUND)
+
+
+async def test_top_hears_of_changes(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks again when something changes, not when a time is over."""
+    monkeypatch.setattr(top, "LOOK_S", 100 * WAIT_S)
+    with Client(str(fleet.http.base_url)) as client:
+        changed = top.Changed(client)
+        await eventually(lambda: fleet.core.events.count == 1)
+        changed.wait()  # that it has begun
+        waiting = asyncio.create_task(asyncio.to_thread(changed.wait))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await fleet.core.nodes.put("d", "127.0.0.1:1", ask=False)
+        async with asyncio.timeout(WAIT_S):
+            await waiting

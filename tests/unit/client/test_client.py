@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from typing import Any
@@ -127,3 +128,30 @@ async def test_async_client_is_the_same(api: FakeApi) -> None:
     async with AsyncClient("http://127.0.0.1:1") as client:
         with pytest.raises(GodwitConnectionError):
             await client.vms()
+
+
+def test_the_fleet_is_followed_over_lost_streams(api: FakeApi) -> None:
+    """What cannot be taken up is told as a reset; what we do not know is left out."""
+    began = "id: t-1\nevent: began\ndata: {}\n\n"
+    told = f"id: t-2\nevent: migration\ndata: {json.dumps(migration('pending', 1))}\n\n"
+    novelty = 'id: t-3\nevent: weather\ndata: {"rain": true}\n\n'
+    reset = 'id: u-9\nevent: reset\ndata: {"reason": "EVENTS_GONE"}\n\n'
+    cut = 'event: problem\ndata: {"status": 429, "reason": "WATCHER_TOO_SLOW", "detail": "x"}\n\n'
+    path = "/v1/events?kind=migration&kind=node"
+    api.streams[path] = [[began, told, novelty], [], [reset, cut]]
+    with Client(api.url) as client:
+        events = client.events("migration", "node")
+        assert [next(events).name for _ in range(3)] == ["began", "migration", "reset"]
+        with pytest.raises(GodwitApiError, match="WATCHER_TOO_SLOW"):
+            next(events)
+    ids = [request.headers.get("last-event-id") for request in api.requests]
+    assert ids == [None, "t-2", "t-2"]
+
+
+def test_an_operation_is_watched_to_its_end(api: FakeApi) -> None:
+    steps = [{"operation_id": "01O", "state": "running", "version": 1}]
+    steps.append(steps[0] | {"state": "cancelled", "version": 2})
+    api.streams["/v1/operations/01O/events"] = [[event(each) for each in steps]]
+    with Client(api.url) as client:
+        seen = [(step.state, data) for step, data in client.watch_operation("01O")]
+    assert seen == [("running", steps[0]), ("cancelled", steps[1])]

@@ -15,7 +15,7 @@ import pytest
 from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import FailedPreconditionError
-from services.orchestrator import rest
+from services.orchestrator import rest_events
 from tests.harness.fake_agent import spec
 from tests.harness.fake_fleet import VM, FakeFleet, eventually, fake_fleet
 
@@ -421,7 +421,7 @@ async def test_events_tell_every_change_and_end(listening: FakeFleet) -> None:
 async def test_silent_events_are_pinged(
     listening: FakeFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rest, "PING_S", 0.02)
+    monkeypatch.setattr(rest_events, "PING_S", 0.02)
     fleet = listening
     fleet.b.fetching.clear()
     migration_id = await fleet.migrate()

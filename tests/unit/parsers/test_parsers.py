@@ -22,7 +22,7 @@ import grpc
 import pytest
 from godwit.errors import GodwitApiError
 from godwit.models import Migration, Node, Recovery, UserfaultBitmap, Vm
-from godwit.watch import WatchState
+from godwit.watch import FleetState, Stream, WatchState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -311,9 +311,19 @@ def test_what_a_client_is_answered(value: Any, text: bytes) -> None:
     assert error.reason
     for model in (Node, Vm, Recovery, UserfaultBitmap):
         model.from_json(value)
-    state = WatchState(1.0)
-    state.accept("1", text.decode(errors="replace"))
-    assert math.isfinite(state.broken(0.0, error))
+    heard = text.decode(errors="replace")
+    states: list[Stream[Any]] = [
+        WatchState.of_migration(1.0),
+        WatchState.of_operation(1.0),
+        FleetState(1.0),
+    ]
+    for state in states:
+        for name in ("migration", "operation", "node", "reset", "weather"):
+            state.accept(name, "1", heard)
+            state.accept(name, "1", json.dumps(value))
+        with pytest.raises(GodwitApiError):
+            state.accept("problem", "1", json.dumps(value))
+        assert math.isfinite(state.broken(0.0, error))
 
 
 MIGRATION: dict[str, Any] = {
@@ -332,7 +342,7 @@ MIGRATION: dict[str, Any] = {
 def test_a_migration_of_a_newer_server(value: Any) -> None:
     """Read, whatever it has become: a watch does not end because of one odd event."""
     Migration.from_json(value)
-    WatchState(1.0).accept("1", json.dumps(value))
+    WatchState.of_migration(1.0).accept("migration", "1", json.dumps(value))
 
 
 def test_the_pattern_of_image_ids_is_a_file_name() -> None:

@@ -81,6 +81,11 @@ class OperationServiceStub:
                 request_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationRequest.SerializeToString,
                 response_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationResponse.FromString,
                 _registered_method=True)
+        self.WatchOperation = channel.unary_stream(
+                '/godwit.fleet.v1.OperationService/WatchOperation',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationResponse.FromString,
+                _registered_method=True)
 
 
 class OperationServiceServicer:
@@ -156,6 +161,15 @@ class OperationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchOperation(self, request, context):
+        """Streams an operation, without its VMs, at every change, at most every 100 ms, beginning with its present state. Ends
+        with OK when it has ended. Retry: call again. Errors: NOT_FOUND OPERATION_UNKNOWN; RESOURCE_EXHAUSTED
+        TOO_MANY_WATCHERS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -203,6 +217,11 @@ def add_OperationServiceServicer_to_server(servicer, server):
                     servicer.ResumeOperation,
                     request_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationRequest.FromString,
                     response_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationResponse.SerializeToString,
+            ),
+            'WatchOperation': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchOperation,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -450,6 +469,33 @@ class OperationService:
             '/godwit.fleet.v1.OperationService/ResumeOperation',
             godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationRequest.SerializeToString,
             godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ResumeOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/godwit.fleet.v1.OperationService/WatchOperation',
+            godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_operation__service__pb2.WatchOperationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,11 @@ class OperationServiceStub:
     """Admits no further move of it. What was admitted goes on. Idempotent. Errors: as CancelOperation."""
     ResumeOperation: _aio.UnaryUnaryMultiCallable[_operation_service_pb2.ResumeOperationRequest, _operation_service_pb2.ResumeOperationResponse]
     """Goes on. Idempotent. Errors: as CancelOperation."""
+    WatchOperation: _aio.UnaryStreamMultiCallable[_operation_service_pb2.WatchOperationRequest, _operation_service_pb2.WatchOperationResponse]
+    """Streams an operation, without its VMs, at every change, at most every 100 ms, beginning with its present state. Ends
+    with OK when it has ended. Retry: call again. Errors: NOT_FOUND OPERATION_UNKNOWN; RESOURCE_EXHAUSTED
+    TOO_MANY_WATCHERS.
+    """
 
 class OperationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Empties nodes, fills them again, moves many. Everything here goes on by itself, over restarts of the orchestrator, and
@@ -131,5 +136,16 @@ class OperationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operation_service_pb2.ResumeOperationRequest, _abc.Awaitable[_operation_service_pb2.ResumeOperationResponse]],
     ) -> _abc.Awaitable[_operation_service_pb2.ResumeOperationResponse]:
         """Goes on. Idempotent. Errors: as CancelOperation."""
+
+    @_abc_1.abstractmethod
+    def WatchOperation(
+        self,
+        request: _operation_service_pb2.WatchOperationRequest,
+        context: _aio.ServicerContext[_operation_service_pb2.WatchOperationRequest, _abc.AsyncIterator[_operation_service_pb2.WatchOperationResponse]],
+    ) -> _abc.AsyncIterator[_operation_service_pb2.WatchOperationResponse]:
+        """Streams an operation, without its VMs, at every change, at most every 100 ms, beginning with its present state. Ends
+        with OK when it has ended. Retry: call again. Errors: NOT_FOUND OPERATION_UNKNOWN; RESOURCE_EXHAUSTED
+        TOO_MANY_WATCHERS.
+        """
 
 def add_OperationServiceServicer_to_server(servicer: OperationServiceServicer, server: _aio.Server) -> None: ...
