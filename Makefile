@@ -109,6 +109,10 @@ bench-faults: setup ## time page faults: userfaultfd against vCPU exits, 1 to 4 
 bench-store: setup system-postgres ## admissions, decisions and lists with a long history, on both databases
 	@$(PY) -m tests.bench.store --at build $(ARGS)
 
+.PHONY: bench-watchers
+bench-watchers: setup system-postgres ## a thousand watchers and a long history, on both databases
+	@$(PY) -m tests.bench.watchers --at build $(ARGS)
+
 .PHONY: soak-moves
 soak-moves: setup ## move a microvm 200 times in a row on each fault backend, checking every page
 	@$(PY) -m tests.soak.moves $(ARGS)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import resource
 import socket
 import sys
 import time
@@ -33,6 +34,7 @@ from services.common.tls import Certificates
 from services.common.tls_metrics import TlsCollector
 from services.orchestrator import rest, rpc
 from services.orchestrator.agents import AgentPool, Deadlines
+from services.orchestrator.auth.connection import CONNECTION_COUNT_MAX
 from services.orchestrator.auth.settings import (
     AuthSettings,
     add_auth_options,
@@ -66,6 +68,8 @@ from services.orchestrator.store.opening import read_store
 
 log = logging.getLogger(__name__)
 
+DESCRIPTORS_BESIDE = 2048
+"""Files beside REST's connections: gRPC's, agents', the store's."""
 LEASE_S_MIN = 1.0
 LEASE_S_MAX = 300.0
 STANDBY_LOOK_S = 1.0
@@ -440,8 +444,20 @@ def read_node(text: str) -> tuple[str, str]:
     return name, address
 
 
+def _allow_descriptors() -> None:
+    """As many files as CONNECTION_COUNT_MAX needs, where the limit is lower and may be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTION_COUNT_MAX + DESCRIPTORS_BESIDE
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if allowed < needed:
+        log.warning("%d open files are allowed, watchers may need %d", allowed, needed)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 async def _serve(arguments: Sequence[str]) -> ExitStatus:
     settings = parse(arguments)
+    _allow_descriptors()
     with lifecycle.stop_on_signal() as stop:
         async with orchestrating(settings) as running:
             # For whoever started us: the ports may have been chosen by the kernel.

@@ -116,19 +116,32 @@ class EventStream(StreamingResponse):
             await self._rendered.aclose()
 
 
-DESCRIBED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "Events: `began`, `reset`, `migration`, `operation`, `node`, `problem`",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+def _described(*names: str) -> dict[int | str, dict[str, Any]]:
+    """The answer, event by event, as OpenAPI has it."""
+    event = {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string", "enum": [*names, "problem"]},
+            "id": {"type": "string", "description": "for Last-Event-ID"},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+        "required": ["data"],
     }
-}
+    return {
+        200: {
+            "description": "Server-sent events",
+            "content": {"text/event-stream": {"schema": event}},
+        }
+    }
 
 
 def events(watching: Events) -> APIRouter:
     """What can be watched."""
     router = APIRouter(prefix="/v1", tags=["events"], responses=problems.RESPONSES)
 
-    @router.get("/events", response_class=StreamingResponse, responses=DESCRIBED)
+    @router.get(
+        "/events", response_class=StreamingResponse, responses=_described("began", "reset", *Kind)
+    )
     async def watch_events(
         kind: Annotated[list[Kind], Query(description="only of these; none: of all")] = [],  # noqa: B006
         last_event_id: LastEventId = "",
@@ -143,7 +156,9 @@ def events(watching: Events) -> APIRouter:
         return EventStream(watching.fleet(kind, last_event_id, ping_s=PING_S))
 
     @router.get(
-        "/migrations/{migration_id}/events", response_class=StreamingResponse, responses=DESCRIBED
+        "/migrations/{migration_id}/events",
+        response_class=StreamingResponse,
+        responses=_described(Kind.MIGRATION),
     )
     async def watch_migration(migration_id: str, last_event_id: LastEventId = "") -> EventStream:
         """The migration at each change, as `event: migration`, until it is terminal.
@@ -154,7 +169,9 @@ def events(watching: Events) -> APIRouter:
         return EventStream(_one(watching, Kind.MIGRATION, migration_id, last_event_id))
 
     @router.get(
-        "/operations/{operation_id}/events", response_class=StreamingResponse, responses=DESCRIBED
+        "/operations/{operation_id}/events",
+        response_class=StreamingResponse,
+        responses=_described(Kind.OPERATION),
     )
     async def watch_operation(operation_id: str, last_event_id: LastEventId = "") -> EventStream:
         """The operation at each change, as `event: operation`, until it has ended.

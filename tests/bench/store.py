@@ -160,7 +160,7 @@ def _id_of(number: int) -> str:
     return f"01A0000000{'0' * 7}{number}"
 
 
-async def _make_history(store: Store, count: int) -> VmRow:
+async def make_history(store: Store, count: int) -> VmRow:
     for name in "ab":
         await store.fleet.put_node(name, "127.0.0.1:1", now_ns=1)
     vm = await _start(store, "old-0")
@@ -295,7 +295,7 @@ async def _of(place: str | Path, *, history: int, calls: int) -> dict[str, Any]:
 
     began = time.perf_counter()
     async with open_store(place) as store:
-        await _make_history(store, history)
+        await make_history(store, history)
         report["history_s"] = round(time.perf_counter() - began, 1)
         await store.database.write(_fill_answers)
         vms = [await _start(store, f"new-{number}") for number in range(2 * calls)]
@@ -313,7 +313,7 @@ async def _of(place: str | Path, *, history: int, calls: int) -> dict[str, Any]:
         report["unfinished"] = (
             await _times(20, lambda _n: core.context.store.migrations.unfinished())
         ).row()
-    report["peak_rss_mib"] = round(_status_kib("self", "VmHWM") / 1024)
+    report["peak_rss_mib"] = round(status_kib("self", "VmHWM") / 1024)
     return report
 
 
@@ -330,7 +330,7 @@ def _end_all(connection: sa.Connection) -> None:
     )
 
 
-def _status_kib(pid: str, name: str) -> int:
+def status_kib(pid: str, name: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -338,7 +338,7 @@ def _status_kib(pid: str, name: str) -> int:
     return 0
 
 
-def _sync_ms(directory: Path) -> float:
+def sync_ms(directory: Path) -> float:
     """What one fdatasync of 16 KiB costs here: the floor of a commit."""
     path = directory / "sync"
     times = []
@@ -353,7 +353,7 @@ def _sync_ms(directory: Path) -> float:
 
 
 @contextlib.contextmanager
-def _directory(at: Path) -> Iterator[Path]:
+def directory(at: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="bench-store-", dir=at))
     try:
         yield made
@@ -371,7 +371,7 @@ def _child(kind: str, at: Path, history: int, calls: int) -> dict[str, Any]:
             server = stack.enter_context(postgres.serving(at=at, **settings))
             place = server.url(server.create())
         else:
-            place = str(stack.enter_context(_directory(at)) / "godwit.db")
+            place = str(stack.enter_context(directory(at)) / "godwit.db")
         done = subprocess.run(
             [sys.executable, "-m", "tests.bench.store", *words, "--store", place],
             stdout=subprocess.PIPE,
@@ -425,14 +425,14 @@ def main() -> int:
         return 0
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the server inherits it
     at = given.at.resolve()
-    sync_ms = _sync_ms(at)
+    synced_ms = sync_ms(at)
     reports = {
         kind: _child(kind, at, given.history, given.calls) for kind in given.kinds.split(",")
     }
     if given.json:
-        sys.stdout.write(json.dumps({"sync_ms": sync_ms, **reports}) + "\n")
+        sys.stdout.write(json.dumps({"sync_ms": synced_ms, **reports}) + "\n")
     else:
-        sys.stdout.write(f"one core; fdatasync of 16 KiB here: {sync_ms} ms\n{_table(reports)}\n")
+        sys.stdout.write(f"one core; fdatasync of 16 KiB here: {synced_ms} ms\n{_table(reports)}\n")
     slow = [
         f"{kind}: {report[name]['per_s']} admissions/s, the bar is {ADMISSIONS_PER_S_MIN:g}"
         for kind, report in reports.items()
