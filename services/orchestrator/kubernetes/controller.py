@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from services.common.errors import GodwitError
+from services.orchestrator.events.model import Kind, Subject
 from services.orchestrator.fleet import Fleet
 from services.orchestrator.homes import HomesInCharge
 from services.orchestrator.kubernetes.api import Api, connect
@@ -72,7 +73,7 @@ class Controller:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Make everything right, again and again, for the length of the block."""
-        self._context.changes.on_publish.append(self._following.add)
+        self._context.changes.on_publish.append(self._published)
         try:
             async with contextlib.AsyncExitStack() as stack:
                 informers = (
@@ -101,7 +102,11 @@ class Controller:
                 yield
         finally:
             self._homes.use(None)
-            self._context.changes.on_publish.remove(self._following.add)
+            self._context.changes.on_publish.remove(self._published)
+
+    def _published(self, subject: Subject | None) -> None:
+        if subject is not None and subject[0] is Kind.MIGRATION:
+            self._following.add(subject[1])
 
     async def _follow(self, migration_id: str) -> float | None:
         """The store has written a migration: its object, and its VM's pods, may be behind."""

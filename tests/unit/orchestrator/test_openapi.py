@@ -92,6 +92,7 @@ async def _run(fleet: FakeFleet, directory: Path, config: str, arguments: Iterab
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2 * RUN_S_MAX + 60)
 async def test_any_request_has_an_answer_of_the_document(tmp_path: Path) -> None:
     """Right ones and wrong ones; no 5xx, and no answer but those that are described."""
     async with fake_fleet(tmp_path, listening=True) as fleet:
