@@ -52,10 +52,15 @@ def wait_for(true: Callable[[], Any], what: str, *, s: float = 60.0) -> Any:
 
 def make_node(server: ApiServer, name: str, labels: dict[str, str] | None = None) -> None:
     """A node that is ready."""
-    body = {
-        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}
-    }
-    server.request("POST", "/api/v1/nodes", body)
+    names = {"kubernetes.io/hostname": name, **(labels or {})}
+    server.request("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": names}})
+    # Admission has tainted it as not ready; its controller would take that away.
+    server.request(
+        "PATCH",
+        f"/api/v1/nodes/{name}",
+        {"spec": {"taints": None}},
+        media="application/merge-patch+json",
+    )
 
 
 def make_vm_pod(server: ApiServer, vm_id: str, node: str, **spec: Any) -> Object:

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from godwit.client import AsyncClient
 
-from services.demo.cluster import Cluster, running_cluster
-from services.demo.microvm_guest import MicrovmGuest, make_spec
 from tests.harness.kube import ApiServer
-from tests.harness.kubelet import Kubelet, make_node, make_vm_pod, wait_for
+from tests.harness.kube_fleet import DRAINS, MIGRATIONS, PODS, World, condition, fleet_in_cluster
+from tests.harness.kubelet import Kubelet
 from tests.harness.microvm import need_backend
 
 pytestmark = [
@@ -23,102 +20,15 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-MIGRATIONS = "/apis/godwit.io/v1alpha1/namespaces/default/vmmigrations"
-DRAINS = "/apis/godwit.io/v1alpha1/nodedrains"
-PODS = "/api/v1/namespaces/default/pods"
-NODES = ("a", "b", "c")
-MERGE = "application/merge-patch+json"
-
-
-@dataclass(slots=True, kw_only=True)
-class World:
-    """A fleet in a cluster."""
-
-    server: ApiServer
-    kubelet: Kubelet
-    cluster: Cluster
-    client: AsyncClient
-    guests: dict[str, MicrovmGuest] = field(default_factory=dict)
-
-    async def start(self, vm_id: str, node: str) -> MicrovmGuest:
-        """A guest and its pod."""
-        spec = make_spec(vm_id, accel="thread", memory_bytes=64 << 20, workload_bytes=4 << 20)
-        guest = await MicrovmGuest.start(spec, node, cluster=self.cluster, client=self.client)
-        await asyncio.to_thread(make_vm_pod, self.server, vm_id, node)
-        self.guests[vm_id] = guest
-        return guest
-
-    async def where(self, vm_id: str) -> str:
-        """Where the store has it; the guest is told."""
-        node = (await self.client.vm(vm_id)).node
-        if self.guests[vm_id].node != node:
-            self.guests[vm_id].was_moved(node)
-        return node
-
-    async def verify(self, vm_id: str) -> None:
-        """Every page of the guest is right."""
-        await self.where(vm_id)
-        stay = await self.guests[vm_id].look_again()
-        assert stay.sweep["errors"] == 0
-        assert stay.sweep["pages_verified"] == self.guests[vm_id].page_count
-
-    async def migrate(self, name: str, **spec: Any) -> Any:
-        """Make a VMMigration."""
-        body = {
-            "apiVersion": "godwit.io/v1alpha1",
-            "kind": "VMMigration",
-            "metadata": {"name": name},
-            "spec": spec,
-        }
-        return await asyncio.to_thread(self.server.request, "POST", MIGRATIONS, body)
-
-    async def ended(self, name: str) -> Any:
-        """A VMMigration, once it is over."""
-
-        def over() -> Any:
-            found = self.server.request("GET", f"{MIGRATIONS}/{name}")
-            return found if "completionTime" in found.get("status", {}) else None
-
-        return await asyncio.to_thread(wait_for, over, f"{name} is over")
-
-    async def pods_of(self, vm_id: str, *nodes: str) -> list[Any]:
-        """The VM's pods, once they are on just these nodes."""
-
-        def right() -> Any:
-            found = self.server.request("GET", f"{PODS}?labelSelector=godwit.io/vm={vm_id}")[
-                "items"
-            ]
-            return (
-                found if sorted(each["spec"]["nodeName"] for each in found) == sorted(nodes) else []
-            )
-
-        return list(await asyncio.to_thread(wait_for, right, f"pods of {vm_id} are on {nodes}"))
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def world(
     kube_with_crds: ApiServer, kubelets: Kubelet, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
     need_backend("thread", "uffd")
-    for name in NODES:
-        make_node(kube_with_crds, name, {"zone": f"zone-{name}"})
-    environment = {"GODWIT_KUBECONFIG": str(kube_with_crds.kubeconfig)}
-    async with (
-        running_cluster(
-            tmp_path_factory.mktemp("kube") / "cluster",
-            node_names=NODES,
-            environment=environment,
-            hooked=True,
-        ) as cluster,
-        cluster.client() as client,
-    ):
-        yield World(server=kube_with_crds, kubelet=kubelets, cluster=cluster, client=client)
-
-
-def condition(found: Any, name: str) -> tuple[str, str]:
-    """(status, reason)."""
-    by_type = {each["type"]: each for each in found["status"]["conditions"]}
-    return by_type[name]["status"], by_type[name]["reason"]
+    directory = tmp_path_factory.mktemp("kube") / "cluster"
+    async with fleet_in_cluster(kube_with_crds, kubelets, directory, ("a", "b", "c")) as made:
+        yield made
 
 
 async def test_an_object_moves_a_guest(world: World) -> None:
@@ -139,3 +49,161 @@ async def test_an_object_moves_a_guest(world: World) -> None:
     assert status["destinationPod"] == f"default/{pods[0]['metadata']['name']}"
     await world.verify("vm-1")
     assert await world.where("vm-1") == "b"
+    events = await world.request("GET", "/apis/events.k8s.io/v1/namespaces/default/events")
+    told = [each["reason"] for each in events["items"] if each["regarding"]["name"] == "first"]
+    assert {"Pending", "Committed", "Postcopy", "Succeeded"} <= set(told)
+    assert len(told) == len(set(told))
+
+
+async def test_a_move_asked_for_elsewhere_has_an_object(world: World) -> None:
+    await world.start("vm-2", "a")
+    made = await world.client.migrate("vm-2", "b")
+    done = await world.ended(f"vm-2-{made.migration_id.lower()}")
+    assert done["status"]["migrationId"] == made.migration_id
+    assert done["metadata"]["labels"]["godwit.io/origin"] == "mirror"
+    assert done["status"]["phase"] == "Succeeded"
+    await world.pods_of("vm-2", "b")
+    await world.verify("vm-2")
+
+
+async def test_what_cannot_be_is_refused_and_says_why(world: World) -> None:
+    await world.migrate("nobody", vm="there-is-none", destinationNode="b")
+    done = await world.ended("nobody")
+    assert (done["status"]["phase"], done["status"]["reason"]) == ("Refused", "VM_UNKNOWN")
+    assert condition(done, "Succeeded") == ("False", "VM_UNKNOWN")
+    await world.request("DELETE", f"{MIGRATIONS}/nobody")
+    await world.until(lambda: not world.find(f"{MIGRATIONS}/nobody"), "it is gone")
+
+
+async def test_a_volume_of_one_node_keeps_its_guest_there(world: World) -> None:
+    claim = {
+        "metadata": {"name": "disk-3"},
+        "spec": {
+            "accessModes": ["ReadWriteOnce"],
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }
+    await world.request("POST", "/api/v1/namespaces/default/persistentvolumeclaims", claim)
+    await world.start("vm-3", "a", volumes=[_volume("disk-3")])
+    await world.migrate("third", vm="vm-3", destinationNode="b")
+    done = await world.ended("third")
+    assert (done["status"]["phase"], done["status"]["reason"]) == (
+        "Failed",
+        "POD_VOLUME_NOT_SHARED",
+    )
+    await world.pods_of("vm-3", "a")
+    await world.verify("vm-3")
+
+
+async def test_deleted_before_its_decision_it_is_rolled_back(world: World) -> None:
+    await world.start("vm-4", "a")
+    world.kubelet.holding.add("b")
+    try:
+        await world.migrate("fourth", vm="vm-4", destinationNode="b")
+        found = await world.phase("fourth", "Preparing")
+        assert found["metadata"]["finalizers"] == ["godwit.io/rollback"]
+        await world.pods_of("vm-4", "a", "b")
+        await world.request("DELETE", f"{MIGRATIONS}/fourth")
+
+        def gone() -> bool:
+            items = world.server.request("GET", MIGRATIONS)["items"]
+            return "fourth" not in {each["metadata"]["name"] for each in items}
+
+        await world.until(gone, "fourth is gone")
+    finally:
+        world.kubelet.holding.clear()
+    await world.pods_of("vm-4", "a")
+    assert await world.where("vm-4") == "a"
+    migration = await world.client.migration(found["status"]["migrationId"])
+    assert migration.phase == "cancelled"
+    await world.verify("vm-4")
+
+
+async def test_cancelled_before_its_decision(world: World) -> None:
+    await world.start("vm-5", "a")
+    world.kubelet.holding.add("c")
+    try:
+        await world.migrate("fifth", vm="vm-5", destinationNode="c")
+        await world.phase("fifth", "Preparing")
+        await world.patch(f"{MIGRATIONS}/fifth", {"spec": {"cancelRequested": True}})
+        done = await world.ended("fifth")
+    finally:
+        world.kubelet.holding.clear()
+    assert done["status"]["phase"] == "Cancelled"
+    assert condition(done, "Cancelled") == ("True", "Cancelled")
+    await world.pods_of("vm-5", "a")
+    await world.verify("vm-5")
+
+
+async def test_a_controller_killed_in_the_middle(world: World) -> None:
+    await world.start("vm-6", "a")
+    world.kubelet.holding.add("b")
+    await world.migrate("sixth", vm="vm-6", destinationNode="b")
+    await world.phase("sixth", "Preparing")
+    await world.cluster.orchestrator.kill()
+    world.kubelet.holding.clear()
+    await world.cluster.start(world.cluster.orchestrator)
+    done = await world.ended("sixth")
+    assert done["status"]["phase"] == "Succeeded", done["status"]
+    await world.pods_of("vm-6", "b")
+    await world.verify("vm-6")
+
+
+async def test_a_cordon_empties_a_node(world: World) -> None:
+    before = sorted(vm.vm_id for vm in await world.client.vms() if vm.node == "a")
+    for vm_id in ("vm-7", "vm-8"):
+        await world.start(vm_id, "a")
+    # The volume of one node keeps its guest; the rest can go.
+    await world.client.stop_vm("vm-3")
+    await world.request("DELETE", f"{PODS}/vm-3")
+    await world.patch("/api/v1/nodes/a", {"spec": {"unschedulable": True}})
+
+    def drained() -> Any:
+        found = world.find(f"{DRAINS}/cordon-a")
+        return found if found.get("status", {}).get("phase") == "Succeeded" else None
+
+    done = await world.until(drained, "a is drained")
+    assert done["status"]["vms"]["moved"] == len(before) + 1
+    assert done["status"]["vms"]["failed"] == 0
+    for vm_id in ("vm-7", "vm-8"):
+        node = await world.where(vm_id)
+        assert node != "a"
+        await world.pods_of(vm_id, node)
+        await world.verify(vm_id)
+    # Opened again with the cordon's end.
+    await world.patch("/api/v1/nodes/a", {"spec": {"unschedulable": None}})
+
+    def over() -> bool:
+        return not world.server.request("GET", DRAINS)["items"]
+
+    await world.until(over, "the drain's object is gone")
+    nodes = {node.name: node for node in await world.client.nodes()}
+    assert not nodes["a"].closed_by
+
+
+async def test_a_node_is_placed_as_the_cluster_labels_it(world: World) -> None:
+    nodes = {node.name: node for node in await world.client.nodes()}
+    assert (nodes["b"].labels or {})["zone"] == "zone-b"
+    taint = {"key": "gpu", "effect": "NoSchedule"}
+    await world.patch("/api/v1/nodes/b", {"spec": {"taints": [taint]}})
+    async with asyncio.timeout(60):
+        while nodes["b"].taints != ("gpu",):
+            await asyncio.sleep(0.05)
+            nodes = {node.name: node for node in await world.client.nodes()}
+    await world.patch("/api/v1/nodes/b", {"spec": {"taints": None}})
+
+
+async def test_a_guest_has_a_budget(world: World) -> None:
+    await world.until(
+        lambda: (
+            world.server.request(
+                "GET", "/apis/policy/v1/namespaces/default/poddisruptionbudgets/godwit-vm-6"
+            )["spec"]["minAvailable"]
+            == 1
+        ),
+        "vm-6 has a budget of one pod",
+    )
+
+
+def _volume(claim: str) -> Any:
+    return {"name": "disk", "persistentVolumeClaim": {"claimName": claim}}

@@ -119,8 +119,8 @@ class Controller:
             self.migrations.published(migration_id)
             return None
         pod = self.pods.of(row.vm_id)
-        if pod is None or row.phase in TERMINAL:
-            return None  # In a cluster of pods, the rest is nobody's to see here.
+        if pod is None:
+            return None  # A VM without a pod is nobody's to see here.
         if self.migrations.asks_for(row.vm_id):
             return MIRROR_S
         view = await self._fleet.get_migration(migration_id)
