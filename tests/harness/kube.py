@@ -61,6 +61,15 @@ def _port() -> int:
         return port
 
 
+class RefusedError(Exception):
+    """The server refused. `status`: of HTTP; the text is what it said."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+
+
 class _Authority:
     """A CA and what it signs, as PEM files in a directory."""
 
@@ -124,8 +133,10 @@ def _pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
 class ApiServer:
     """A running API server. `kubeconfig` is its admin's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *flags: str) -> None:
+        """`flags`: further ones of kube-apiserver."""
         self.directory = directory
+        self._flags = flags
         self.kubeconfig = directory / "kubeconfig"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ports = {name: _port() for name in ("etcd", "peer", "core", "extensions")}
@@ -138,22 +149,37 @@ class ApiServer:
         """Where it is served."""
         return f"https://127.0.0.1:{self._ports['core']}"
 
+    @property
+    def etcd_url(self) -> str:
+        """Where its database is, for what only that can do."""
+        return f"http://127.0.0.1:{self._ports['etcd']}"
+
     def request(
-        self, method: str, path: str, body: Any = None, *, media: str = "application/json"
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        media: str = "application/json",
+        accept: str = "application/json",
     ) -> Any:
         """One request as the admin.
 
         Raises:
-            urllib.error.HTTPError: it was refused.
+            RefusedError: it was refused.
         """
         request = urllib.request.Request(
             self.url + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": media},
+            headers={"Content-Type": media, "Accept": accept},
         )
-        with urllib.request.urlopen(request, context=self._context, timeout=30) as answer:
-            text = answer.read()
+        try:
+            with urllib.request.urlopen(request, context=self._context, timeout=30) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise RefusedError(error.code, _message(error.read())) from None
         return json.loads(text) if text[:1] == b"{" else text.decode()
 
     def start(self) -> None:
@@ -161,7 +187,7 @@ class ApiServer:
         found = assets()
         assert found is not None
         ports = self._ports
-        etcd, peer = f"http://127.0.0.1:{ports['etcd']}", f"http://127.0.0.1:{ports['peer']}"
+        etcd, peer = self.etcd_url, f"http://127.0.0.1:{ports['peer']}"
         self._spawn(
             found / "etcd",
             *(f"--data-dir={self.directory / 'etcd'}", "--unsafe-no-fsync", "--log-level=error"),
@@ -180,6 +206,7 @@ class ApiServer:
             f"--service-account-key-file={self.directory / 'accounts.pub'}",
             f"--proxy-client-cert-file={self.directory / 'proxy.crt'}",
             f"--proxy-client-key-file={self.directory / 'proxy.key'}",
+            *self._flags,
         )
         self._wait(self.url, "kube-apiserver")
         if (found / EXTENSIONS).exists():
@@ -222,7 +249,7 @@ class ApiServer:
     def _common(self, name: str) -> tuple[str, ...]:
         at = self.directory
         return (
-            f"--etcd-servers=http://127.0.0.1:{self._ports['etcd']}",
+            f"--etcd-servers={self.etcd_url}",
             *("--bind-address=127.0.0.1", f"--secure-port={self._ports[name]}"),
             *(
                 f"--tls-cert-file={at / 'server.crt'}",
@@ -275,18 +302,17 @@ class ApiServer:
             )
 
     def _wait(self, url: str, name: str) -> None:
-        def ready() -> bool:
-            with urllib.request.urlopen(
-                f"{url}/readyz", context=self._context, timeout=5
-            ) as answer:
+        def is_ready() -> bool:
+            where = f"{url}/readyz"
+            with urllib.request.urlopen(where, context=self._context, timeout=5) as answer:
                 return bool(answer.status == 200)
 
-        self._until(ready, name)
+        self._until(is_ready, name)
 
     def _until(self, true: Any, name: str) -> None:
         deadline_s = time.monotonic() + START_S_MAX
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RefusedError):
                 if true():
                     return
             ended = self._processes[name].poll() is not None
@@ -294,6 +320,12 @@ class ApiServer:
                 log = (self.directory / f"{name}.log").read_text(errors="replace")
                 raise RuntimeError(f"{name} is not ready:\n{log[-2000:]}")
             time.sleep(0.05)
+
+
+def _message(body: bytes) -> str:
+    with contextlib.suppress(ValueError, AttributeError):
+        return str(json.loads(body).get("message", ""))
+    return body.decode(errors="replace")
 
 
 def _is_available(service: dict[str, Any]) -> bool:
@@ -305,9 +337,9 @@ def _is_available(service: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def serving(directory: Path) -> Iterator[ApiServer]:
+def serving(directory: Path, *flags: str) -> Iterator[ApiServer]:
     """A new API server for the length of the block, with what it writes in `directory`."""
-    server = ApiServer(directory)
+    server = ApiServer(directory, *flags)
     try:
         server.start()
         yield server

@@ -9,13 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 from godwit.client import AsyncClient
 
 from services.demo.cluster import Cluster, running_cluster
 from services.demo.microvm_guest import MicrovmGuest, make_spec
-from tests.harness.kube import ApiServer
+from tests.harness.kube import ApiServer, RefusedError
 from tests.harness.kubelet import Kubelet, make_node, make_vm_pod, wait_for
 
 MIGRATIONS = "/apis/godwit.io/v1alpha1/namespaces/default/vmmigrations"
@@ -79,8 +78,8 @@ class World:
         """What is there, or {}."""
         try:
             return self.server.request("GET", path)
-        except HTTPError as error:
-            if error.code != 404:
+        except RefusedError as error:
+            if error.status != 404:
                 raise
             return {}
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.harness.kube import ApiServer
+from tests.harness.kube import ApiServer, RefusedError
 
 CRDS = Path(__file__).parents[2] / "deploy/helm/godwit/crds"
 _LOOK_S = 0.1
@@ -34,7 +33,7 @@ def install_crds(server: ApiServer) -> None:
 
 
 def _served(server: ApiServer, plural: str) -> bool:
-    with contextlib.suppress(urllib.error.HTTPError):
+    with contextlib.suppress(RefusedError):
         server.request("GET", f"/apis/godwit.io/v1alpha1/{plural}")
         return True
     return False
@@ -98,7 +97,7 @@ class Kubelet:
         """Until stopped."""
         while not self._stop.wait(_LOOK_S):
             for pod in self._server.request("GET", "/api/v1/pods")["items"]:
-                with contextlib.suppress(urllib.error.HTTPError):
+                with contextlib.suppress(RefusedError):
                     self._look(pod)
 
     def stop(self) -> None:
