@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ class PeerTls:
     """Ours."""
     name: str
     """DNS name that the peer's certificate must have."""
+    pin: Callable[[], bytes] = bytes
+    """The peer's continuation certificate (services.common.continuation), PEM; empty: none yet."""
 
 
 def add_tls_option(parser: argparse.ArgumentParser) -> None:

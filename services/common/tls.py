@@ -15,10 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import hashlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from services.common import certificates as names
+from services.common import continuation
 from services.common.errors import FailedPreconditionError
 
 log = logging.getLogger(__name__)
@@ -46,9 +46,12 @@ class Loaded:
     chain_pem: bytes
     key_pem: bytes
     authority_pem: bytes
+    """Whom we believe."""
     subject: names.Subject
     key_sha256: bytes
     """Of the SubjectPublicKeyInfo: by which a peer pins us."""
+    continuation_der: bytes
+    """See services.common.continuation; empty: the key is of no kind that can have one."""
     ends: dict[str, dt.datetime]
     """When each certificate ends, by file: the earliest of several."""
 
@@ -70,21 +73,22 @@ def _read(directory: Path) -> Loaded:
             f"{paths[0]} must name one node, orchestrator or person, it names {len(subjects)}",
             hint="`godwit certs issue` makes one",
         )
-    public_key = own[0].public_key()
-    spki = public_key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
     return Loaded(
         chain_pem=chain,
         key_pem=key,
         authority_pem=authority,
         subject=subjects[0],
-        key_sha256=hashlib.sha256(spki).digest(),
+        key_sha256=continuation.key_sha256(own[0]),
+        continuation_der=continuation.make(key, subjects[0].dns_name),
         ends={
             names.CERTIFICATE: min(each.not_valid_after_utc for each in own),
             names.AUTHORITY: min(each.not_valid_after_utc for each in authorities),
         },
     )
+
+
+def _pem(der: bytes) -> bytes:
+    return x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
 
 
 def _server_context(directory: Path, *, require_client: bool) -> ssl.SSLContext:
@@ -113,6 +117,8 @@ class Certificates:
         self._complained_at = float("-inf")
         self._listeners: list[Callable[[], None]] = []
         self._warned: dict[str, tuple[int, str]] = {}
+        self.pinned_callers: Callable[[], Sequence[bytes]] = tuple
+        """Continuation certificates, PEM, by which gRPC's callers are known too. For any thread."""
 
     def _stat(self) -> tuple[tuple[int, int, int], ...]:
         found = []
@@ -216,28 +222,40 @@ class Certificates:
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """For servers: callers must show a certificate. Those of each moment count."""
-        told = 0
+        told: tuple[int, tuple[bytes, ...]] = (self.version, ())
 
+        # Asked for each connection.
         def fetch() -> Any:
             nonlocal told
-            if told == self.version:
+            now = self.version, tuple(self.pinned_callers())
+            if told == now:
                 return None
-            told = self.version
-            return self._configuration()
+            told = now
+            return self._configuration(now[1])
 
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(), fetch, require_client_authentication=True
+            self._configuration(()), fetch, require_client_authentication=True
         )
 
-    def _configuration(self) -> Any:
+    def _configuration(self, pinned: Sequence[bytes]) -> Any:
         loaded = self.loaded
+        pairs = [(loaded.key_pem, loaded.chain_pem)]
+        if loaded.continuation_der:
+            # Shown to who asks for its second name.
+            pairs.append((loaded.key_pem, _pem(loaded.continuation_der)))
         return grpc.ssl_server_certificate_configuration(
-            [(loaded.key_pem, loaded.chain_pem)], root_certificates=loaded.authority_pem
+            pairs, root_certificates=b"".join((loaded.authority_pem, *pinned))
         )
 
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For clients, as they are now."""
+    def channel_credentials(self, pin: bytes = b"") -> grpc.ChannelCredentials:
+        """For clients, as they are now. `pin`: of the one peer that is known by its key."""
         loaded = self.loaded
+        if pin:
+            return grpc.ssl_channel_credentials(
+                root_certificates=pin,
+                private_key=loaded.key_pem,
+                certificate_chain=_pem(loaded.continuation_der),
+            )
         return grpc.ssl_channel_credentials(
             root_certificates=loaded.authority_pem,
             private_key=loaded.key_pem,

@@ -226,7 +226,7 @@ async def _security(
 
     certificates.require(Kind.NODE, config.node.name)
     with contextlib.closing(open_identity(core, certificates)) as identity:
-        security = Security(certificates, identity)
+        security = Security(certificates, identity, config.node.state_dir)
         registry.register(TlsCollector(certificates, identity))
         async with certificates.kept():
             yield security

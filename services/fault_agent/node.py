@@ -27,7 +27,7 @@ from services.fault_agent.drivers.api import Driver, VmmState
 from services.fault_agent.evidence import evidence
 from services.fault_agent.freezer import Freezer
 from services.fault_agent.images import Images
-from services.fault_agent.journal import Journal, JournalCorruptError, Record
+from services.fault_agent.journal import MIGRATING, Journal, JournalCorruptError, Record
 from services.fault_agent.obeyed_store import ObeyedStore
 from services.fault_agent.security import Security
 from services.fault_agent.vms import Vm
@@ -94,6 +94,8 @@ class Node:
         own = self.peer_tls(security.certificates.loaded.subject.dns_name) if security else None
         self.images = Images(config.images_dir, config.page_server_control, own)
         self.vms: dict[str, Vm] = {}
+        if security is not None:
+            security.guests_need = self._is_migrating
         self.corrupt: dict[str, JournalCorruptError] = {}
         self.draining = False
         self._tasks = tasks
@@ -153,6 +155,10 @@ class Node:
             raise self.corrupt[vm_id]
         known = self.vms.get(vm_id)
         return known or self._make(Record(vm_id=vm_id, boot_id=self.boot_id))
+
+    def _is_migrating(self) -> bool:
+        # In one step: asked by threads of gRPC.
+        return any(vm.record.role in MIGRATING for vm in list(self.vms.values()))
 
     def known_vms(self) -> list[Vm]:
         """Those with a record, by id."""

@@ -57,7 +57,7 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             ),
         )
 
-    async def Hello(self, request: pb.HelloRequest, context: _Context) -> pb.HelloResponse:  # noqa: N802, ARG002
+    async def Hello(self, request: pb.HelloRequest, context: _Context) -> pb.HelloResponse:  # noqa: N802
         """Agree on a version; say who this is."""
         version = min(request.version_max, VERSION_MAX)
         if version < max(request.version_min, VERSION_MIN) or not request.version_min:
@@ -72,6 +72,9 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             for corrupt in self._node.corrupt.values():
                 raise corrupt
             await self._node.obey(request.store_incarnation)
+        security = self._node.security
+        if security is not None and request.continuation:
+            security.take_caller(request.continuation, context.auth_context())
         if not self._node.images.page_address:
             with contextlib.suppress(PageServerUnreachableError):
                 await self._node.images.reload()
@@ -84,6 +87,8 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
             page_address=self._node.images.page_address,
             store_incarnation=self._node.store.incarnation,
             certificate_key=self._node.certificate_key,
+            continuation=security.certificates.loaded.continuation_der if security else b"",
+            certificate_ends_unix_s=security.ends_unix_s() if security else 0,
             capabilities=await self._capabilities(),
         )
 

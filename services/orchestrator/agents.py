@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +24,8 @@ PROTOCOL_VERSION_MIN = 1
 PROTOCOL_VERSION_MAX = 1
 
 _Response = TypeVar("_Response", bound=Message)
+
+log = logging.getLogger(__name__)
 
 
 Observe = Callable[[agent_pb2.Evidence], None]
@@ -71,9 +74,23 @@ class AgentClient:
         self._refused_by = refused_by
         self._incarnation = incarnation
         self._deadlines = deadlines
-        tls = PeerTls(certificates=certificates, name=node_name(node)) if certificates else None
+        self._certificates = certificates
+        self.pin = b""
+        """The node's continuation certificate (services.common.continuation), PEM; empty: none."""
+        self.certificate_ends_unix_s = 0
+        """The node's, as it said last; 0: it has not."""
+        tls = (
+            PeerTls(certificates=certificates, name=node_name(node), pin=lambda: self.pin)
+            if certificates
+            else None
+        )
         self._channel = grpc_client.open_channel(address, tls)
         self._stub = agent_grpc.FaultAgentServiceStub(self._channel)
+
+    @property
+    def is_by_pin(self) -> bool:
+        """The node is known by its key alone: no certificate has made the connection."""
+        return bool(getattr(self._channel, "is_by_pin", False))
 
     async def close(self) -> None:
         """Close the channel; calls under way end with an unknown outcome."""
@@ -132,13 +149,31 @@ class AgentClient:
                 version_max=PROTOCOL_VERSION_MAX,
                 store_incarnation=self._incarnation,
                 adopt_store=adopt_store,
+                continuation=(
+                    self._certificates.loaded.continuation_der if self._certificates else b""
+                ),
             ),
             self._deadlines.hello_s,
         )
         self._check_node(answer.node)
+        self._take_pin(answer)
         if answer.store_incarnation and answer.store_incarnation != self._incarnation:
             self._refused_by(self.node, answer.store_incarnation)
         return answer
+
+    def _take_pin(self, answer: agent_pb2.HelloResponse) -> None:
+        self.certificate_ends_unix_s = answer.certificate_ends_unix_s
+        # What came over a connection by keys alone proves nothing new.
+        if self._certificates is None or not answer.continuation or self.is_by_pin:
+            return
+        from services.common import continuation
+
+        try:
+            self.pin = continuation.check(
+                answer.continuation, dns_name=node_name(self.node), key=answer.certificate_key
+            )
+        except GodwitError as error:
+            log.warning("%s cannot be pinned: %s", self.node, error)
 
     def _check_node(self, says: str) -> None:
         if says != self.node:
@@ -304,6 +339,10 @@ class AgentPool:
             self._refused_by,
             self._certificates,
         )
+        if present:
+            # It is the same node, wherever it listens.
+            client.pin = present.pin
+            client.certificate_ends_unix_s = present.certificate_ends_unix_s
         self._clients[node] = client
         return client
 
@@ -317,6 +356,12 @@ class AgentPool:
         if client is None:
             raise node_unknown(node)
         return client
+
+    def own_certificate_left_s(self) -> float | None:
+        """How long our own certificate is good; negative: it has ended; None: plaintext."""
+        if self._certificates is None:
+            return None
+        return min(self._certificates.seconds_left().values())
 
     async def describe(self, node: str, vm_id: str) -> agent_pb2.Evidence | None:
         """Evidence, or None where the node cannot be asked now."""

@@ -162,6 +162,7 @@ class Follower:
             row.vm_id, row.epoch, row.page_size_bytes, message.bitmap_delta
         )
         await self._tell(message)
+        await move.tell_of_certificates()
         changed = message.phase != self._phase
         now = asyncio.get_running_loop().time()
         if changed or now - self._written_at >= move.limits.progress_write_s:

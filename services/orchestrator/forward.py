@@ -35,6 +35,7 @@ async def check_both_sides(move: Move) -> Event:
 async def _check(move: Move) -> Event:
     row, source, destination = move.row, move.source, move.destination
     here, there = await both(source.hello(), destination.hello())
+    await move.tell_of_certificates()
     runs, arrives = await both(source.describe(row.vm_id), destination.describe(row.vm_id))
     last_epoch = await move.context.store.fleet.last_epoch(row.vm_id)
     for evidence in (runs, arrives):

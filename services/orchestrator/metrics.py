@@ -80,6 +80,18 @@ class Metrics:
             "The term that this orchestrator leads in, or led in last",
             registry=self.registry,
         )
+        self.node_certificate = Gauge(
+            "godwit_node_certificate_expiry_seconds",
+            "Until the certificate of a node ends, as its agent said last; negative: it has ended",
+            ["node"],
+            registry=self.registry,
+        )
+        self.node_by_pin = Gauge(
+            "godwit_node_by_pin",
+            "1 if the node's agent is known by its pinned key alone: renew certificates",
+            ["node"],
+            registry=self.registry,
+        )
         self.node_reachable = Gauge(
             "godwit_node_reachable",
             "1 if the node's agent answered lately",

@@ -28,7 +28,7 @@ from services.orchestrator.migration import Event, StepFailed
 from services.orchestrator.scheduling.policy import Settings
 from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
-from services.orchestrator.timeline import Timeline, of_incarnation
+from services.orchestrator.timeline import Timeline, of_certificates, of_incarnation
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,8 @@ class Move:
         self.last_evidence: dict[str, Evidence | None] = {}
         """By node, from the last time both were asked; None: it did not answer."""
         self._incarnations: dict[str, str] = {}
+        self._certificates_told: set[tuple[str, str]] = set()
+        """(node, kind) of what was said of certificates, by this process."""
         self.timeline = Timeline(context.store, row.migration_id, context.now_ns, self._told)
 
     @property
@@ -205,6 +207,7 @@ class Move:
         for evidence in (source, destination):
             if evidence is not None:
                 await self._hear_incarnation(evidence)
+        await self.tell_of_certificates()
         last_epoch = await self.context.store.fleet.last_epoch(row.vm_id)
         judgement = judge(row, source, destination, last_epoch=last_epoch)
         if judgement.verdict is Verdict.FREEZE or judgement.invariants:
@@ -225,6 +228,22 @@ class Move:
         self._incarnations[evidence.node] = evidence.incarnation
         if before not in (None, evidence.incarnation):
             await self.timeline.tell(of_incarnation(self.row, evidence))
+
+    async def tell_of_certificates(self) -> None:
+        """Say once what is to be said of those that this move needs. It decides nothing."""
+        agents = self.context.agents
+        if not agents.speaks_tls:
+            return
+        now_s = self.context.now_ns() / 1e9
+        events = of_certificates("", agents.own_certificate_left_s(), is_by_pin=False)
+        for client in (self.source, self.destination):
+            ends_s = client.certificate_ends_unix_s
+            left_s = ends_s - now_s if ends_s else None
+            events += of_certificates(client.node, left_s, is_by_pin=client.is_by_pin)
+        for event in events:
+            if (event.node, event.kind) not in self._certificates_told:
+                self._certificates_told.add((event.node, event.kind))
+                await self.timeline.tell(event)
 
     def _told(self, row: MigrationRow) -> None:
         self.take(row)

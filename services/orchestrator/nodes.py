@@ -95,7 +95,12 @@ class Nodes:
         status.reachable, status.message = True, ""
         status.capabilities = hello.capabilities
         status.vms = {evidence.vm_id: evidence for evidence in vms}
-        self._context.metrics.node_reachable.labels(name).set(1)
+        metrics = self._context.metrics
+        metrics.node_reachable.labels(name).set(1)
+        if agent.certificate_ends_unix_s:
+            left_s = agent.certificate_ends_unix_s - self._context.now_ns() / 1e9
+            metrics.node_certificate.labels(name).set(left_s)
+            metrics.node_by_pin.labels(name).set(agent.is_by_pin)
         return status
 
     async def poll(self) -> None:

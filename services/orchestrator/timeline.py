@@ -105,6 +105,48 @@ def of_incarnation(row: MigrationRow, evidence: agent_pb2.Evidence) -> EventRow:
     )
 
 
+WARN_S = 7 * 86400
+"""From so long before its end a certificate is spoken of, as services.common.tls does."""
+
+
+def of_certificates(node: str, left_s: float | None, *, is_by_pin: bool) -> list[EventRow]:
+    """What to say of a peer's certificate. `node`: empty for our own; `left_s`: None: unknown."""
+    whose = f"the certificate of {node or 'the orchestrator'}"
+    hint = "renew it: files that are replaced are taken within a second, without a restart"
+    events = []
+    if left_s is not None and left_s <= 0:
+        events.append(
+            EventRow(
+                kind="CERTIFICATE_ENDED",
+                node=node,
+                message=f"{whose} has ended",
+                action="who has met goes on, by connections that live and by pinned keys",
+                hint=hint,
+            )
+        )
+    elif left_s is not None and left_s <= WARN_S:
+        events.append(
+            EventRow(
+                kind="CERTIFICATE_ENDS_SOON",
+                node=node,
+                message=f"{whose} ends in {left_s / 3600:.0f} h",
+                hint=hint,
+            )
+        )
+    if is_by_pin:
+        events.append(
+            EventRow(
+                kind="PEER_BY_PIN",
+                node=node,
+                message=f"{node} is known by its pinned key alone: a certificate, its or the"
+                " orchestrator's, or a clock does not let them speak otherwise",
+                action="commands go on",
+                hint="renew certificates, and look at both clocks",
+            )
+        )
+    return events
+
+
 def describe(node: str, evidence: agent_pb2.Evidence | None) -> str:
     """What a node can prove, in a line."""
     if evidence is None:

@@ -28,6 +28,7 @@ from services.demo.cluster import Cluster, running_cluster
 from services.demo.cluster_tls import DAYS, ClusterTls
 from services.demo.microvm_guest import MicrovmGuest, make_spec
 from services.demo.part import Part
+from services.fault_agent.journal import Role
 from tests.harness.microvm import why_not
 from tests.harness.require import require
 from tests.harness.sniffer import Sniffer
@@ -131,7 +132,7 @@ def is_whole_at(guest: MicrovmGuest, node: str) -> bool:
     return record.epoch_memory_complete == record.epoch_owned
 
 
-async def move_with(ground: Ground, middle: Middle) -> None:
+async def move_with(ground: Ground, middle: Middle) -> Migration:
     """Move a guest to b, with `middle` in the middle; it arrives whole and the move succeeds."""
     async with contextlib.AsyncExitStack() as stack:
         guest = await start_guest(ground.cluster, stack)
@@ -153,6 +154,7 @@ async def move_with(ground: Ground, middle: Middle) -> None:
         first, again = guest.stays
         assert again.hello["pid"] != first.hello["pid"]
         assert again.sweep["errors"] == 0
+        return move
 
 
 def renew_all(ground: Ground, **how: object) -> None:
@@ -234,6 +236,29 @@ async def test_certificates_have_ended_and_every_process_of_the_page_path_is_new
         await until(lambda: "HAS ENDED" in nodes["b"].agent.log.read_text(errors="replace"))
 
     await move_with(ground, end)
+
+
+async def test_certificates_have_ended_and_nobody_is_connected(ground: Ground) -> None:
+    """A year later every process of both nodes is another one; the move goes on to its end by keys.
+
+    That the source is released takes the orchestrator, both agents, and connections that are new.
+    """
+
+    async def end(guest: MicrovmGuest) -> None:
+        ground.set_clock(YEAR_S)
+        nodes = ground.cluster.nodes
+        parts = (nodes["a"].agent, nodes["b"].agent, nodes["a"].page_server)
+        for part in parts:
+            await part.kill()
+        nodes["b"].agent.hooks.release(POINT)
+        for part in parts:
+            await ground.cluster.start(part)
+        await until(lambda: is_whole_at(guest, "b"))
+        await until(lambda: nodes["a"].record(guest.vm_id).role is Role.GONE)
+
+    move = await move_with(ground, end)
+    kinds = {(event.node, event.kind) for event in move.events}
+    assert {("", "CERTIFICATE_ENDED"), ("a", "PEER_BY_PIN"), ("b", "PEER_BY_PIN")} <= kinds
 
 
 # --- on the wire ------------------------------------------------------------------------------

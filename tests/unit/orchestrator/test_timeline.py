@@ -11,6 +11,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as pb
 
 from services.common.errors import UnavailableError
 from services.orchestrator.store import StoreFullError
+from services.orchestrator.timeline import of_certificates
 from tests.harness.fake_fleet import VM, FakeFleet, eventually
 
 
@@ -171,3 +172,22 @@ async def test_events_wait_for_a_store_that_is_full(
     fleet.a.page_server_up = True
     ended = await fleet.ended(migration_id)
     assert sorted(kinds(ended)) == ["LINK_LOST"] * 2 + ["RECOVERED"] * 2
+
+
+@pytest.mark.parametrize(
+    ("left_s", "is_by_pin", "kinds"),
+    [
+        (None, False, []),
+        (8 * 86400.0, False, []),
+        (6 * 86400.0, False, ["CERTIFICATE_ENDS_SOON"]),
+        (-1.0, False, ["CERTIFICATE_ENDED"]),
+        (-1.0, True, ["CERTIFICATE_ENDED", "PEER_BY_PIN"]),
+        (8 * 86400.0, True, ["PEER_BY_PIN"]),
+    ],
+)
+def test_what_is_said_of_certificates(
+    left_s: float | None, is_by_pin: bool, kinds: list[str]
+) -> None:
+    events = of_certificates("b", left_s, is_by_pin=is_by_pin)
+    assert [event.kind for event in events] == kinds
+    assert all(event.node == "b" and event.hint and "b" in event.message for event in events)

@@ -178,6 +178,7 @@ class HelloRequest(_message.Message):
     VERSION_MAX_FIELD_NUMBER: _builtins.int
     STORE_INCARNATION_FIELD_NUMBER: _builtins.int
     ADOPT_STORE_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
     version_min: _builtins.int
     """Lowest protocol version that the caller speaks. >= 1."""
     version_max: _builtins.int
@@ -188,6 +189,10 @@ class HelloRequest(_message.Message):
     """
     adopt_store: _builtins.bool
     """True: obey this store and no other from now on, durably. Only `godwit store rebuild` says so."""
+    continuation: _builtins.bytes
+    """The caller's continuation certificate (services/common/continuation.py), DER, of the key that this
+    connection was made with: by it the caller is known once its certificate has ended. Empty: without TLS.
+    """
     def __init__(
         self,
         *,
@@ -195,10 +200,11 @@ class HelloRequest(_message.Message):
         version_max: _builtins.int = ...,
         store_incarnation: _builtins.str = ...,
         adopt_store: _builtins.bool = ...,
+        continuation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_store", b"adopt_store", "store_incarnation", b"store_incarnation", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt_store", b"adopt_store", "continuation", b"continuation", "store_incarnation", b"store_incarnation", "version_max", b"version_max", "version_min", b"version_min"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,6 +225,8 @@ class HelloResponse(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     STORE_INCARNATION_FIELD_NUMBER: _builtins.int
     CERTIFICATE_KEY_FIELD_NUMBER: _builtins.int
+    CONTINUATION_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_ENDS_UNIX_S_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version both will speak."""
     node: _builtins.str
@@ -237,6 +245,10 @@ class HelloResponse(_message.Message):
     """SHA-256 of the public key (SubjectPublicKeyInfo) in this node's certificate: by which a page server may
     pin it. 32 bytes. Empty: without TLS.
     """
+    continuation: _builtins.bytes
+    """This node's continuation certificate, DER, of `certificate_key`. Empty: without TLS, or an agent that has none."""
+    certificate_ends_unix_s: _builtins.int
+    """When this node's certificate ends, seconds since 1970. 0: without TLS, or an agent that does not say."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities:
         """What this node can do."""
@@ -253,10 +265,12 @@ class HelloResponse(_message.Message):
         capabilities: Global___Capabilities | None = ...,
         store_incarnation: _builtins.str = ...,
         certificate_key: _builtins.bytes = ...,
+        continuation: _builtins.bytes = ...,
+        certificate_ends_unix_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "certificate_key", b"certificate_key", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "store_incarnation", b"store_incarnation", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "capabilities", b"capabilities", "certificate_ends_unix_s", b"certificate_ends_unix_s", "certificate_key", b"certificate_key", "continuation", b"continuation", "incarnation", b"incarnation", "node", b"node", "page_address", b"page_address", "software_version", b"software_version", "store_incarnation", b"store_incarnation", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

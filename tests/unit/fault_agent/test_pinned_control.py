@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise: orchestrator and agent that have met go on by their keys when certificates have ended.
+
+That holds while a migration is under way on the node, over a restart of the agent, for the two
+that have met and for nobody else, and it is told. A real agent's server, and the orchestrator's
+client of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common import certificates, continuation
+from services.common.certificates import Kind, Pair, Subject
+from services.common.errors import GodwitError, InvalidArgumentError
+from services.common.grpc_client import NotExecutedError
+from services.common.tls import Certificates
+from services.fault_agent import main as fault_agent
+from services.fault_agent.main import Serving
+from services.orchestrator.agents import AgentClient, AgentPool, Deadlines
+from services.pagecore.fake import FakePageCore
+
+WAIT_S = 30.0
+NOW = dt.datetime.now(dt.UTC)
+PAST = NOW - dt.timedelta(days=30)
+NODE = Subject(kind=Kind.NODE, name="a")
+ORCHESTRATOR = Subject(kind=Kind.ORCHESTRATOR, name="")
+
+
+class Member:
+    """Somebody with a key; his certificate comes and goes."""
+
+    def __init__(self, directory: Path, authority: Pair, subject: Subject) -> None:
+        self._directory, self._authority, self._subject = directory, authority, subject
+        self._pair = certificates.issue(authority, subject, days=5, now=NOW)
+        directory.mkdir()
+        (directory / certificates.AUTHORITY).write_bytes(authority.certificate_pem)
+        (directory / certificates.KEY).write_bytes(self._pair.key_pem)
+        self.certify(NOW)
+
+    def certify(self, since: dt.datetime) -> None:
+        """Another certificate of the same key, for five days since then."""
+        pair = certificates.issue(
+            self._authority, self._subject, days=5, now=since, key=self._pair.key
+        )
+        path = self._directory / certificates.CERTIFICATE
+        certificates.replace(path, pair.certificate_pem, secret=False)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
+
+
+class Ground:
+    """A node's and two orchestrators' certificates, by one authority."""
+
+    def __init__(self, directory: Path, ram: Path) -> None:
+        self._directory, self._ram = directory, ram
+        authority = certificates.make_authority(days=100, now=PAST)
+        self.node = Member(directory / "node", authority, NODE)
+        self.orchestrator = Member(directory / "orchestrator", authority, ORCHESTRATOR)
+        self.other = Member(directory / "other", authority, ORCHESTRATOR)
+        self.ours = Certificates(self.orchestrator.directory)
+        self.port = 0
+
+    @contextlib.asynccontextmanager
+    async def agent(self, *, migrating: bool = True) -> AsyncIterator[Serving]:
+        """The node's agent, always at the same port and with the same journal."""
+        argv = ["--node", "a", "--listen", f"127.0.0.1:{self.port}"]
+        argv += ["--state-dir", str(self._directory / "state"), "--ram-dir", str(self._ram)]
+        argv += ["--page-server-control", "127.0.0.1:1", "--tls-dir", str(self.node.directory)]
+        config = fault_agent.Config.from_argv(argv)
+        async with fault_agent.serving(config, FakePageCore()) as running:
+            self.port = running.grpc.port
+            assert running.node.security is not None
+            running.node.security.guests_need = lambda: migrating
+            yield running
+
+    def pool(self, certs: Certificates | None = None) -> AgentPool:
+        return AgentPool("store", Deadlines(connect_s=5.0, hello_s=10.0), certs or self.ours)
+
+    def end(self) -> None:
+        """The certificates of both have ended, and both know."""
+        self.node.certify(PAST)
+        self.orchestrator.certify(PAST)
+        assert self.ours.look()
+
+
+@pytest.fixture
+def ground(tmp_path: Path) -> Iterator[Ground]:
+    ram = Path(tempfile.mkdtemp(prefix="godwit-test-", dir="/dev/shm"))
+    yield Ground(tmp_path, ram)
+    shutil.rmtree(ram)
+
+
+@contextlib.asynccontextmanager
+async def client_of(
+    ground: Ground, certs: Certificates | None = None
+) -> AsyncIterator[AgentClient]:
+    pool = ground.pool(certs)
+    try:
+        yield pool.put("a", f"127.0.0.1:{ground.port}")
+    finally:
+        await pool.close()
+
+
+async def test_who_has_met_goes_on_by_keys_and_says_so(ground: Ground) -> None:
+    """Also when the agent is another process; and certificates count again once there are some."""
+    async with ground.agent() as _, client_of(ground) as client:
+        await client.hello()
+        assert client.pin
+        assert not client.is_by_pin
+        kept = client.pin
+    ground.end()
+    async with client_of(ground) as client:
+        client.pin = kept
+        async with ground.agent() as running:
+            answer = await _answered(client)
+            assert answer.node == "a"
+            assert client.is_by_pin
+            assert client.certificate_ends_unix_s < NOW.timestamp()
+            # Renewed, without a restart of anybody.
+            ground.node.certify(NOW)
+            ground.orchestrator.certify(NOW)
+            assert running.node.security is not None
+            async with asyncio.timeout(WAIT_S):
+                while client.is_by_pin:
+                    ground.ours.look()
+                    await asyncio.sleep(0.1)
+                    with contextlib.suppress(GodwitError):
+                        await client.hello()
+            assert client.certificate_ends_unix_s > NOW.timestamp()
+
+
+async def _answered(client: AgentClient) -> agent_pb2.HelloResponse:
+    """A Hello, as somebody asks who asks again."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            try:
+                return await client.hello()
+            except NotExecutedError:
+                continue
+
+
+async def test_a_live_connection_is_left_alone(ground: Ground) -> None:
+    async with ground.agent(), client_of(ground) as client:
+        await client.hello()
+        ground.end()
+        await client.hello()
+        assert not client.is_by_pin
+
+
+@pytest.mark.parametrize("why", ["nobody migrates", "another orchestrator", "never met"])
+async def test_for_nobody_else_and_for_no_other_purpose(ground: Ground, why: str) -> None:
+    """Each of them is refused where the one above is let in."""
+    async with ground.agent(), client_of(ground) as client:
+        if why != "never met":
+            await client.hello()
+        kept = client.pin
+    ground.end()
+    ground.other.certify(PAST)
+    theirs = Certificates(ground.other.directory) if why == "another orchestrator" else ground.ours
+    async with (
+        ground.agent(migrating=why != "nobody migrates"),
+        client_of(ground, theirs) as client,
+    ):
+        client.pin = kept
+        with pytest.raises(NotExecutedError):
+            await client.hello()
+
+
+async def test_another_server_with_the_nodes_name_is_not_the_node(ground: Ground) -> None:
+    """Somebody who has the name, and a key that is not the one that is pinned."""
+    async with ground.agent(), client_of(ground) as client:
+        await client.hello()
+        kept = client.pin
+    ground.end()
+    shutil.rmtree(ground.node.directory)
+    authority = certificates.make_authority(days=100, now=PAST)
+    ground.node = Member(ground.node.directory, authority, NODE)
+    (ground.node.directory / certificates.AUTHORITY).write_bytes(
+        (ground.orchestrator.directory / certificates.AUTHORITY).read_bytes()
+    )
+    async with ground.agent(), client_of(ground) as client:
+        client.pin = kept
+        with pytest.raises(NotExecutedError):
+            await client.hello()
+
+
+async def test_a_file_of_pins_that_is_damaged_locks_nobody_out(
+    ground: Ground, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    pem = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    (tmp_path / "state" / "orchestrators.pem").write_bytes(pem + b"\xff\x00 junk")
+    async with ground.agent(), client_of(ground) as client:
+        assert (await client.hello()).node == "a"
+
+
+# --- what is taken for one
+
+
+def _pair() -> Pair:
+    authority = certificates.make_authority(days=5, now=NOW)
+    return certificates.issue(authority, NODE, days=5, now=NOW)
+
+
+def test_it_follows_from_key_and_name_and_says_nothing_else() -> None:
+    pair, other = _pair(), _pair()
+    key = continuation.key_sha256(pair.certificate)
+    made = continuation.make(pair.key_pem, NODE.dns_name)
+    assert made == continuation.make(pair.key_pem, NODE.dns_name)
+    assert continuation.check(made, dns_name=NODE.dns_name, key=key).startswith(b"-----BEGIN")
+    assert len(made) < continuation.LEN_MAX
+    named = continuation.make(pair.key_pem, ORCHESTRATOR.dns_name)
+    strange = continuation.make(other.key_pem, NODE.dns_name)
+    issued = pair.certificate.public_bytes(Encoding.DER)
+    for wrong in (named, strange, issued, made[:-1], made + bytes(5000), b""):
+        with pytest.raises(InvalidArgumentError, match="CONTINUATION_INVALID"):
+            continuation.check(wrong, dns_name=NODE.dns_name, key=key)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_in_words(data: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match="CONTINUATION_INVALID"):
+        continuation.check(data, dns_name=NODE.dns_name, key=bytes(32))
