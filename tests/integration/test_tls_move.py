@@ -26,9 +26,11 @@ from godwit.models import Migration, MigrationPhase
 from services.common.certificates import Pair, make_authority
 from services.demo.cluster import Cluster, running_cluster
 from services.demo.cluster_tls import DAYS, ClusterTls
+from services.demo.live_guest import LiveGuest
 from services.demo.microvm_guest import MicrovmGuest, make_spec
 from services.demo.part import Part
 from services.fault_agent.journal import Role
+from tests.harness.cluster import small_guest_on
 from tests.harness.microvm import why_not
 from tests.harness.require import require
 from tests.harness.sniffer import Sniffer
@@ -106,7 +108,7 @@ async def go_on(_: Migration) -> bool:
     return False
 
 
-def describe(guest: MicrovmGuest, move: Migration) -> str:
+def describe(guest: MicrovmGuest | LiveGuest, move: Migration) -> str:
     """What a failed assertion should show."""
     history = " → ".join(step.phase for step in move.transitions)
     tails = "\n".join(
@@ -127,7 +129,7 @@ async def restart(cluster: Cluster, part: Part) -> None:
     await cluster.start(part)
 
 
-def is_whole_at(guest: MicrovmGuest, node: str) -> bool:
+def is_whole_at(guest: MicrovmGuest | LiveGuest, node: str) -> bool:
     record = guest.cluster.nodes[node].record(guest.vm_id)
     return record.epoch_memory_complete == record.epoch_owned
 
@@ -259,6 +261,32 @@ async def test_certificates_have_ended_and_nobody_is_connected(ground: Ground) -
     move = await move_with(ground, end)
     kinds = {(event.node, event.kind) for event in move.events}
     assert {("", "CERTIFICATE_ENDED"), ("a", "PEER_BY_PIN"), ("b", "PEER_BY_PIN")} <= kinds
+
+
+@pytest.mark.requires("uffd", "qemu", "root")
+@pytest.mark.slow
+async def test_a_linux_guest_under_qemu(ground: Ground, tmp_path: Path) -> None:
+    """A year later in mid post-copy: its memory comes by pinned keys, and it proves all of it."""
+    nodes = ground.cluster.nodes
+    async with (
+        ground.cluster.client() as client,
+        small_guest_on(ground.cluster, client, disk=tmp_path / "disk.raw") as guest,
+    ):
+        nodes["b"].agent.hooks.hold(POINT)
+        moving = asyncio.ensure_future(guest.move("b", on_step=go_on))
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await nodes["b"].agent.hooks.reached(POINT)
+            assert not is_whole_at(guest, "b")
+            ground.set_clock(YEAR_S)
+            await restart(ground.cluster, nodes["a"].page_server)
+        finally:
+            nodes["b"].agent.hooks.release(POINT)
+        await until(lambda: is_whole_at(guest, "b"))
+        ground.set_clock(0)
+        move = await moving
+        assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
+        assert await guest.prove() == [], describe(guest, move)
 
 
 # --- on the wire ------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from hypothesis import given
@@ -29,6 +30,7 @@ from services.common.grpc_client import NotExecutedError
 from services.common.tls import Certificates
 from services.fault_agent import main as fault_agent
 from services.fault_agent.main import Serving
+from services.fault_agent.security import CALLER_COUNT_MAX
 from services.orchestrator.agents import AgentClient, AgentPool, Deadlines
 from services.pagecore.fake import FakePageCore
 
@@ -207,6 +209,38 @@ async def test_a_file_of_pins_that_is_damaged_locks_nobody_out(
     (tmp_path / "state" / "orchestrators.pem").write_bytes(pem + b"\xff\x00 junk")
     async with ground.agent(), client_of(ground) as client:
         assert (await client.hello()).node == "a"
+
+
+async def test_the_last_orchestrators_are_known_and_nobody_elses_key(ground: Ground) -> None:
+    authority = certificates.make_authority(days=5, now=NOW)
+    own, pinned = ORCHESTRATOR.dns_name.encode(), b"orchestrator.godwit.pinned"
+
+    def make() -> tuple[bytes, Pair]:
+        pair = certificates.issue(authority, ORCHESTRATOR, days=5, now=NOW)
+        return continuation.make(pair.key_pem, ORCHESTRATOR.dns_name), pair
+
+    async with ground.agent() as running:
+        security = running.node.security
+        assert security is not None
+
+        def take(der: bytes, pair: Pair, *names: bytes) -> list[bytes]:
+            proved = {
+                "x509_subject_alternative_name": names,
+                "x509_pem_cert": [pair.certificate_pem],
+            }
+            security.take_caller(der, proved)
+            known = map(x509.load_pem_x509_certificate, security.certificates.pinned_callers())
+            return [each.public_bytes(Encoding.DER) for each in known]
+
+        (der, pair), (other, _) = make(), make()
+        # Of another key than the connection's, on a node's connection, on one by keys, on none.
+        assert take(other, pair, own) == []
+        assert take(der, pair, NODE.dns_name.encode()) == []
+        assert take(der, pair, own, pinned) == []
+        assert take(der, pair) == []
+        met = [make() for _ in range(CALLER_COUNT_MAX + 1)]
+        known = [take(der, pair, own) for der, pair in met]
+        assert known[-1] == [der for der, _ in met[1:]]
 
 
 # --- what is taken for one
