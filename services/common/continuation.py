@@ -28,6 +28,20 @@ LEN_MAX = 4096
 """Of one, in DER. Bytes."""
 # RFC 5280, 4.1.2.5: no end.
 _BEGIN, _END = dt.datetime(1970, 1, 2, tzinfo=dt.UTC), dt.datetime(9999, 12, 31, tzinfo=dt.UTC)
+_NO_CA = x509.BasicConstraints(ca=False, path_length=None)
+# As a root of its own it is believed as far as this goes: BoringSSL, which gRPC uses, does not ask
+# a root that it was given whether it is an authority, but it does ask for what its key is.
+_SIGNS_NOBODY = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 
 
 def pinned_name(dns_name: str) -> str:
@@ -64,7 +78,8 @@ def make(key_pem: bytes, dns_name: str) -> bytes:
         .serial_number(int.from_bytes(hashlib.sha256(spki).digest()[:16]) | 1)
         .not_valid_before(_BEGIN)
         .not_valid_after(_END)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_NO_CA, critical=True)
+        .add_extension(_SIGNS_NOBODY, critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
     )
@@ -86,7 +101,10 @@ def check(der: bytes, *, dns_name: str, key: bytes) -> bytes:
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         if list(names) != [x509.DNSName(dns_name), x509.DNSName(pinned_name(dns_name))]:
             raise ValueError("its names are others")
-        if extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+        usage = extensions.get_extension_for_class(x509.KeyUsage)
+        if usage.value != _SIGNS_NOBODY or not usage.critical:
+            raise ValueError("it could sign others")
+        if extensions.get_extension_for_class(x509.BasicConstraints).value != _NO_CA:
             raise ValueError("it could sign others")
         if key_sha256(certificate) != key:
             raise ValueError("its key is another")

@@ -15,11 +15,15 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,16 +50,16 @@ class Member:
 
     def __init__(self, directory: Path, authority: Pair, subject: Subject) -> None:
         self._directory, self._authority, self._subject = directory, authority, subject
-        self._pair = certificates.issue(authority, subject, days=5, now=NOW)
+        self.pair = certificates.issue(authority, subject, days=5, now=NOW)
         directory.mkdir()
         (directory / certificates.AUTHORITY).write_bytes(authority.certificate_pem)
-        (directory / certificates.KEY).write_bytes(self._pair.key_pem)
+        (directory / certificates.KEY).write_bytes(self.pair.key_pem)
         self.certify(NOW)
 
     def certify(self, since: dt.datetime) -> None:
         """Another certificate of the same key, for five days since then."""
         pair = certificates.issue(
-            self._authority, self._subject, days=5, now=since, key=self._pair.key
+            self._authority, self._subject, days=5, now=since, key=self.pair.key
         )
         path = self._directory / certificates.CERTIFICATE
         certificates.replace(path, pair.certificate_pem, secret=False)
@@ -199,6 +203,46 @@ async def test_another_server_with_the_nodes_name_is_not_the_node(ground: Ground
         client.pin = kept
         with pytest.raises(NotExecutedError):
             await client.hello()
+
+
+@pytest.mark.parametrize("kind", [Kind.ADMIN, Kind.NODE, Kind.ORCHESTRATOR])
+async def test_a_pinned_key_signs_nobody_else(ground: Ground, kind: Kind) -> None:
+    """What the orchestrator's key has signed is worth nothing where the key itself is believed."""
+    directory = ground.orchestrator.directory
+    key_pem = (directory / certificates.KEY).read_bytes()
+    der = continuation.make(key_pem, ORCHESTRATOR.dns_name)
+    signer = Pair(certificate=x509.load_der_x509_certificate(der), key=ground.orchestrator.pair.key)
+    name = "" if kind is Kind.ORCHESTRATOR else "x"
+    signed = certificates.issue(signer, Subject(kind=kind, name=name), days=5, now=NOW)
+    own = x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+    authority = (directory / certificates.AUTHORITY).read_bytes()
+    async with ground.agent() as running, client_of(ground) as client:
+        await client.hello()
+        security = running.node.security
+        assert security is not None
+        assert security.certificates.pinned_callers() == (own,)
+        for chain, key, code in (
+            (own, key_pem, grpc.StatusCode.OK),
+            (signed.certificate_pem, signed.key_pem, grpc.StatusCode.UNAVAILABLE),
+            (signed.certificate_pem + own, signed.key_pem, grpc.StatusCode.UNAVAILABLE),
+        ):
+            assert await _checked(ground.port, authority, key, chain) is code
+
+
+async def _checked(port: int, authority: bytes, key: bytes, chain: bytes) -> grpc.StatusCode:
+    """What a Check of its health is answered, which is for everybody who is let in."""
+    credentials = grpc.ssl_channel_credentials(authority, key, chain)
+    options = [
+        ("grpc.ssl_target_name_override", NODE.dns_name),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # the stubs know no Check
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
 
 
 async def test_a_file_of_pins_that_is_damaged_locks_nobody_out(
