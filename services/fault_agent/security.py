@@ -81,8 +81,9 @@ class Security:
     def take_caller(self, der: bytes, proved: Mapping[str, Iterable[bytes]]) -> None:
         """An orchestrator has sent its continuation certificate. `proved`: of its connection.
 
-        Believed only as far as the connection was made by a certificate of the same key, and only
-        while a migration is under way here. One that cannot be taken is left, and logged.
+        Believed only if a certificate of the orchestrator's name made the connection, perhaps with
+        the key before this one, and only while a migration is under way here. One that cannot be
+        taken is left, and logged.
         """
         from services.common import continuation
 
@@ -92,9 +93,7 @@ class Security:
         ):
             return  # it is pinned: that is how it came here
         try:
-            pem = continuation.check(
-                der, dns_name=ORCHESTRATOR_NAME, key=_key_of(proved.get("x509_pem_cert", ()))
-            )
+            pem = continuation.check(der, dns_name=ORCHESTRATOR_NAME)
         except GodwitError as error:
             log.warning("an orchestrator cannot be pinned: %s", error)
             return
@@ -127,21 +126,9 @@ def _is_good(pem: bytes) -> bool:
     from services.common import continuation
 
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        key = continuation.key_sha256(certificate)
-        der = certificate.public_bytes(Encoding.DER)
-        continuation.check(der, dns_name=ORCHESTRATOR_NAME, key=key)
+        der = x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+        continuation.check(der, dns_name=ORCHESTRATOR_NAME)
     except (ValueError, GodwitError) as error:
         log.warning("a pinned orchestrator in %s is dropped: %s", CALLERS_FILE, error)
         return False
     return True
-
-
-def _key_of(certificates: Iterable[bytes]) -> bytes:
-    from cryptography import x509
-
-    from services.common import continuation
-
-    for pem in certificates:
-        return continuation.key_sha256(x509.load_pem_x509_certificate(bytes(pem)))
-    return b""

@@ -92,6 +92,7 @@ class Ground:
             self.port = running.grpc.port
             assert running.node.security is not None
             running.node.security.guests_need = lambda: migrating
+            running.node.images.page_address = "127.0.0.1:1"  # a Hello would wait for one
             yield running
 
     def pool(self, certs: Certificates | None = None) -> AgentPool:
@@ -259,32 +260,27 @@ async def test_the_last_orchestrators_are_known_and_nobody_elses_key(ground: Gro
     authority = certificates.make_authority(days=5, now=NOW)
     own, pinned = ORCHESTRATOR.dns_name.encode(), b"orchestrator.godwit.pinned"
 
-    def make() -> tuple[bytes, Pair]:
-        pair = certificates.issue(authority, ORCHESTRATOR, days=5, now=NOW)
-        return continuation.make(pair.key_pem, ORCHESTRATOR.dns_name), pair
+    def make(subject: Subject = ORCHESTRATOR) -> bytes:
+        pair = certificates.issue(authority, subject, days=5, now=NOW)
+        return continuation.make(pair.key_pem, subject.dns_name)
 
     async with ground.agent() as running:
         security = running.node.security
         assert security is not None
 
-        def take(der: bytes, pair: Pair, *names: bytes) -> list[bytes]:
-            proved = {
-                "x509_subject_alternative_name": names,
-                "x509_pem_cert": [pair.certificate_pem],
-            }
-            security.take_caller(der, proved)
+        def take(der: bytes, *names: bytes) -> list[bytes]:
+            security.take_caller(der, {"x509_subject_alternative_name": names})
             known = map(x509.load_pem_x509_certificate, security.certificates.pinned_callers())
             return [each.public_bytes(Encoding.DER) for each in known]
 
-        (der, pair), (other, _) = make(), make()
-        # Of another key than the connection's, on a node's connection, on one by keys, on none.
-        assert take(other, pair, own) == []
-        assert take(der, pair, NODE.dns_name.encode()) == []
-        assert take(der, pair, own, pinned) == []
-        assert take(der, pair) == []
+        # Somebody else's; on a node's connection, on one by keys, on none.
+        assert take(make(NODE), own) == []
+        assert take(make(), NODE.dns_name.encode()) == []
+        assert take(make(), own, pinned) == []
+        assert take(make()) == []
         met = [make() for _ in range(CALLER_COUNT_MAX + 1)]
-        known = [take(der, pair, own) for der, pair in met]
-        assert known[-1] == [der for der, _ in met[1:]]
+        known = [take(der, own) for der in met]
+        assert known[-1] == met[1:]
 
 
 # --- what is taken for one

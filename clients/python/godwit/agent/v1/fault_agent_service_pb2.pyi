@@ -190,7 +190,7 @@ class HelloRequest(_message.Message):
     adopt_store: _builtins.bool
     """True: obey this store and no other from now on, durably. Only `godwit store rebuild` says so."""
     continuation: _builtins.bytes
-    """The caller's continuation certificate (services/common/continuation.py), DER, of the key that this
+    """The caller's continuation certificate (services/common/continuation.py), DER, of the name that this
     connection was made with: by it the caller is known once its certificate has ended. Empty: without TLS.
     """
     def __init__(
