@@ -13,8 +13,10 @@
 #include <godwit/sys.h>
 
 #define DEADLINE_NS UINT64_C(60000000000)
-#define LOOK_NS	    200000L
-#define LOOK_MS	    1000
+/* As many as an agent has by default. */
+#define BULK_COUNT 2
+#define LOOK_NS	   200000L
+#define LOOK_MS	   1000
 /* Bulk is at work, and past what it does in its first moments only, once so much has come. */
 #define BULK_BEGUN_BYTES (8 * MIB)
 
@@ -151,7 +153,7 @@ void bench_demand(const struct bench_server *server, uint64_t bulk,
 
 	bench_guest_start(&guest, server->kind, server->len);
 	struct gw_arrival *const arrival =
-		arrival_start(server, &guest, 1, bulk == UINT64_MAX ? 0 : bulk);
+		arrival_start(server, &guest, BULK_COUNT, bulk == UINT64_MAX ? 0 : bulk);
 
 	if (bulk != UINT64_MAX) {
 		CHECK_EQ(gw_arrival_start_bulk(arrival), 0);

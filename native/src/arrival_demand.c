@@ -7,17 +7,7 @@
  * Errors, Ownership, Units: see arrival_internal.h.
  * Source     DESIGN 3.1 and 3.3.
  *
- * While faults are hot it looks instead of sleeping, and gives the core to whoever wants it at
- * each turn: to be woken on an idle core costs more than all the rest of a fault in a
- * virtual machine (50 us against 35). For how long is learnt from how long the last waits took: twice as
- * long after one that looking would have caught, half as long after any other, 100 us at most.
- * So a guest that faults every now and then costs nothing, and one that faults all the time at
- * most the core that it would have used.
- *
- * A core that is given away for longer than a step of bulk takes is one that others want: they have a time
- * slice each, milliseconds, and a fault in such a turn waits for all of them (three busy
- * processes on two cores: 1.7 ms a fault, 40 us sleeping; who sleeps and is woken comes first). So it
- * sleeps for a second then. test_arrival.c: a_crowded_host_is_not_looked_away.
+ * While faults are hot it looks instead of sleeping: spin.h. test_arrival.c: a_crowded_host_is_not_looked_away.
  */
 #include "arrival_internal.h"
 
@@ -43,10 +33,7 @@ static bool yield(struct arrival_demand *demand, uint64_t *ret_now_ns)
 	(void)sched_yield();
 	GW_HOOK("demand.yielded");
 	*ret_now_ns = gw_sys_now_ns();
-	if (*ret_now_ns - begin_ns <= ARRIVAL_YIELD_NS_MAX)
-		return true;
-	demand->crowded_ns = *ret_now_ns + ARRIVAL_CROWDED_NS;
-	return false;
+	return spin_yielded(&demand->spin, begin_ns, *ret_now_ns);
 }
 
 static int on_again(void *user)
@@ -58,7 +45,7 @@ static int on_again(void *user)
 		return -ECANCELED;
 	demand_read_events(demand);
 	/* Read, and held back still: the guest's thread has to come out of its madvise. */
-	if (now_ns < demand->crowded_ns)
+	if (now_ns < demand->spin.sleep_ns)
 		(void)nanosleep(&(struct timespec){.tv_nsec = AGAIN_NS}, NULL);
 	else
 		(void)yield(demand, &now_ns);
@@ -249,14 +236,14 @@ static bool look(struct arrival_demand *demand, uint64_t now_ns)
 /* May looking pay? Not if epoll has to say when the socket takes more. */
 static bool may_spin(const struct arrival_demand *demand, uint64_t due_ns, uint64_t now_ns)
 {
-	return demand->spin_ns > 0 && now_ns >= demand->crowded_ns && due_ns > now_ns &&
-	       demand->link.up && demand->arrival->uffd_count <= SPIN_UFFD_COUNT_MAX &&
+	return spin_may(&demand->spin, now_ns) && due_ns > now_ns && demand->link.up &&
+	       demand->arrival->uffd_count <= SPIN_UFFD_COUNT_MAX &&
 	       arrival_is_fetching(demand->arrival) && !gw_grpc_wants_write(demand->link.conn);
 }
 
 static bool spin(struct arrival_demand *demand, uint64_t due_ns, uint64_t begin_ns)
 {
-	const uint64_t spin_end_ns = begin_ns + demand->spin_ns;
+	const uint64_t spin_end_ns = begin_ns + demand->spin.look_ns;
 	const uint64_t end_ns = spin_end_ns < due_ns ? spin_end_ns : due_ns;
 
 	uint64_t now_ns;
@@ -271,18 +258,6 @@ static bool spin(struct arrival_demand *demand, uint64_t due_ns, uint64_t begin_
 			return false;
 	} while (now_ns < end_ns);
 	return false;
-}
-
-/* A wait took so long: how long to look at the next. */
-static void learn_spin(struct arrival_demand *demand, uint64_t waited_ns)
-{
-	if (waited_ns > ARRIVAL_SPIN_NS_MAX)
-		demand->spin_ns = demand->spin_ns / 2 >= ARRIVAL_SPIN_NS_MIN ? demand->spin_ns / 2
-									     : 0;
-	else if (demand->spin_ns == 0)
-		demand->spin_ns = ARRIVAL_SPIN_NS_MIN;
-	else if (demand->spin_ns < ARRIVAL_SPIN_NS_MAX)
-		demand->spin_ns *= 2;
 }
 
 /* Look, then sleep. Returns how many events epoll has; 0 also if looking has found something. */
@@ -311,7 +286,7 @@ void *demand_main(void *argument)
 		bool faulted = false;
 
 		now_ns = gw_sys_now_ns();
-		learn_spin(demand, now_ns - begin_ns);
+		spin_learn(&demand->spin, now_ns - begin_ns);
 		for (int i = 0; i < count; i++) {
 			if (events[i].data.u32 == TAG_UFFD)
 				faulted = true;

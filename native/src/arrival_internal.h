@@ -39,6 +39,7 @@
 #include <godwit/uffd.h>
 
 #include "prefetch.h"
+#include "spin.h"
 
 #define ARRIVAL_HEARTBEAT_NS   UINT64_C(1000000000)
 #define ARRIVAL_SILENCE_NS_MAX UINT64_C(2500000000) /* so that it is known within 3 s */
@@ -69,10 +70,6 @@
 #define ARRIVAL_HOST_LEN_MAX	    63
 /* Also how old a sign of life may be: what a successor cannot know of a hold (arrival_hold.c). */
 #define ARRIVAL_WAIT_MS_MAX    100
-#define ARRIVAL_SPIN_NS_MIN    UINT64_C(12500)
-#define ARRIVAL_SPIN_NS_MAX    UINT64_C(100000)
-#define ARRIVAL_YIELD_NS_MAX   UINT64_C(500000)	    /* longer: the core was given to a stranger */
-#define ARRIVAL_CROWDED_NS     UINT64_C(1000000000) /* it sleeps for so long, then looks again */
 #define ARRIVAL_WANT_COUNT_MAX 8192U /* of a demand link: a 2 MiB page is two wants */
 
 struct gw_arrival;
@@ -192,9 +189,8 @@ struct arrival_demand {
 	uint32_t event_count;
 	struct removal removals[ARRIVAL_REMOVAL_COUNT_MAX];
 	uint32_t removal_count;
-	bool phase_untold;	   /* the eventfd could not be written */
-	uint64_t spin_ns;	   /* how long it looks before it sleeps; 0 = not */
-	uint64_t crowded_ns;	   /* until then not at all: others want its core */
+	bool phase_untold; /* the eventfd could not be written */
+	struct spin spin;
 	bool wake_bulk;		   /* there are hints: once the wants are out */
 	uint64_t held_page_plus_1; /* whose fault holds the guest (arrival_hold.c); 0: none */
 };

@@ -3,7 +3,8 @@
  * serve_conn.c - one connection of the page server and the thread that serves it.
  *
  * Threads    The connection's own. Its two fds are polled rather than epolled: one call a
- *            wake-up, whether or not the socket is full.
+ *            wake-up, whether or not the socket is full. Where a guest waits for it, it looks
+ *            before it sleeps (spin.h).
  * Errors, Ownership, Units, Source: see serve_internal.h.
  */
 #include "serve_internal.h"
@@ -11,6 +12,7 @@
 #include <godwit/sys.h>
 
 #include <errno.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -323,18 +325,59 @@ static int handle(struct serve_conn *conn, short socket_events, bool *ret_more)
 	return err ? err : pump_and_flush(conn, ret_more);
 }
 
+static bool serves_demand(const struct serve_conn *conn)
+{
+	for (const struct serve_stream *stream = conn->streams; stream; stream = stream->next) {
+		if (stream->kind == SERVE_STREAM_FETCH && stream->lane == GW_PAGE_LANE_DEMAND)
+			return true;
+	}
+	return false;
+}
+
+/* Bulk never looks: nobody waits for it, and its wants come in heaps. */
+static bool may_spin(const struct serve_conn *conn)
+{
+	return spin_may(&conn->spin, conn->now_ns) && serves_demand(conn) &&
+	       !gw_grpc_wants_write(conn->grpc);
+}
+
+/*
+ * Read without asking whether there is anything. True: there was, or the connection is over. What wake_fd
+ * tells can wait: whether the image is there still is asked for each answer.
+ */
+static bool spin(struct serve_conn *conn, int *ret_err)
+{
+	const uint64_t end_ns = conn->now_ns + conn->spin.look_ns;
+	bool pays = true;
+
+	while (pays && conn->now_ns < end_ns) {
+		const uint64_t begin_ns = gw_sys_now_ns();
+
+		(void)sched_yield();
+		GW_HOOK("serve.yielded");
+		conn->now_ns = gw_sys_now_ns();
+		pays = spin_yielded(&conn->spin, begin_ns, conn->now_ns);
+		*ret_err = gw_grpc_on_readable(conn->grpc, conn->now_ns);
+		if (*ret_err || gw_grpc_received_ns(conn->grpc) == conn->now_ns)
+			return true;
+	}
+	return false;
+}
+
 static void run(struct serve_conn *conn)
 {
 	bool more = true;
 	int err = 0;
 
-	while (!err) {
+	while (!err && !atomic_load_explicit(&conn->serve->stopping, memory_order_acquire)) {
 		struct pollfd fds[2] = {{.fd = conn->fd, .events = POLLIN},
 					{.fd = conn->wake_fd, .events = POLLIN}};
+		uint64_t begin_ns;
 		uint64_t next_ns;
 		int got;
 
 		conn->now_ns = gw_sys_now_ns();
+		begin_ns = conn->now_ns;
 		if (is_given_up(conn)) {
 			(void)gw_grpc_flush(conn->grpc);
 			return;
@@ -342,6 +385,11 @@ static void run(struct serve_conn *conn)
 		next_ns = tick(conn, &err);
 		if (err)
 			return;
+		if (!more && may_spin(conn) && spin(conn, &err)) {
+			spin_learn(&conn->spin, conn->now_ns - begin_ns);
+			err = err ? err : pump_and_flush(conn, &more);
+			continue;
+		}
 		if (gw_grpc_wants_write(conn->grpc))
 			fds[0].events |= POLLOUT;
 		got = gw_sys_poll(fds, 2, more ? 0 : timeout_ms(conn->now_ns, next_ns));
@@ -349,11 +397,9 @@ static void run(struct serve_conn *conn)
 			return;
 		more = false;
 		conn->now_ns = gw_sys_now_ns();
-		if (got > 0 && fds[1].revents) {
-			if (atomic_load_explicit(&conn->serve->stopping, memory_order_acquire))
-				return;
+		spin_learn(&conn->spin, conn->now_ns - begin_ns);
+		if (got > 0 && fds[1].revents)
 			recheck_images(conn);
-		}
 		err = handle(conn, got > 0 ? fds[0].revents : 0, &more);
 	}
 }

@@ -23,6 +23,7 @@
 #include <godwit/serve.h>
 
 #include "serve_lz4.h"
+#include "spin.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -125,6 +126,7 @@ struct serve_conn {
 	size_t fetch_count; /* streams that have said hello */
 	size_t turn;	    /* which stream comes first: see pump */
 	uint64_t now_ns;
+	struct spin spin; /* of one that serves demand */
 	uint64_t life_ns; /* last sign of life that is not the peer's bytes: accepted, hello */
 	struct serve_buffer buffers[SERVE_BUFFER_COUNT];
 };

@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #define PAGE 4096ul
 #define MIB  (1ul << 20)
@@ -786,6 +787,46 @@ static void nobody_who_is_answered_gets_heartbeats(void)
 	tear_down(&fixture);
 }
 
+static void core_is_taken(void *argument)
+{
+	(void)argument;
+	(void)nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+}
+
+static void want_one_by_one(struct fixture *fixture, enum gw_page_lane lane)
+{
+	struct client client;
+
+	client_start(&client, fixture->port, "img", 6, lane);
+	for (uint64_t i = 0; i < 300; i++) {
+		client_want(&client, i % (IMAGE_LEN / PAGE) * PAGE, PAGE, 2);
+		CLIENT_UNTIL(&client, client.pages_count == i + 1);
+	}
+	client_close(&client);
+}
+
+/*
+ * Whoever looks for the next want on a core that others want finds out once, and sleeps for a second. Bulk
+ * never looks.
+ */
+static void a_crowded_host_is_not_looked_away(void)
+{
+	struct fixture fixture;
+
+	set_up(&fixture, 60000);
+	gw_hook_call("serve.yielded", core_is_taken, NULL);
+	want_one_by_one(&fixture, GW_PAGE_LANE_BULK);
+	CHECK_EQ(gw_hook_reach_count("serve.yielded"), 0);
+	const uint64_t begin_ns = gw_sys_now_ns();
+
+	want_one_by_one(&fixture, GW_PAGE_LANE_DEMAND);
+	const uint64_t passed_s = (gw_sys_now_ns() - begin_ns) / 1000000000;
+
+	CHECK(gw_hook_reach_count("serve.yielded") <= passed_s + 2);
+	gw_hook_call("serve.yielded", NULL, NULL);
+	tear_down(&fixture);
+}
+
 static void silence_is_answered_with_heartbeats_and_then_given_up(void)
 {
 	const struct gw_fetch_request beat = BEAT;
@@ -990,6 +1031,7 @@ int main(void)
 	RUN(lost_memory_is_data_loss_of_one_image);
 	RUN(no_room_to_read_is_no_data_loss);
 	RUN(nobody_who_is_answered_gets_heartbeats);
+	RUN(a_crowded_host_is_not_looked_away);
 	RUN(silence_is_answered_with_heartbeats_and_then_given_up);
 	RUN(a_draining_server_finishes_what_is_open);
 	RUN(connections_are_bounded);

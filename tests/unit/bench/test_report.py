@@ -95,7 +95,7 @@ def test_the_page_of_a_whole_run(
     for name in SECTIONS:
         result = _moves(0.2) | {"moves": {"ours": []}} if name == sabotaged else RESULTS[name]
         if name == sabotaged == "streams":
-            result = {"mbs": RESULTS[name]["mbs"] | {"raw": [900.0] * 7}}
+            result = {"mbs": RESULTS[name]["mbs"] | {"raw_2": [900.0] * 7}}
         (out / f"{name}.json").write_text(json.dumps({"result": result}))
     status = main(["--collect", "--docs"], out=out, docs=docs)
     rows = json.loads((out / "bars.json").read_text())

@@ -33,7 +33,7 @@ def test_bars_of_lanes() -> None:
 
 
 def test_bars_of_streams() -> None:
-    mbs = {"stream": 2000.0, "wire": 1600.0, "raw": 900.0, "grpcio": 200.0}
+    mbs = {"stream": 2000.0, "wire": 1600.0, "raw_2": 900.0, "grpcio": 200.0}
     found = streams.bars({"mbs": {key: [at] * 5 for key, at in mbs.items()}})
     assert [bar.value.value for bar in found if bar.value] == [0.8, 0.45, 4.5]
     assert [bar.ok for bar in found] == [True, False, True]
