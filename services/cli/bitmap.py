@@ -32,7 +32,7 @@ def bitmap(
     from godwit import calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.get_userfault_bitmap(vm))
+        answer = now.client.send_all(calls.get_userfault_bitmap(vm))
     print_answer(now.output, answer=answer.json, table=draw(answer.value), names=[vm])
 
 

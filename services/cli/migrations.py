@@ -9,8 +9,16 @@ import typer
 
 from services.cli import quantities, story
 from services.cli.exit_status import ExitStatus
-from services.cli.output import OutputFormat, columns, fields, print_answer
-from services.cli.session import Options, OutputOption, Session, UrlOption, session
+from services.cli.output import OutputFormat, columns, fields, more, print_answer
+from services.cli.session import (
+    LIMIT_DEFAULT,
+    LimitOption,
+    Options,
+    OutputOption,
+    Session,
+    UrlOption,
+    session,
+)
 
 if TYPE_CHECKING:
     from godwit.calls import Answer
@@ -89,6 +97,10 @@ def migrations(
     vm: Annotated[
         str, typer.Option("--vm", metavar="VM", help="Only this VM's.", show_default=False)
     ] = "",
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Only those that have not ended.")
+    ] = False,
+    limit: LimitOption = LIMIT_DEFAULT,
     output: OutputOption = None,
     orchestrator: UrlOption = None,
 ) -> None:
@@ -99,7 +111,8 @@ def migrations(
     from godwit import calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.list_migrations(vm))
+        call = calls.list_migrations(vm, unfinished=unfinished)
+        answer = now.client.send_all(call, count=limit)
     print_answer(
         now.output,
         answer=answer.json,
@@ -107,7 +120,8 @@ def migrations(
             ["MIGRATION", "VM", "FROM", "TO", "PHASE", "PROGRESS", "PAUSE", "TOTAL", "REASON"],
             [_row(migration) for migration in answer.value],
             empty="no migrations",
-        ),
+        )
+        + more(answer.json),
         names=[migration.migration_id for migration in answer.value],
     )
 

@@ -20,7 +20,7 @@ def nodes(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOpti
     from godwit import calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.list_nodes())
+        answer = now.client.send_all(calls.list_nodes())
     print_answer(
         now.output,
         answer=answer.json,

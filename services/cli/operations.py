@@ -11,8 +11,16 @@ import typer
 
 from services.cli import quantities
 from services.cli.exit_status import ExitStatus
-from services.cli.output import OutputFormat, columns, fields, print_answer
-from services.cli.session import Options, OutputOption, Session, UrlOption, session
+from services.cli.output import OutputFormat, columns, fields, more, print_answer
+from services.cli.session import (
+    LIMIT_DEFAULT,
+    LimitOption,
+    Options,
+    OutputOption,
+    Session,
+    UrlOption,
+    session,
+)
 
 if TYPE_CHECKING:
     from godwit.calls import Answer, Call
@@ -222,7 +230,13 @@ def plan(
 
 @app.callback()
 def operations(
-    ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOption = None
+    ctx: typer.Context,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Only those that have not ended.")
+    ] = False,
+    limit: LimitOption = LIMIT_DEFAULT,
+    output: OutputOption = None,
+    orchestrator: UrlOption = None,
 ) -> None:
     """List the operations, newest first; show, cancel, pause or resume one."""
     if ctx.invoked_subcommand is not None:
@@ -231,7 +245,8 @@ def operations(
     from godwit import operations as calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.list_operations())
+        call = calls.list_operations(unfinished=unfinished)
+        answer = now.client.send_all(call, count=limit)
     print_answer(
         now.output,
         answer=answer.json,
@@ -239,7 +254,8 @@ def operations(
             ["OPERATION", "KIND", "NODE", "STATE", "PROGRESS", "VMS", "REASON"],
             [_row(each) for each in answer.value],
             empty="no operations",
-        ),
+        )
+        + more(answer.json),
         names=[each.operation_id for each in answer.value],
     )
 

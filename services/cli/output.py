@@ -70,6 +70,12 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str)
     )
 
 
+def more(answer: Any) -> str:
+    """What to add under a list that goes on."""
+    goes_on = isinstance(answer, dict) and answer.get("next_page_token")
+    return "\nthere are more: --limit 0 shows all" if goes_on else ""
+
+
 def fields(pairs: Sequence[tuple[str, str]]) -> str:
     """One `name: value` a line; pairs without a value are left out."""
     shown = [(name, value) for name, value in pairs if value]

@@ -52,7 +52,7 @@ def queue(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOpti
     from godwit import schedule as calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.get_queue())
+        answer = now.client.send_all(calls.get_queue())
     wide = now.output is OutputFormat.WIDE
     header = ["PLACE", "VM", "FROM", "TO", "CLASS", "WAITED", "HELD BY", "MESSAGE"]
     header += ["HINT", "OPERATION", "MIGRATION"] if wide else []
@@ -119,7 +119,7 @@ def limits(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOpt
     from godwit import schedule as calls
 
     with session(ctx, output, orchestrator) as now:
-        _print_limits(now.output, now.client.send(calls.get_limits()))
+        _print_limits(now.output, now.client.send_all(calls.get_limits()))
 
 
 @limits_app.command("set")
@@ -148,7 +148,8 @@ def set_limits(
         else:
             raise typer.BadParameter(f"{text!r} is neither a number nor default")
     with session(ctx, output, orchestrator) as now:
-        _print_limits(now.output, now.client.send(calls.set_limits(values, remove)))
+        now.client.send(calls.set_limits(values, remove))
+        _print_limits(now.output, now.client.send_all(calls.get_limits()))
 
 
 def _print_limits(form: OutputFormat, answer: Answer[list[Limit]]) -> None:
@@ -173,7 +174,7 @@ def policy(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOpt
     from godwit import schedule as calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.list_policies())
+        answer = now.client.send_all(calls.list_policies())
     rows = [[each.name, _said(each.match_labels), _settings(each)] for each in answer.value]
     print_answer(
         now.output,

@@ -72,6 +72,12 @@ TlsDirOption = Annotated[
 ]
 
 
+LimitOption = Annotated[
+    int, typer.Option("--limit", min=0, help="How many at most, the newest; 0: all.")
+]
+LIMIT_DEFAULT = 100
+
+
 @dataclass(slots=True)
 class Options:
     """Options of the command, each None until given; the innermost one counts."""

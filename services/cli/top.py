@@ -85,14 +85,12 @@ def screen(client: Client) -> str:
     """Everything, as of now."""
     from godwit import calls, operations, schedule
 
-    nodes = client.send(calls.list_nodes()).value
-    moves = [each for each in client.send(calls.list_migrations()).value if not each.is_terminal]
+    nodes = client.send_all(calls.list_nodes()).value
+    moves = client.send(calls.list_migrations(unfinished=True)).value
     under_way = [each for each in moves if each.phase != "pending"]
-    running = [
-        each for each in client.send(operations.list_operations()).value if not each.has_ended
-    ]
+    running = client.send(operations.list_operations(unfinished=True)).value
     queue = client.send(schedule.get_queue()).value
-    used = {each.key: each for each in client.send(schedule.get_limits()).value}
+    used = {each.key: each for each in client.send_all(schedule.get_limits()).value}
     cluster = used["cluster"]
     head = (
         f"{len(nodes)} nodes, {sum(len(node.vm_ids) for node in nodes)} VMs, "

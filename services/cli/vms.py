@@ -34,7 +34,7 @@ def vms(ctx: typer.Context, output: OutputOption = None, orchestrator: UrlOption
     from godwit import calls
 
     with session(ctx, output, orchestrator) as now:
-        answer = now.client.send(calls.list_vms())
+        answer = now.client.send_all(calls.list_vms())
     print_answer(
         now.output,
         answer=answer.json,

@@ -77,9 +77,9 @@ class Bitmap:
             if not run.page_count or run.first_page + run.page_count > page_count:
                 raise _invalid(f"run of {run.page_count} pages at {run.first_page} of {page_count}")
 
-    def absent_runs(self) -> Iterator[tuple[int, int]]:
-        """(first page, how many), ascending, never adjacent."""
-        first = self.pages.find(_ABSENT)
+    def absent_runs(self, first_page: int = 0) -> Iterator[tuple[int, int]]:
+        """(first page, how many) from a page on, ascending, never adjacent."""
+        first = self.pages.find(_ABSENT, first_page)
         while first >= 0:
             end = self.pages.find(_RESIDENT, first)
             end = len(self.pages) if end < 0 else end

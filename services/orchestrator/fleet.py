@@ -7,8 +7,6 @@ transaction that writes (I9).
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Mapping
@@ -37,6 +35,7 @@ from services.orchestrator.migration import Phase
 from services.orchestrator.move import Context, both
 from services.orchestrator.nodes import Nodes
 from services.orchestrator.operators import Operators
+from services.orchestrator.paging import cut, page_count, read_token
 from services.orchestrator.queue import Queue
 from services.orchestrator.runner import Runner
 from services.orchestrator.scheduling.model import Priority
@@ -52,8 +51,9 @@ from services.orchestrator.store.schedule import (
 )
 from services.orchestrator.views import bitmap_view, migration_view, node_view, vm_view
 
-PAGE_SIZE_DEFAULT = 100
-PAGE_SIZE_MAX = 1000
+RUN_COUNT_DEFAULT = 10_000
+RUN_COUNT_MAX = 100_000
+"""Of a userfault bitmap, in one answer."""
 KEY_LEN_MAX = 255
 BYTES_PER_S_MAX = 1 << 50
 FREEZE_AFTER_MS_MAX = 86_400_000
@@ -112,16 +112,21 @@ class Fleet:
         """One node."""
         return await self._node_view(await self._node(name))
 
-    async def list_nodes(self) -> list[types_pb2.Node]:
-        """All of them."""
-        rows = await self._context.store.fleet.nodes()
-        said = await self._context.store.schedule.node_settings()
-        vms = await self._context.store.fleet.vms()
-        return [self._view_of_node(row, said, vms) for row in rows]
+    async def list_nodes(
+        self, *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[types_pb2.Node], str]:
+        """A page, by name, and the token of the next one."""
+        count = page_count(page_size)
+        rows = await self._context.store.fleet.nodes_page(
+            after=read_token("nodes", page_token), count=count + 1
+        )
+        page, token = cut("nodes", rows, count, lambda each: each[0].name)
+        said = await self._context.store.schedule.node_settings(row.name for row, _ids in page)
+        return [self._view_of_node(row, said, vm_ids) for row, vm_ids in page], token
 
     async def some_nodes(self, names: list[str]) -> list[types_pb2.Node]:
         """Those that there are, without their VMs."""
-        said = await self._context.store.schedule.node_settings()
+        said = await self._context.store.schedule.node_settings(names)
         rows = [await self._context.store.fleet.node(name) for name in names]
         return [self._view_of_node(row, said, []) for row in rows if row]
 
@@ -132,11 +137,12 @@ class Fleet:
         return row
 
     async def _node_view(self, row: NodeRow) -> types_pb2.Node:
-        said = await self._context.store.schedule.node_settings()
-        return self._view_of_node(row, said, await self._context.store.fleet.vms())
+        said = await self._context.store.schedule.node_settings([row.name])
+        vm_ids = await self._context.store.fleet.vm_ids_of(row.name)
+        return self._view_of_node(row, said, vm_ids)
 
     def _view_of_node(
-        self, row: NodeRow, said: Mapping[str, NodeSettings], vms: list[VmRow]
+        self, row: NodeRow, said: Mapping[str, NodeSettings], vm_ids: list[str]
     ) -> types_pb2.Node:
         status = self._nodes.status(row.name)
         return node_view(
@@ -144,7 +150,7 @@ class Fleet:
             reachable=status.reachable,
             message=status.message,
             capabilities=status.capabilities,
-            vm_ids=[vm.vm_id for vm in vms if vm.node == row.name],
+            vm_ids=vm_ids,
             settings=said.get(row.name, NodeSettings()),
         )
 
@@ -179,24 +185,38 @@ class Fleet:
     async def get_vm(self, vm_id: str) -> types_pb2.Vm:
         """One VM."""
         vm = await self._vm(vm_id)
-        said = (await self._context.store.schedule.vm_settings()).get(vm_id, VmSettings())
+        said = (await self._context.store.schedule.vm_settings([vm_id])).get(vm_id, VmSettings())
         active = await self._context.store.migrations.active_of(vm_id)
         return await self._vm_view(vm, active, said)
 
-    async def list_vms(self) -> list[types_pb2.Vm]:
-        """All of them."""
-        active = await self._context.store.migrations.active_ids()
-        said = await self._context.store.schedule.vm_settings()
-        vms = await self._context.store.fleet.vms()
+    async def list_vms(
+        self, *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[types_pb2.Vm], str]:
+        """A page, by id, and the token of the next one."""
+        count = page_count(page_size)
+        rows = await self._context.store.fleet.vms_page(
+            after=read_token("vms", page_token), count=count + 1
+        )
+        page, token = cut("vms", rows, count, lambda each: each[0].vm_id)
+        said = await self._context.store.schedule.vm_settings(vm.vm_id for vm, _id in page)
+        plain = VmSettings()
         return [
-            await self._vm_view(vm, active.get(vm.vm_id, ""), said.get(vm.vm_id, VmSettings()))
-            for vm in vms
-        ]
+            await self._vm_view(vm, migration_id, said.get(vm.vm_id, plain))
+            for vm, migration_id in page
+        ], token
 
-    async def userfault_bitmap(self, vm_id: str) -> vm_service_pb2.GetUserfaultBitmapResponse:
-        """Which pages are not yet where the VM runs."""
+    async def userfault_bitmap(
+        self, vm_id: str, *, page_size: int = 0, page_token: str = ""
+    ) -> vm_service_pb2.GetUserfaultBitmapResponse:
+        """Which pages are not yet where the VM runs; at most `page_size` runs of them."""
+        if not 0 <= page_size <= RUN_COUNT_MAX:
+            raise field_invalid("page_size", f"must be 0..{RUN_COUNT_MAX}", page_size)
+        token = read_token("runs", page_token)
+        if not token.isdecimal() and token:
+            raise field_invalid("page_token", "must be a next_page_token of runs", page_token)
         vm = await self._vm(vm_id)
-        return bitmap_view(vm, self._context.bitmaps.get(vm_id, vm.epoch))
+        bitmap = self._context.bitmaps.get(vm_id, vm.epoch)
+        return bitmap_view(vm, bitmap, first=int(token or 0), count=page_size or RUN_COUNT_DEFAULT)
 
     async def _vm(self, vm_id: str) -> VmRow:
         vm = await self._context.store.fleet.vm(vm_id)
@@ -333,21 +353,26 @@ class Fleet:
         return row, view
 
     async def list_migrations(
-        self, vm_id: str = "", *, page_size: int = 0, page_token: str = ""
+        self,
+        vm_id: str = "",
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        unfinished: bool = False,
     ) -> tuple[list[types_pb2.Migration], str]:
         """A page, the newest first, and the token of the next one."""
-        if not 0 <= page_size <= PAGE_SIZE_MAX:
-            raise field_invalid("page_size", f"must be 0..{PAGE_SIZE_MAX}", page_size)
-        count = page_size or PAGE_SIZE_DEFAULT
+        count = page_count(page_size)
         rows = await self._context.store.migrations.page(
-            vm_id, before=read_token(page_token), count=count + 1
+            vm_id,
+            before=read_token("migrations", page_token),
+            count=count + 1,
+            unfinished=unfinished,
         )
-        more, rows = len(rows) > count, rows[:count]
+        page, token = cut("migrations", rows, count, lambda row: row.migration_id)
         histories = await self._context.store.migrations.transitions(
-            [row.migration_id for row in rows]
+            [row.migration_id for row in page]
         )
-        views = [migration_view(row, histories[row.migration_id]) for row in rows]
-        return views, write_token(rows[-1].migration_id) if more else ""
+        return [migration_view(row, histories[row.migration_id]) for row in page], token
 
     async def cancel_migration(self, migration_id: str) -> types_pb2.Migration:
         """Ask for a cancel."""
@@ -427,21 +452,3 @@ def _first(*values: Priority | None) -> Priority:
 def _hash(request: Message) -> str:
     text = request.DESCRIPTOR.full_name.encode() + request.SerializeToString(deterministic=True)
     return hashlib.sha256(text).hexdigest()
-
-
-def write_token(migration_id: str) -> str:
-    """The token of the page after one that ends with this id."""
-    return base64.urlsafe_b64encode(migration_id.encode()).decode().rstrip("=")
-
-
-def read_token(token: str) -> str:
-    """The id that a token names, or "".
-
-    Raises:
-        InvalidArgumentError: FIELD_INVALID.
-    """
-    try:
-        text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
-        return str(ULID.from_str(text)) if text else ""
-    except (binascii.Error, ValueError) as error:
-        raise field_invalid("page_token", "must be a next_page_token", token) from error

@@ -24,8 +24,9 @@ from services.orchestrator import (
 from services.orchestrator.auth.middleware import AccessMiddleware
 from services.orchestrator.election import Role
 from services.orchestrator.events.service import Events
-from services.orchestrator.fleet import PAGE_SIZE_MAX, Fleet
+from services.orchestrator.fleet import RUN_COUNT_DEFAULT, RUN_COUNT_MAX, Fleet
 from services.orchestrator.operations.service import Operations
+from services.orchestrator.rest_models import PageSize, PageToken
 from services.orchestrator.scheduling.model import Priority
 
 IdempotencyKey = Annotated[
@@ -41,9 +42,10 @@ def _nodes(fleet: Fleet) -> APIRouter:
     router = APIRouter(prefix="/v1/nodes", tags=["nodes"], responses=problems.RESPONSES)
 
     @router.get("")
-    async def list_nodes() -> rest_models.Nodes:
+    async def list_nodes(page_size: PageSize = 0, page_token: PageToken = "") -> rest_models.Nodes:
+        nodes, token = await fleet.list_nodes(page_size=page_size, page_token=page_token)
         return rest_models.Nodes(
-            nodes=[rest_models.Node.of(node) for node in await fleet.list_nodes()]
+            nodes=[rest_models.Node.of(node) for node in nodes], next_page_token=token
         )
 
     @router.post(
@@ -70,8 +72,9 @@ def _vms(fleet: Fleet) -> APIRouter:
     router = APIRouter(prefix="/v1/vms", tags=["vms"], responses=problems.RESPONSES)
 
     @router.get("")
-    async def list_vms() -> rest_models.Vms:
-        return rest_models.Vms(vms=[rest_models.Vm.of(vm) for vm in await fleet.list_vms()])
+    async def list_vms(page_size: PageSize = 0, page_token: PageToken = "") -> rest_models.Vms:
+        vms, token = await fleet.list_vms(page_size=page_size, page_token=page_token)
+        return rest_models.Vms(vms=[rest_models.Vm.of(vm) for vm in vms], next_page_token=token)
 
     @router.post("", status_code=201)
     async def start_vm(
@@ -90,8 +93,16 @@ def _vms(fleet: Fleet) -> APIRouter:
         await fleet.stop_vm(vm)
 
     @router.get("/{vm}/userfault-bitmap")
-    async def get_userfault_bitmap(vm: str) -> rest_models.UserfaultBitmap:
-        return rest_models.UserfaultBitmap.of(await fleet.userfault_bitmap(vm))
+    async def get_userfault_bitmap(
+        vm: str,
+        page_size: Annotated[
+            int,
+            Query(ge=0, le=RUN_COUNT_MAX, description=f"runs at most; 0: {RUN_COUNT_DEFAULT}"),
+        ] = 0,
+        page_token: PageToken = "",
+    ) -> rest_models.UserfaultBitmap:
+        found = await fleet.userfault_bitmap(vm, page_size=page_size, page_token=page_token)
+        return rest_models.UserfaultBitmap.of(found)
 
     return router
 
@@ -102,11 +113,12 @@ def _migrations(fleet: Fleet) -> APIRouter:
     @router.get("")
     async def list_migrations(
         vm: str = "",
-        page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0,
-        page_token: str = "",
+        unfinished: Annotated[bool, Query(description="only those that have not ended")] = False,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
     ) -> rest_models.Migrations:
         migrations, token = await fleet.list_migrations(
-            vm, page_size=page_size, page_token=page_token
+            vm, page_size=page_size, page_token=page_token, unfinished=unfinished
         )
         return rest_models.Migrations(
             migrations=[rest_models.Migration.of(each) for each in migrations],

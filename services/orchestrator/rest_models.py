@@ -6,6 +6,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+from fastapi import Query
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
 from godwit.fleet.v1 import types_pb2, vm_service_pb2
@@ -13,10 +14,19 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ConfigDict, Field
 
 from services.common.vm_spec import VM_ID_PATTERN
+from services.orchestrator.paging import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, TOKEN_LEN_MAX
 
 _PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
 _EPOCH_MAX = (1 << 53) - 1
 """What every JSON reader can tell from its neighbours."""
+
+PageSize = Annotated[
+    int,
+    Query(ge=0, le=PAGE_SIZE_MAX, description=f"items at most; 0: {PAGE_SIZE_DEFAULT}"),
+]
+PageToken = Annotated[
+    str, Query(max_length=TOKEN_LEN_MAX, description="next_page_token of the page before")
+]
 
 Name = Annotated[str, Field(pattern=VM_ID_PATTERN)]
 """Of a VM or a node."""
@@ -144,10 +154,14 @@ class Node(BaseModel):
         )
 
 
+NEXT_PAGE_TOKEN = Field(description="page_token of the next page; empty at the end")
+
+
 class Nodes(BaseModel):
-    """All nodes, by name."""
+    """A page of the nodes, by name."""
 
     nodes: list[Node]
+    next_page_token: str = NEXT_PAGE_TOKEN
 
 
 class VmPlacement(BaseModel):
@@ -198,9 +212,10 @@ class Vm(BaseModel):
 
 
 class Vms(BaseModel):
-    """All VMs, by id."""
+    """A page of the VMs, by id."""
 
     vms: list[Vm]
+    next_page_token: str = NEXT_PAGE_TOKEN
 
 
 class UserfaultBitmap(BaseModel):
@@ -214,8 +229,9 @@ class UserfaultBitmap(BaseModel):
     resident_percent: float = Field(description="0..100")
     page_size_bytes: int
     absent_runs: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(
-        description="[first page, how many], ascending"
+        description="[first page, how many], ascending, from page_token on"
     )
+    next_page_token: str = NEXT_PAGE_TOKEN
 
     @classmethod
     def of(cls, bitmap: vm_service_pb2.GetUserfaultBitmapResponse) -> UserfaultBitmap:
@@ -230,6 +246,7 @@ class UserfaultBitmap(BaseModel):
             resident_percent=int(bitmap.resident_share * 1e4) / 100,
             page_size_bytes=bitmap.page_size_bytes,
             absent_runs=[[run.first_page, run.page_count] for run in bitmap.absent_runs],
+            next_page_token=bitmap.next_page_token,
         )
 
 

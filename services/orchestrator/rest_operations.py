@@ -12,9 +12,8 @@ from godwit.fleet.v1 import operation_service_pb2 as pb
 from pydantic import BaseModel, BeforeValidator, Field
 
 from services.orchestrator import problems
-from services.orchestrator.fleet import PAGE_SIZE_MAX
 from services.orchestrator.operations.service import Answer, Operations
-from services.orchestrator.rest_models import Strict
+from services.orchestrator.rest_models import NEXT_PAGE_TOKEN, PageSize, PageToken, Strict
 from services.orchestrator.rest_schedule import FromMessage, Priority, PriorityWord
 
 IdempotencyKey = Annotated[
@@ -112,7 +111,7 @@ class Operation(FromMessage):
     created_at: datetime
     ended_at: datetime | None = None
     options: OperationOptions
-    vms: list[OperationVm] = Field(description="empty in lists")
+    vms: list[OperationVm] = Field(description="the first 1000: /vms has all; empty in lists")
     counts: dict[str, int] = Field(description="VMs by state")
     version: int
 
@@ -121,7 +120,14 @@ class Operations_(BaseModel):  # noqa: N801 - the service has the name
     """A page of operations, the newest first."""
 
     operations: list[Operation]
-    next_page_token: str
+    next_page_token: str = NEXT_PAGE_TOKEN
+
+
+class OperationVms(BaseModel):
+    """A page of what an operation does with each VM, in order."""
+
+    vms: list[OperationVm]
+    next_page_token: str = NEXT_PAGE_TOKEN
 
 
 class PlanStep(FromMessage):
@@ -215,14 +221,23 @@ def operations(service: Operations) -> APIRouter:
 
     @router.get("/operations")
     async def list_operations(
-        page_size: Annotated[int, Query(ge=0, le=PAGE_SIZE_MAX)] = 0, page_token: str = ""
+        unfinished: Annotated[bool, Query(description="only those that have not ended")] = False,
+        page_size: PageSize = 0,
+        page_token: PageToken = "",
     ) -> Operations_:
-        found, token = await service.page(page_size, page_token)
+        found, token = await service.page(page_size, page_token, unfinished=unfinished)
         return Operations_(operations=[Operation.of(each) for each in found], next_page_token=token)
 
     @router.get("/operations/{operation_id}")
     async def get_operation(operation_id: str) -> Operation:
         return Operation.of(await service.get(operation_id))
+
+    @router.get("/operations/{operation_id}/vms")
+    async def list_operation_vms(
+        operation_id: str, page_size: PageSize = 0, page_token: PageToken = ""
+    ) -> OperationVms:
+        vms, token = await service.vms(operation_id, page_size, page_token)
+        return OperationVms(vms=[OperationVm.of(each) for each in vms], next_page_token=token)
 
     @router.post("/operations/{operation_id}:cancel")
     async def cancel_operation(operation_id: str) -> Operation:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from services.orchestrator import problems, rest_models
 from services.orchestrator.fleet import Fleet
-from services.orchestrator.rest_models import Strict
+from services.orchestrator.rest_models import PageSize, PageToken, Strict
 
 
 def _word(text: object) -> object:
@@ -63,6 +63,10 @@ class Queue(FromMessage):
 
     entries: list[QueueEntry]
     frozen: str = Field(description="why admissions are frozen; empty while they are not")
+    next_page_token: str = Field(
+        description="page_token of the next page; it names a place: what moves up or down in"
+        " between may be told twice, or not"
+    )
 
 
 class FreezeRequest(Strict, strict=True):
@@ -80,9 +84,10 @@ class Limit(FromMessage):
 
 
 class Limits(BaseModel):
-    """Kinds first, then what was set for one, and what is used."""
+    """A page: kinds first, then what was set for one, and what is used."""
 
     limits: list[Limit]
+    next_page_token: str = rest_models.NEXT_PAGE_TOKEN
 
 
 class LimitsRequest(Strict, strict=True):
@@ -124,9 +129,10 @@ class Policy(PolicySettings, strict=False):
 
 
 class Policies(BaseModel):
-    """All of them, by name."""
+    """A page of them, by name."""
 
     policies: list[Policy]
+    next_page_token: str = rest_models.NEXT_PAGE_TOKEN
 
 
 class NodePlacementRequest(Strict, strict=True):
@@ -158,14 +164,18 @@ def message_of(message: type[Message], body: BaseModel, **more: Any) -> Any:
     return message(**fields)
 
 
+def _limits(limits: list[pb.Limit], token: str) -> Limits:
+    return Limits(limits=[Limit.of(each) for each in limits], next_page_token=token)
+
+
 def schedule(fleet: Fleet) -> APIRouter:
     """Queue, limits and policies."""
     router = APIRouter(prefix="/v1", tags=["schedule"], responses=problems.RESPONSES)
     scheduling = fleet.scheduling
 
     @router.get("/queue")
-    async def get_queue() -> Queue:
-        return Queue.of(await scheduling.queue())
+    async def get_queue(page_size: PageSize = 0, page_token: PageToken = "") -> Queue:
+        return Queue.of(await scheduling.queue(page_size=page_size, page_token=page_token))
 
     @router.post("/queue:freeze", status_code=204)
     async def freeze_admissions(body: FreezeRequest) -> None:
@@ -176,17 +186,17 @@ def schedule(fleet: Fleet) -> APIRouter:
         await scheduling.thaw()
 
     @router.get("/limits")
-    async def get_limits() -> Limits:
-        return Limits(limits=[Limit.of(each) for each in await scheduling.limits()])
+    async def get_limits(page_size: PageSize = 0, page_token: PageToken = "") -> Limits:
+        return _limits(*await scheduling.limits(page_size=page_size, page_token=page_token))
 
     @router.patch("/limits")
     async def set_limits(body: LimitsRequest) -> Limits:
-        limits = await scheduling.set_limits(body.values, body.remove)
-        return Limits(limits=[Limit.of(each) for each in limits])
+        return _limits(*await scheduling.set_limits(body.values, body.remove))
 
     @router.get("/policies")
-    async def list_policies() -> Policies:
-        return Policies(policies=[Policy.of(each) for each in await scheduling.policies()])
+    async def list_policies(page_size: PageSize = 0, page_token: PageToken = "") -> Policies:
+        found, token = await scheduling.policies(page_size=page_size, page_token=page_token)
+        return Policies(policies=[Policy.of(each) for each in found], next_page_token=token)
 
     @router.put("/policies/{name}")
     async def put_policy(name: str, body: PolicySettings) -> Policy:

@@ -66,7 +66,10 @@ class MigrationServicer(migration_service_pb2_grpc.MigrationServiceServicer):
         self, request: migration_service_pb2.ListMigrationsRequest, context: _Context
     ) -> migration_service_pb2.ListMigrationsResponse:
         migrations, token = await self._fleet.list_migrations(
-            request.vm_id, page_size=request.page_size, page_token=request.page_token
+            request.vm_id,
+            page_size=request.page_size,
+            page_token=request.page_token,
+            unfinished=request.unfinished_only,
         )
         return migration_service_pb2.ListMigrationsResponse(
             migrations=migrations, next_page_token=token
@@ -138,7 +141,10 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
     async def ListNodes(
         self, request: node_service_pb2.ListNodesRequest, context: _Context
     ) -> node_service_pb2.ListNodesResponse:
-        return node_service_pb2.ListNodesResponse(nodes=await self._fleet.list_nodes())
+        nodes, token = await self._fleet.list_nodes(
+            page_size=request.page_size, page_token=request.page_token
+        )
+        return node_service_pb2.ListNodesResponse(nodes=nodes, next_page_token=token)
 
 
 class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
@@ -167,12 +173,17 @@ class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
     async def ListVms(
         self, request: vm_service_pb2.ListVmsRequest, context: _Context
     ) -> vm_service_pb2.ListVmsResponse:
-        return vm_service_pb2.ListVmsResponse(vms=await self._fleet.list_vms())
+        vms, token = await self._fleet.list_vms(
+            page_size=request.page_size, page_token=request.page_token
+        )
+        return vm_service_pb2.ListVmsResponse(vms=vms, next_page_token=token)
 
     async def GetUserfaultBitmap(
         self, request: vm_service_pb2.GetUserfaultBitmapRequest, context: _Context
     ) -> vm_service_pb2.GetUserfaultBitmapResponse:
-        return await self._fleet.userfault_bitmap(request.vm_id)
+        return await self._fleet.userfault_bitmap(
+            request.vm_id, page_size=request.page_size, page_token=request.page_token
+        )
 
 
 def services(fleet: Fleet, operations: Operations, events: Events) -> tuple[Service, ...]:

@@ -59,8 +59,18 @@ class OperationServicer(pb_grpc.OperationServiceServicer):
     async def ListOperations(
         self, request: pb.ListOperationsRequest, context: _Context
     ) -> pb.ListOperationsResponse:
-        found, token = await self._operations.page(request.page_size, request.page_token)
+        found, token = await self._operations.page(
+            request.page_size, request.page_token, unfinished=request.unfinished_only
+        )
         return pb.ListOperationsResponse(operations=found, next_page_token=token)
+
+    async def ListOperationVms(
+        self, request: pb.ListOperationVmsRequest, context: _Context
+    ) -> pb.ListOperationVmsResponse:
+        vms, token = await self._operations.vms(
+            request.operation_id, request.page_size, request.page_token
+        )
+        return pb.ListOperationVmsResponse(vms=vms, next_page_token=token)
 
     async def CancelOperation(
         self, request: pb.CancelOperationRequest, context: _Context

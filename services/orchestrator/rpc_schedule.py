@@ -24,7 +24,9 @@ class ScheduleServicer(pb_grpc.ScheduleServiceServicer):
         self._scheduling = fleet.scheduling
 
     async def GetQueue(self, request: pb.GetQueueRequest, context: _Context) -> pb.GetQueueResponse:
-        return await self._scheduling.queue()
+        return await self._scheduling.queue(
+            page_size=request.page_size, page_token=request.page_token
+        )
 
     async def FreezeAdmissions(
         self, request: pb.FreezeAdmissionsRequest, context: _Context
@@ -41,18 +43,24 @@ class ScheduleServicer(pb_grpc.ScheduleServiceServicer):
     async def GetLimits(
         self, request: pb.GetLimitsRequest, context: _Context
     ) -> pb.GetLimitsResponse:
-        return pb.GetLimitsResponse(limits=await self._scheduling.limits())
+        limits, token = await self._scheduling.limits(
+            page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.GetLimitsResponse(limits=limits, next_page_token=token)
 
     async def SetLimits(
         self, request: pb.SetLimitsRequest, context: _Context
     ) -> pb.SetLimitsResponse:
-        limits = await self._scheduling.set_limits(request.values, list(request.remove))
-        return pb.SetLimitsResponse(limits=limits)
+        limits, token = await self._scheduling.set_limits(request.values, list(request.remove))
+        return pb.SetLimitsResponse(limits=limits, next_page_token=token)
 
     async def ListPolicies(
         self, request: pb.ListPoliciesRequest, context: _Context
     ) -> pb.ListPoliciesResponse:
-        return pb.ListPoliciesResponse(policies=await self._scheduling.policies())
+        policies, token = await self._scheduling.policies(
+            page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListPoliciesResponse(policies=policies, next_page_token=token)
 
     async def PutPolicy(
         self, request: pb.PutPolicyRequest, context: _Context

@@ -14,6 +14,7 @@ from services.common.vm_spec import VM_ID_PATTERN
 from services.orchestrator.agents import node_unknown
 from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.move import Context
+from services.orchestrator.paging import cut, page_count, read_token
 from services.orchestrator.queue import Queue
 from services.orchestrator.scheduling.limits import Kind
 from services.orchestrator.scheduling.model import Placing, Priority
@@ -80,9 +81,14 @@ class Scheduling:
 
     # --- the queue ---
 
-    async def queue(self) -> pb.GetQueueResponse:
-        """What waits, in order."""
+    async def queue(self, *, page_size: int = 0, page_token: str = "") -> pb.GetQueueResponse:
+        """A page of what waits, in order. Its token names a place."""
+        count, token = page_count(page_size), read_token("queue", page_token)
+        if token and not token.isdecimal():
+            raise _invalid("page_token", "must be a next_page_token of queue", page_token)
         waits, snapshot = await self._queue.waiting()
+        later = [each for each in waits if each[0].place > int(token or 0)]
+        page, token = cut("queue", later, count, lambda each: str(each[0].place))
         now_ns = self._context.now_ns()
         return pb.GetQueueResponse(
             frozen=snapshot.frozen,
@@ -100,8 +106,9 @@ class Scheduling:
                     operation_id=each.admission.operation_id if each.admission else "",
                     waited_s=max(now_ns - each.migration.created_at_ns, 0) / 1e9,
                 )
-                for wait, each in waits
+                for wait, each in page
             ],
+            next_page_token=token,
         )
 
     async def freeze(self, because: str) -> None:
@@ -120,14 +127,27 @@ class Scheduling:
 
     # --- limits ---
 
-    async def limits(self) -> list[pb.Limit]:
-        """Kinds first, then what was set for one, and what is used."""
+    async def limits(
+        self, *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[pb.Limit], str]:
+        """A page: kinds first, then what was set for one, and what is used; and the next token."""
+        count, after = page_count(page_size), read_token("limits", page_token)
         limits, used = await self._context.store.schedule.limits()
-        keys = [*Kind, *sorted({*limits.overrides, *used} - set(Kind))]
-        return [pb.Limit(key=key, value=limits.of(key), used=used.get(key, 0)) for key in keys]
+        kinds: list[str] = [*Kind]
+        keys = [*kinds, *sorted({*limits.overrides, *used} - set(kinds))]
+        if after in kinds:
+            keys = keys[kinds.index(after) + 1 :]
+        elif after:
+            keys = [key for key in keys[len(kinds) :] if key > after]
+        page, token = cut("limits", keys, count, str)
+        return [
+            pb.Limit(key=key, value=limits.of(key), used=used.get(key, 0)) for key in page
+        ], token
 
-    async def set_limits(self, values: Mapping[str, int], remove: list[str]) -> list[pb.Limit]:
-        """Change some, at once."""
+    async def set_limits(
+        self, values: Mapping[str, int], remove: list[str]
+    ) -> tuple[list[pb.Limit], str]:
+        """Change some, at once. The first page then."""
         self._context.role.require()
         changed: dict[str, int | None] = {**values, **dict.fromkeys(remove)}
         await self._context.store.schedule.set_limits(changed)
@@ -136,9 +156,16 @@ class Scheduling:
 
     # --- policies ---
 
-    async def policies(self) -> list[pb.Policy]:
-        """All of them."""
-        return [_policy_view(each) for each in await self._context.store.schedule.policies()]
+    async def policies(
+        self, *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[pb.Policy], str]:
+        """A page, by name, and the token of the next one."""
+        count = page_count(page_size)
+        found = await self._context.store.schedule.policies(
+            after=read_token("policies", page_token), count=count + 1
+        )
+        page, token = cut("policies", found, count, lambda each: each.name)
+        return [_policy_view(each) for each in page], token
 
     async def put_policy(self, given: pb.Policy) -> pb.Policy:
         """Write one."""
@@ -155,7 +182,7 @@ class Scheduling:
     async def effective(self, vm_id: str) -> tuple[Settings, tuple[str, ...]]:
         """What counts for a VM now, and who says so."""
         table = self._context.store.schedule
-        said = (await table.vm_settings()).get(vm_id, VmSettings())
+        said = (await table.vm_settings([vm_id])).get(vm_id, VmSettings())
         found = effective(said.labels, await table.policies())
         return found.settings, found.policies
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
+from services.orchestrator.paging import cut
 from services.orchestrator.scheduling.schedule import Wait
 from services.orchestrator.scheduling_api import wire_settings
 from services.orchestrator.store.rows import EventRow, MigrationRow, NodeRow, TransitionRow, VmRow
@@ -157,8 +159,13 @@ def vm_view(
     )
 
 
-def bitmap_view(row: VmRow, bitmap: Bitmap | None) -> vm_service_pb2.GetUserfaultBitmapResponse:
-    """A userfault bitmap. A VM that never moved has all its memory."""
+def bitmap_view(
+    row: VmRow, bitmap: Bitmap | None, *, first: int, count: int
+) -> vm_service_pb2.GetUserfaultBitmapResponse:
+    """A userfault bitmap, at most `count` runs from page `first` on.
+
+    A VM that never moved has all its memory.
+    """
     if bitmap is None or not bitmap.page_count:
         return vm_service_pb2.GetUserfaultBitmapResponse(
             vm_id=row.vm_id,
@@ -167,15 +174,17 @@ def bitmap_view(row: VmRow, bitmap: Bitmap | None) -> vm_service_pb2.GetUserfaul
             resident_share=1.0,
             page_size_bytes=PAGE_BYTES_DEFAULT,
         )
+    runs = list(itertools.islice(bitmap.absent_runs(first), count + 1))
+    page, token = cut("runs", runs, count, lambda run: str(run[0] + run[1]))
     return vm_service_pb2.GetUserfaultBitmapResponse(
         vm_id=row.vm_id,
         epoch=bitmap.epoch,
         page_count=bitmap.page_count,
         absent_count=bitmap.absent_count,
         absent_runs=[
-            agent_pb2.PageRun(first_page=first, page_count=count)
-            for first, count in bitmap.absent_runs()
+            agent_pb2.PageRun(first_page=first, page_count=count) for first, count in page
         ],
+        next_page_token=token,
         resident_share=bitmap.resident_share,
         page_size_bytes=bitmap.page_size_bytes,
     )

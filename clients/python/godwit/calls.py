@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, urlencode
@@ -22,6 +22,7 @@ class Call(Generic[ValueT]):
     Attributes:
         body: JSON, or None for no body.
         read: the decoded answer in, the value out.
+        items: of a list that comes by pages: the key of its items.
     """
 
     method: str
@@ -29,6 +30,41 @@ class Call(Generic[ValueT]):
     read: Callable[[Any], ValueT]
     body: Mapping[str, Any] | None = None
     query: Mapping[str, str] | None = None
+    items: str = ""
+
+    def first(self, count: int) -> Call[ValueT]:
+        """The same, of so many items at most; 0: as many as there are."""
+        if not 0 < count < PAGE_SIZE_DEFAULT:
+            return self
+        return replace(self, query={**(self.query or {}), "page_size": str(count)})
+
+    def after(self, token: str) -> Call[ValueT]:
+        """The same of the next page."""
+        more = {"page_token": token, "page_size": str(PAGE_SIZE_MAX)}
+        if self.items == RUNS:
+            del more["page_size"]
+        return replace(self, query={**(self.query or {}), **more})
+
+
+PAGE_SIZE_DEFAULT = 100
+PAGE_SIZE_MAX = 1000
+RUNS = "absent_runs"
+
+
+def next_page(data: Any) -> str:
+    """The token of the page after an answer; empty at the end, and of a server without pages."""
+    return str(data.get("next_page_token") or "") if isinstance(data, dict) else ""
+
+
+def joined(call: Call[ValueT], pages: Sequence[Any], count: int = 0) -> Answer[ValueT]:
+    """Pages of one list as one answer, of `count` items if that is given.
+
+    What stands beside the items is the last page's.
+    """
+    items = [item for page in pages for item in page.get(call.items) or ()]
+    items = items[:count] if count else items
+    data = {**pages[-1], call.items: items}
+    return Answer(call.read(data), data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +76,9 @@ class Answer(Generic[ValueT]):
 
 
 def list_nodes() -> Call[list[Node]]:
-    """All nodes by name."""
-    return Call(method="GET", path="/v1/nodes", read=partial(read_list, "nodes", Node.from_json))
+    """Nodes by name."""
+    read = partial(read_list, "nodes", Node.from_json)
+    return Call(method="GET", path="/v1/nodes", read=read, items="nodes")
 
 
 def get_node(name: str) -> Call[Node]:
@@ -60,8 +97,9 @@ def register_node(name: str, agent_address: str) -> Call[Node]:
 
 
 def list_vms() -> Call[list[Vm]]:
-    """All VMs by id."""
-    return Call(method="GET", path="/v1/vms", read=partial(read_list, "vms", Vm.from_json))
+    """VMs by id."""
+    read = partial(read_list, "vms", Vm.from_json)
+    return Call(method="GET", path="/v1/vms", read=read, items="vms")
 
 
 def get_vm(vm_id: str) -> Call[Vm]:
@@ -84,7 +122,7 @@ def stop_vm(vm_id: str) -> Call[None]:
 def get_userfault_bitmap(vm_id: str) -> Call[UserfaultBitmap]:
     """Which of its pages are absent."""
     path = f"/v1/vms/{part(vm_id)}/userfault-bitmap"
-    return Call(method="GET", path=path, read=UserfaultBitmap.from_json)
+    return Call(method="GET", path=path, read=UserfaultBitmap.from_json, items=RUNS)
 
 
 def create_migration(
@@ -110,14 +148,15 @@ def create_migration(
     return Call(method="POST", path="/v1/migrations", body=body, read=Migration.from_json)
 
 
-def list_migrations(vm_id: str = "", page_token: str = "") -> Call[list[Migration]]:
-    """A page of the migrations, newest first; `next_page_token` is in the answer's JSON."""
-    query = {"vm": vm_id, "page_token": page_token}
+def list_migrations(vm_id: str = "", *, unfinished: bool = False) -> Call[list[Migration]]:
+    """The migrations, newest first, of one VM or of all; `unfinished`: that have not ended."""
+    query = {"vm": vm_id, "unfinished": "true" if unfinished else ""}
     return Call(
         method="GET",
         path="/v1/migrations",
         query={key: value for key, value in query.items() if value},
         read=partial(read_list, "migrations", Migration.from_json),
+        items="migrations",
     )
 
 

@@ -95,9 +95,21 @@ class Client:
             raise _unreachable(self.url, error) from error
         return _read(call, response)
 
+    def send_all(self, call: Call[ValueT], *, count: int = 0) -> Answer[ValueT]:
+        """Make a call that lists, page by page, as one answer. 0: to the end, else `count` items.
+
+        Where there are more, `next_page_token` of the JSON says so.
+        """
+        pages = [self.send(call.first(count)).json]
+        while (token := calls.next_page(pages[-1])) and (
+            not count or sum(len(page[call.items]) for page in pages) < count
+        ):
+            pages.append(self.send(call.after(token)).json)
+        return calls.joined(call, pages, count)
+
     def nodes(self) -> list[Node]:
         """See calls.list_nodes."""
-        return self.send(calls.list_nodes()).value
+        return self.send_all(calls.list_nodes()).value
 
     def node(self, name: str) -> Node:
         """See calls.get_node."""
@@ -109,7 +121,7 @@ class Client:
 
     def vms(self) -> list[Vm]:
         """See calls.list_vms."""
-        return self.send(calls.list_vms()).value
+        return self.send_all(calls.list_vms()).value
 
     def vm(self, vm_id: str) -> Vm:
         """See calls.get_vm."""
@@ -125,7 +137,7 @@ class Client:
 
     def userfault_bitmap(self, vm_id: str) -> UserfaultBitmap:
         """See calls.get_userfault_bitmap."""
-        return self.send(calls.get_userfault_bitmap(vm_id)).value
+        return self.send_all(calls.get_userfault_bitmap(vm_id)).value
 
     def migrate(
         self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0
@@ -136,7 +148,7 @@ class Client:
 
     def migrations(self, vm_id: str = "") -> list[Migration]:
         """See calls.list_migrations."""
-        return self.send(calls.list_migrations(vm_id)).value
+        return self.send_all(calls.list_migrations(vm_id)).value
 
     def migration(self, migration_id: str) -> Migration:
         """See calls.get_migration."""
@@ -255,13 +267,20 @@ class AsyncClient:
             raise _unreachable(self.url, error) from error
         return _read(call, response)
 
+    async def send_all(self, call: Call[ValueT]) -> Answer[ValueT]:
+        """See Client.send_all."""
+        pages = [(await self.send(call)).json]
+        while token := calls.next_page(pages[-1]):
+            pages.append((await self.send(call.after(token))).json)
+        return calls.joined(call, pages)
+
     async def nodes(self) -> list[Node]:
         """See calls.list_nodes."""
-        return (await self.send(calls.list_nodes())).value
+        return (await self.send_all(calls.list_nodes())).value
 
     async def vms(self) -> list[Vm]:
         """See calls.list_vms."""
-        return (await self.send(calls.list_vms())).value
+        return (await self.send_all(calls.list_vms())).value
 
     async def vm(self, vm_id: str) -> Vm:
         """See calls.get_vm."""
@@ -277,7 +296,7 @@ class AsyncClient:
 
     async def userfault_bitmap(self, vm_id: str) -> UserfaultBitmap:
         """See calls.get_userfault_bitmap."""
-        return (await self.send(calls.get_userfault_bitmap(vm_id))).value
+        return (await self.send_all(calls.get_userfault_bitmap(vm_id))).value
 
     async def migrate(
         self, vm_id: str, destination_node: str, *, bulk_bytes_per_s_max: int = 0
@@ -288,7 +307,7 @@ class AsyncClient:
 
     async def migrations(self, vm_id: str = "") -> list[Migration]:
         """See calls.list_migrations."""
-        return (await self.send(calls.list_migrations(vm_id))).value
+        return (await self.send_all(calls.list_migrations(vm_id))).value
 
     async def migration(self, migration_id: str) -> Migration:
         """See calls.get_migration."""

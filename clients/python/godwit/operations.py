@@ -149,13 +149,24 @@ def batch(
     return _begin("/v1/operations:batch", options, vms=list(vms), **more)
 
 
-def list_operations(page_token: str = "") -> Call[list[Operation]]:
-    """A page of them, newest first, without their VMs."""
+def list_operations(*, unfinished: bool = False) -> Call[list[Operation]]:
+    """Operations, newest first, without their VMs; `unfinished`: that have not ended."""
     return Call(
         method="GET",
         path="/v1/operations",
-        query={"page_token": page_token} if page_token else None,
+        query={"unfinished": "true"} if unfinished else None,
         read=partial(read_list, "operations", Operation.from_json),
+        items="operations",
+    )
+
+
+def list_operation_vms(operation_id: str) -> Call[list[OperationVm]]:
+    """What one does with each VM, in order."""
+    return Call(
+        method="GET",
+        path=f"/v1/operations/{part(operation_id)}/vms",
+        read=partial(read_list, "vms", OperationVm.from_json),
+        items="vms",
     )
 
 

@@ -67,7 +67,7 @@ class Policy(Model):
 
 def get_queue() -> Call[Queue]:
     """What waits for admission."""
-    return Call(method="GET", path="/v1/queue", read=Queue.from_json)
+    return Call(method="GET", path="/v1/queue", read=Queue.from_json, items="entries")
 
 
 def freeze(because: str) -> Call[None]:
@@ -83,11 +83,15 @@ def thaw() -> Call[None]:
 
 def get_limits() -> Call[list[Limit]]:
     """The limits, and what is used of each."""
-    return Call(method="GET", path="/v1/limits", read=partial(read_list, "limits", Limit.from_json))
+    read = partial(read_list, "limits", Limit.from_json)
+    return Call(method="GET", path="/v1/limits", read=read, items="limits")
 
 
 def set_limits(values: Mapping[str, int], remove: Sequence[str] = ()) -> Call[list[Limit]]:
-    """Change limits, at once; `remove`: keys such as node-in:b that get their kind's again."""
+    """Change limits, at once; `remove`: keys such as node-in:b that get their kind's again.
+
+    Answered with the first page of the limits.
+    """
     return Call(
         method="PATCH",
         path="/v1/limits",
@@ -98,9 +102,8 @@ def set_limits(values: Mapping[str, int], remove: Sequence[str] = ()) -> Call[li
 
 def list_policies() -> Call[list[Policy]]:
     """All of them, by name."""
-    return Call(
-        method="GET", path="/v1/policies", read=partial(read_list, "policies", Policy.from_json)
-    )
+    read = partial(read_list, "policies", Policy.from_json)
+    return Call(method="GET", path="/v1/policies", read=read, items="policies")
 
 
 def put_policy(name: str, settings: Mapping[str, Any]) -> Call[Policy]:

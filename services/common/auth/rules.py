@@ -186,6 +186,7 @@ RULES: tuple[Rule, ...] = (
     _operation("MoveBatch", "POST /v1/operations:batch", "vms", "vm_ids", "destination_node"),
     _operation("ListOperations", "GET /v1/operations"),
     _operation("GetOperation", "GET /v1/operations/{operation_id}"),
+    _operation("ListOperationVms", "GET /v1/operations/{operation_id}/vms"),
     _operation(
         "CancelOperation",
         "POST /v1/operations/{operation_id}:cancel",

@@ -14,12 +14,8 @@ from services.common.errors import FailedPreconditionError, InvalidArgumentError
 from services.orchestrator.agents import node_unknown
 from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.fleet import (
-    PAGE_SIZE_DEFAULT,
-    PAGE_SIZE_MAX,
     Fleet,
     field_invalid,
-    read_token,
-    write_token,
 )
 from services.orchestrator.migration import Phase
 from services.orchestrator.move import Context
@@ -33,7 +29,8 @@ from services.orchestrator.operations.model import (
     Options,
 )
 from services.orchestrator.operations.runner import OperationRunner
-from services.orchestrator.operations.views import operation_view, plan_view
+from services.orchestrator.operations.views import item_view, operation_view, plan_view
+from services.orchestrator.paging import cut, page_count, read_token
 from services.orchestrator.queue import Fleet as Seen
 from services.orchestrator.queue import Queue
 from services.orchestrator.scheduling.model import Priority, Request, Rules, VmView
@@ -246,18 +243,30 @@ class Operations:
                 progress[row.migration_id] = row.progress
         return operation_view(operation, items, progress_of=progress, now_ns=self._context.now_ns())
 
-    async def page(self, page_size: int, page_token: str) -> tuple[list[pb.Operation], str]:
+    async def page(
+        self, page_size: int, page_token: str, *, unfinished: bool = False
+    ) -> tuple[list[pb.Operation], str]:
         """A page, the newest first, and the token of the next one."""
-        if not 0 <= page_size <= PAGE_SIZE_MAX:
-            raise field_invalid("page_size", f"must be 0..{PAGE_SIZE_MAX}", page_size)
-        count = page_size or PAGE_SIZE_DEFAULT
+        count = page_count(page_size)
         found = await self._context.store.operations.page(
-            before=read_token(page_token), count=count + 1
+            before=read_token("operations", page_token), count=count + 1, unfinished=unfinished
         )
-        more, found = len(found) > count, found[:count]
+        page, token = cut("operations", found, count, lambda each: each[0].operation_id)
         now_ns = self._context.now_ns()
-        views = [operation_view(each, (), counts=counts, now_ns=now_ns) for each, counts in found]
-        return views, write_token(found[-1][0].operation_id) if more else ""
+        return [
+            operation_view(each, (), counts=counts, now_ns=now_ns) for each, counts in page
+        ], token
+
+    async def vms(
+        self, operation_id: str, page_size: int, page_token: str
+    ) -> tuple[list[pb.OperationVm], str]:
+        """A page of the VMs of one, in order, and the token of the next one."""
+        count, of = page_count(page_size), f"vms.{operation_id}"
+        found = await self._context.store.operations.vms_page(
+            operation_id, after=read_token(of, page_token), count=count + 1
+        )
+        page, token = cut(of, found, count, lambda item: item.vm_id)
+        return [item_view(item) for item in page], token
 
     async def cancel(self, operation_id: str) -> pb.Operation:
         """Stop it, at any point."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from godwit.fleet.v1 import operation_service_pb2 as pb
 
 from services.orchestrator.operations.model import OPEN, Item, ItemState, Operation
+from services.orchestrator.paging import PAGE_SIZE_MAX
 from services.orchestrator.scheduling.plan import Plan
 from services.orchestrator.scheduling_api import wire_priority
 from services.orchestrator.views import timestamp
@@ -51,7 +52,7 @@ def operation_view(
             largest_first=options.largest_first,
             windows=options.windows,
         ),
-        vms=[_item_view(item) for item in items],
+        vms=[item_view(item) for item in items[:PAGE_SIZE_MAX]],
         counts=dict(counted),
         version=operation.version,
     )
@@ -68,7 +69,8 @@ def _eta_s(operation: Operation, share: float, now_ns: int) -> float:
     return elapsed_s * (1.0 - share) / share
 
 
-def _item_view(item: Item) -> pb.OperationVm:
+def item_view(item: Item) -> pb.OperationVm:
+    """What it does with one VM."""
     return pb.OperationVm(
         vm_id=item.vm_id,
         state=pb.OperationVmState.Value(f"OPERATION_VM_STATE_{item.state.name}"),

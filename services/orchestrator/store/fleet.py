@@ -119,7 +119,54 @@ class FleetTable:
 
         return await self._database.read(work)
 
+    async def nodes_page(self, *, after: str, count: int) -> list[tuple[NodeRow, list[str]]]:
+        """At most `count` by name, after the name `after`, each with the ids of its VMs."""
+        query = (
+            sa.select(schema.nodes)
+            .where(schema.nodes.c.name > after)
+            .order_by(schema.nodes.c.name)
+            .limit(count)
+        )
+
+        def work(connection: sa.Connection) -> list[tuple[NodeRow, list[str]]]:
+            rows = [NodeRow(**row._asdict()) for row in connection.execute(query)]
+            vm_ids: dict[str, list[str]] = {row.name: [] for row in rows}
+            found = connection.execute(
+                sa.select(_vms.vm_id, _vms.node).where(_vms.node.in_(vm_ids)).order_by(_vms.vm_id)
+            )
+            for vm_id, node in found:
+                vm_ids[node].append(vm_id)
+            return [(row, vm_ids[row.name]) for row in rows]
+
+        return await self._database.read(work)
+
+    async def vm_ids_of(self, node: str) -> list[str]:
+        """The VMs of a node, by id."""
+        query = sa.select(_vms.vm_id).where(_vms.node == node).order_by(_vms.vm_id)
+
+        def work(connection: sa.Connection) -> list[str]:
+            return list(connection.execute(query).scalars())
+
+        return await self._database.read(work)
+
     # --- VMs ---
+
+    async def vms_page(self, *, after: str, count: int) -> list[tuple[VmRow, str]]:
+        """At most `count` by id, after the id `after`, each with its unfinished migration or ""."""
+        query = sa.select(schema.vms).where(_vms.vm_id > after).order_by(_vms.vm_id).limit(count)
+        m = schema.migrations.c
+
+        def work(connection: sa.Connection) -> list[tuple[VmRow, str]]:
+            rows = [VmRow.of(row) for row in connection.execute(query)]
+            moving = connection.execute(
+                sa.select(m.vm_id, m.migration_id).where(
+                    ~m.terminal, m.vm_id.in_([row.vm_id for row in rows])
+                )
+            )
+            active = {row.vm_id: row.migration_id for row in moving}
+            return [(row, active.get(row.vm_id, "")) for row in rows]
+
+        return await self._database.read(work)
 
     async def vm(self, vm_id: str) -> VmRow | None:
         """One VM."""

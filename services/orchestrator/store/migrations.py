@@ -74,13 +74,20 @@ class MigrationTable:
 
         return await self._database.read(work)
 
-    async def page(self, vm_id: str, *, before: str, count: int) -> list[MigrationRow]:
-        """At most `count`, the newest first, of one VM or ("") of all, older than id `before`."""
+    async def page(
+        self, vm_id: str, *, before: str, count: int, unfinished: bool = False
+    ) -> list[MigrationRow]:
+        """At most `count`, the newest first, of one VM or ("") of all, older than id `before`.
+
+        `unfinished`: only those that are not terminal.
+        """
         query = sa.select(schema.migrations).order_by(_m.migration_id.desc()).limit(count)
         if vm_id:
             query = query.where(_m.vm_id == vm_id)
         if before:
             query = query.where(_m.migration_id < before)
+        if unfinished:
+            query = query.where(~_m.terminal)
 
         def work(connection: sa.Connection) -> list[MigrationRow]:
             return [MigrationRow.of(row) for row in connection.execute(query)]

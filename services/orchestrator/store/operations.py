@@ -142,11 +142,47 @@ class OperationTable:
 
         return await self._database.read(work)
 
-    async def page(self, *, before: str, count: int) -> list[tuple[Operation, dict[str, int]]]:
-        """At most `count`, the newest first, older than id `before`; with VMs by state."""
+    async def vms_page(self, operation_id: str, *, after: str, count: int) -> list[Item]:
+        """At most `count` VMs of one, in order, after the VM `after`.
+
+        Raises:
+            NotFoundError: OPERATION_UNKNOWN.
+        """
+        place = (
+            sa.select(_i.sequence)
+            .where(_i.operation_id == operation_id, _i.vm_id == after)
+            .scalar_subquery()
+        )
+        query = (
+            sa.select(tables.operation_vms)
+            .where(_i.operation_id == operation_id)
+            .order_by(_i.sequence, _i.vm_id)
+            .limit(count)
+        )
+        if after:
+            later = (_i.sequence > place) | ((_i.sequence == place) & (_i.vm_id > after))
+            query = query.where(later)
+
+        def work(connection: sa.Connection) -> list[Item]:
+            there = sa.select(_o.operation_id).where(_o.operation_id == operation_id)
+            if connection.execute(there).one_or_none() is None:
+                raise operation_unknown(operation_id)
+            return [_item(row) for row in connection.execute(query)]
+
+        return await self._database.read(work)
+
+    async def page(
+        self, *, before: str, count: int, unfinished: bool = False
+    ) -> list[tuple[Operation, dict[str, int]]]:
+        """At most `count`, the newest first, older than id `before`; with VMs by state.
+
+        `unfinished`: only those that have not ended.
+        """
         query = sa.select(tables.operations).order_by(_o.operation_id.desc()).limit(count)
         if before:
             query = query.where(_o.operation_id < before)
+        if unfinished:
+            query = query.where(~_o.ended)
 
         def work(connection: sa.Connection) -> list[tuple[Operation, dict[str, int]]]:
             found = [_operation(row) for row in connection.execute(query)]

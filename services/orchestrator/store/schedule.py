@@ -337,11 +337,13 @@ class ScheduleTable:
 
     # --- policies ---
 
-    async def policies(self) -> list[Policy]:
-        """All of them, by name."""
+    async def policies(self, *, after: str = "", count: int | None = None) -> list[Policy]:
+        """By name; all of them, or at most `count` after the name `after`."""
+        name = tables.policies.c.name
+        query = sa.select(tables.policies).where(name > after).order_by(name).limit(count)
 
         def work(connection: sa.Connection) -> list[Policy]:
-            rows = connection.execute(sa.select(tables.policies).order_by(tables.policies.c.name))
+            rows = connection.execute(query)
             return [
                 Policy(
                     name=row.name,
@@ -385,20 +387,26 @@ class ScheduleTable:
 
     # --- what operators say of nodes and VMs ---
 
-    async def node_settings(self) -> dict[str, NodeSettings]:
-        """By name; of those of which something was said."""
+    async def node_settings(self, names: Iterable[str] | None = None) -> dict[str, NodeSettings]:
+        """By name; of those of which something was said, of all or of `names`."""
+        query = sa.select(tables.node_settings)
+        if names is not None:
+            query = query.where(tables.node_settings.c.name.in_(list(names)))
 
         def work(connection: sa.Connection) -> dict[str, NodeSettings]:
-            rows = connection.execute(sa.select(tables.node_settings))
+            rows = connection.execute(query)
             return {row.name: _node_settings(row) for row in rows}
 
         return await self._database.read(work)
 
-    async def vm_settings(self) -> dict[str, VmSettings]:
-        """By id; of those of which something was said."""
+    async def vm_settings(self, vm_ids: Iterable[str] | None = None) -> dict[str, VmSettings]:
+        """By id; of those of which something was said, of all or of `vm_ids`."""
+        query = sa.select(tables.vm_settings)
+        if vm_ids is not None:
+            query = query.where(tables.vm_settings.c.vm_id.in_(list(vm_ids)))
 
         def work(connection: sa.Connection) -> dict[str, VmSettings]:
-            rows = connection.execute(sa.select(tables.vm_settings))
+            rows = connection.execute(query)
             return {row.vm_id: _vm_settings(row) for row in rows}
 
         return await self._database.read(work)

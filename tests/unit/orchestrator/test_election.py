@@ -187,7 +187,7 @@ async def test_one_that_stands_by_answers_and_refuses(place: Place) -> None:
         async with _orchestrator(place, lease_s=60.0) as second:
             assert not second.context.role.leads
             await first.fleet.register_node("a", _NODE)
-            assert [node.name for node in await second.fleet.list_nodes()] == ["a"]
+            assert [node.name for node in (await second.fleet.list_nodes())[0]] == ["a"]
             for refused in (
                 lambda: second.fleet.register_node("b", _NODE),
                 lambda: second.fleet.start_vm("a", spec_json(VM)),

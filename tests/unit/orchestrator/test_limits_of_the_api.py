@@ -150,10 +150,10 @@ async def test_requests_under_way_are_bounded(
 ) -> None:
     going_on, held = asyncio.Event(), asyncio.Event()
 
-    async def slow() -> list[Any]:
+    async def slow(**_page: Any) -> tuple[list[Any], str]:
         held.set()
         await going_on.wait()
-        return []
+        return [], ""
 
     monkeypatch.setattr(middleware, "REQUEST_COUNT_MAX", 1)
     monkeypatch.setattr(fleet.core.fleet, "list_nodes", slow)

@@ -207,7 +207,7 @@ async def test_every_refusal_is_a_problem(
 
 
 async def test_bug_is_a_problem(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken() -> None:
+    async def broken(**_page: int | str) -> None:
         raise RuntimeError("oops")
 
     monkeypatch.setattr(fleet.core.fleet, "list_nodes", broken)

@@ -15,6 +15,7 @@ import math
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,8 +39,8 @@ from services.fault_agent.drivers import unix_socket
 from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.drivers.unix_socket import JsonLines
 from services.orchestrator.auth.settings import read_role
-from services.orchestrator.fleet import read_token, write_token
 from services.orchestrator.main import read_node
+from services.orchestrator.paging import read_token, write_token
 from services.page_server.records import IMAGE_ID_PATTERN, read_record
 from tests.harness.made_up import JSON, TEXTS, wounded
 from tests.unit.fault_agent.test_handoff import Vmm
@@ -285,11 +286,13 @@ def test_a_traceparent(text: str) -> None:
 @QUICK
 @given(st.text(max_size=80))
 def test_a_page_token(text: str) -> None:
-    migration_id, refusal = outcome(lambda: read_token(text))
-    if migration_id is None:
-        assert refusal == "FIELD_INVALID"
-        return
-    assert not migration_id or read_token(write_token(migration_id)) == migration_id
+    for token in (text, write_token("vms", text), write_token("nodes", "a")):
+        key, refusal = outcome(partial(read_token, "vms", token))
+        if key is None:
+            assert refusal == "FIELD_INVALID"
+        else:
+            assert not token or key == text
+            assert not key or read_token("vms", write_token("vms", key)) == key
 
 
 @QUICK

@@ -26,7 +26,7 @@ from godwit.common.v1 import common_pb2 as godwit_dot_common_dot_v1_dot_common__
 from godwit.fleet.v1 import types_pb2 as godwit_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'godwit/fleet/v1/migration_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1dgodwit/common/v1/common.proto\x1a\x1bgodwit/fleet/v1/types.proto\"\xd8\x01\n\x16\x43reateMigrationRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1c\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04\x12\x36\n\x0con_link_loss\x18\x05 \x01(\x0b\x32 .godwit.common.v1.LinkLossPolicy\x12+\n\x08priority\x18\x14 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\"H\n\x17\x43reateMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"M\n\x15ListMigrationsRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x16ListMigrationsResponse\x12.\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"-\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"/\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"[\n\x18RecoverMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"O\n\x17\x41\x62\x61ndonMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\x08\"I\n\x18\x41\x62\x61ndonMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"q\n\x11\x42reakGlassRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x65nced_vm_id\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x05 \x01(\t\"C\n\x12\x42reakGlassResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration2\xac\x06\n\x10MigrationService\x12\x64\n\x0f\x43reateMigration\x12\'.godwit.fleet.v1.CreateMigrationRequest\x1a(.godwit.fleet.v1.CreateMigrationResponse\x12[\n\x0cGetMigration\x12$.godwit.fleet.v1.GetMigrationRequest\x1a%.godwit.fleet.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.godwit.fleet.v1.ListMigrationsRequest\x1a\'.godwit.fleet.v1.ListMigrationsResponse\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.godwit.fleet.v1.CancelMigrationRequest\x1a(.godwit.fleet.v1.CancelMigrationResponse\x12g\n\x10RecoverMigration\x12(.godwit.fleet.v1.RecoverMigrationRequest\x1a).godwit.fleet.v1.RecoverMigrationResponse\x12g\n\x10\x41\x62\x61ndonMigration\x12(.godwit.fleet.v1.AbandonMigrationRequest\x1a).godwit.fleet.v1.AbandonMigrationResponse\x12U\n\nBreakGlass\x12\".godwit.fleet.v1.BreakGlassRequest\x1a#.godwit.fleet.v1.BreakGlassResponse\x12\x63\n\x0eWatchMigration\x12&.godwit.fleet.v1.WatchMigrationRequest\x1a\'.godwit.fleet.v1.WatchMigrationResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'godwit/fleet/v1/migration_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1dgodwit/common/v1/common.proto\x1a\x1bgodwit/fleet/v1/types.proto\"\xd8\x01\n\x16\x43reateMigrationRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1c\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04\x12\x36\n\x0con_link_loss\x18\x05 \x01(\x0b\x32 .godwit.common.v1.LinkLossPolicy\x12+\n\x08priority\x18\x14 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\"H\n\x17\x43reateMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"+\n\x13GetMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"f\n\x15ListMigrationsRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x17\n\x0funfinished_only\x18\x04 \x01(\x08\"a\n\x16ListMigrationsResponse\x12.\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x16\x43\x61ncelMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"-\n\x15WatchMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"/\n\x17RecoverMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\"[\n\x18RecoverMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"O\n\x17\x41\x62\x61ndonMigrationRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\x08\"I\n\x18\x41\x62\x61ndonMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration\"q\n\x11\x42reakGlassRequest\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x66\x65nced_vm_id\x18\x03 \x01(\t\x12\x10\n\x08operator\x18\x04 \x01(\t\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x05 \x01(\t\"C\n\x12\x42reakGlassResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.godwit.fleet.v1.Migration2\xac\x06\n\x10MigrationService\x12\x64\n\x0f\x43reateMigration\x12\'.godwit.fleet.v1.CreateMigrationRequest\x1a(.godwit.fleet.v1.CreateMigrationResponse\x12[\n\x0cGetMigration\x12$.godwit.fleet.v1.GetMigrationRequest\x1a%.godwit.fleet.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.godwit.fleet.v1.ListMigrationsRequest\x1a\'.godwit.fleet.v1.ListMigrationsResponse\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.godwit.fleet.v1.CancelMigrationRequest\x1a(.godwit.fleet.v1.CancelMigrationResponse\x12g\n\x10RecoverMigration\x12(.godwit.fleet.v1.RecoverMigrationRequest\x1a).godwit.fleet.v1.RecoverMigrationResponse\x12g\n\x10\x41\x62\x61ndonMigration\x12(.godwit.fleet.v1.AbandonMigrationRequest\x1a).godwit.fleet.v1.AbandonMigrationResponse\x12U\n\nBreakGlass\x12\".godwit.fleet.v1.BreakGlassRequest\x1a#.godwit.fleet.v1.BreakGlassResponse\x12\x63\n\x0eWatchMigration\x12&.godwit.fleet.v1.WatchMigrationRequest\x1a\'.godwit.fleet.v1.WatchMigrationResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,29 +42,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMIGRATIONRESPONSE']._serialized_start=458
   _globals['_GETMIGRATIONRESPONSE']._serialized_end=527
   _globals['_LISTMIGRATIONSREQUEST']._serialized_start=529
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=606
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=608
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=705
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=707
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=753
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=755
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=827
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=829
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=874
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=876
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=947
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=949
-  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=996
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=998
-  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=1089
-  _globals['_ABANDONMIGRATIONREQUEST']._serialized_start=1091
-  _globals['_ABANDONMIGRATIONREQUEST']._serialized_end=1170
-  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_start=1172
-  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_end=1245
-  _globals['_BREAKGLASSREQUEST']._serialized_start=1247
-  _globals['_BREAKGLASSREQUEST']._serialized_end=1360
-  _globals['_BREAKGLASSRESPONSE']._serialized_start=1362
-  _globals['_BREAKGLASSRESPONSE']._serialized_end=1429
-  _globals['_MIGRATIONSERVICE']._serialized_start=1432
-  _globals['_MIGRATIONSERVICE']._serialized_end=2244
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=631
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=633
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=730
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=732
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=778
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=780
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=852
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=854
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=899
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=901
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=972
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_start=974
+  _globals['_RECOVERMIGRATIONREQUEST']._serialized_end=1021
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_start=1023
+  _globals['_RECOVERMIGRATIONRESPONSE']._serialized_end=1114
+  _globals['_ABANDONMIGRATIONREQUEST']._serialized_start=1116
+  _globals['_ABANDONMIGRATIONREQUEST']._serialized_end=1195
+  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_start=1197
+  _globals['_ABANDONMIGRATIONRESPONSE']._serialized_end=1270
+  _globals['_BREAKGLASSREQUEST']._serialized_start=1272
+  _globals['_BREAKGLASSREQUEST']._serialized_end=1385
+  _globals['_BREAKGLASSRESPONSE']._serialized_start=1387
+  _globals['_BREAKGLASSRESPONSE']._serialized_end=1454
+  _globals['_MIGRATIONSERVICE']._serialized_start=1457
+  _globals['_MIGRATIONSERVICE']._serialized_end=2269
 # @@protoc_insertion_point(module_scope)

@@ -143,22 +143,26 @@ class ListMigrationsRequest(_message.Message):
     VM_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNFINISHED_ONLY_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Only this guest's. Empty = all."""
     page_size: _builtins.int
     """Most to return. 0 = 100; at most 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty = from the newest."""
+    unfinished_only: _builtins.bool
+    """Only those that have not ended."""
     def __init__(
         self,
         *,
         vm_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        unfinished_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "unfinished_only", b"unfinished_only", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from godwit.fleet.v1 import types_pb2 as godwit_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"godwit/fleet/v1/node_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1bgodwit/fleet/v1/types.proto\":\n\x13RegisterNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\ragent_address\x18\x02 \x01(\t\";\n\x14RegisterNodeResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x0fGetNodeResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"\x12\n\x10ListNodesRequest\"9\n\x11ListNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.godwit.fleet.v1.Node2\x8c\x02\n\x0bNodeService\x12[\n\x0cRegisterNode\x12$.godwit.fleet.v1.RegisterNodeRequest\x1a%.godwit.fleet.v1.RegisterNodeResponse\x12L\n\x07GetNode\x12\x1f.godwit.fleet.v1.GetNodeRequest\x1a .godwit.fleet.v1.GetNodeResponse\x12R\n\tListNodes\x12!.godwit.fleet.v1.ListNodesRequest\x1a\".godwit.fleet.v1.ListNodesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"godwit/fleet/v1/node_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1bgodwit/fleet/v1/types.proto\":\n\x13RegisterNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\ragent_address\x18\x02 \x01(\t\";\n\x14RegisterNodeResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x0fGetNodeResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x11ListNodesResponse\x12$\n\x05nodes\x18\x01 \x03(\x0b\x32\x15.godwit.fleet.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x8c\x02\n\x0bNodeService\x12[\n\x0cRegisterNode\x12$.godwit.fleet.v1.RegisterNodeRequest\x1a%.godwit.fleet.v1.RegisterNodeResponse\x12L\n\x07GetNode\x12\x1f.godwit.fleet.v1.GetNodeRequest\x1a .godwit.fleet.v1.GetNodeResponse\x12R\n\tListNodes\x12!.godwit.fleet.v1.ListNodesRequest\x1a\".godwit.fleet.v1.ListNodesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,9 +41,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETNODERESPONSE']._serialized_start=237
   _globals['_GETNODERESPONSE']._serialized_end=291
   _globals['_LISTNODESREQUEST']._serialized_start=293
-  _globals['_LISTNODESREQUEST']._serialized_end=311
-  _globals['_LISTNODESRESPONSE']._serialized_start=313
-  _globals['_LISTNODESRESPONSE']._serialized_end=370
-  _globals['_NODESERVICE']._serialized_start=373
-  _globals['_NODESERVICE']._serialized_end=641
+  _globals['_LISTNODESREQUEST']._serialized_end=350
+  _globals['_LISTNODESRESPONSE']._serialized_start=352
+  _globals['_LISTNODESRESPONSE']._serialized_end=434
+  _globals['_NODESERVICE']._serialized_start=437
+  _globals['_NODESERVICE']._serialized_end=705
 # @@protoc_insertion_point(module_scope)

@@ -318,7 +318,7 @@ class Operation(_message.Message):
 
     @_builtins.property
     def vms(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationVm]:
-        """Its VMs, in order. Empty in lists."""
+        """Its VMs, in order, the first 1000: ListOperationVms has all. Empty in lists."""
 
     @_builtins.property
     def counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -786,19 +786,23 @@ class ListOperationsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNFINISHED_ONLY_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most to return. 0 = 100; at most 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before. Empty = from the newest."""
+    unfinished_only: _builtins.bool
+    """Only those that have not ended."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        unfinished_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "unfinished_only", b"unfinished_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1015,3 +1019,61 @@ class WatchOperationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchOperationResponse: _TypeAlias = WatchOperationResponse  # noqa: Y015
+
+@_typing.final
+class ListOperationVmsRequest(_message.Message):
+    """Asks for a page of the list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """Of which."""
+    page_size: _builtins.int
+    """Most to return. 0 = 100; at most 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty = from the first."""
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOperationVmsRequest: _TypeAlias = ListOperationVmsRequest  # noqa: Y015
+
+@_typing.final
+class ListOperationVmsResponse(_message.Message):
+    """A page of the list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VMS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
+    @_builtins.property
+    def vms(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationVm]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        vms: _abc.Iterable[Global___OperationVm] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "vms", b"vms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListOperationVmsResponse: _TypeAlias = ListOperationVmsResponse  # noqa: Y015

@@ -61,6 +61,11 @@ class OperationServiceStub:
                 request_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationRequest.SerializeToString,
                 response_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationResponse.FromString,
                 _registered_method=True)
+        self.ListOperationVms = channel.unary_unary(
+                '/godwit.fleet.v1.OperationService/ListOperationVms',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsResponse.FromString,
+                _registered_method=True)
         self.ListOperations = channel.unary_unary(
                 '/godwit.fleet.v1.OperationService/ListOperations',
                 request_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationsRequest.SerializeToString,
@@ -132,6 +137,13 @@ class OperationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOperationVms(self, request, context):
+        """Lists the VMs of one, in order. Errors: NOT_FOUND OPERATION_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListOperations(self, request, context):
         """Lists the last ones, the newest first, without their VMs.
         """
@@ -197,6 +209,11 @@ def add_OperationServiceServicer_to_server(servicer, server):
                     servicer.GetOperation,
                     request_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationRequest.FromString,
                     response_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationResponse.SerializeToString,
+            ),
+            'ListOperationVms': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperationVms,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsResponse.SerializeToString,
             ),
             'ListOperations': grpc.unary_unary_rpc_method_handler(
                     servicer.ListOperations,
@@ -361,6 +378,33 @@ class OperationService:
             '/godwit.fleet.v1.OperationService/GetOperation',
             godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationRequest.SerializeToString,
             godwit_dot_fleet_dot_v1_dot_operation__service__pb2.GetOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperationVms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.fleet.v1.OperationService/ListOperationVms',
+            godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_operation__service__pb2.ListOperationVmsResponse.FromString,
             options,
             channel_credentials,
             insecure,

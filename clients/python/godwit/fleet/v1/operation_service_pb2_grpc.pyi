@@ -35,6 +35,8 @@ class OperationServiceStub:
     """Moves the VMs that it is given. Errors: NOT_FOUND VM_UNKNOWN or NODE_UNKNOWN."""
     GetOperation: _aio.UnaryUnaryMultiCallable[_operation_service_pb2.GetOperationRequest, _operation_service_pb2.GetOperationResponse]
     """Reads one. Errors: NOT_FOUND OPERATION_UNKNOWN."""
+    ListOperationVms: _aio.UnaryUnaryMultiCallable[_operation_service_pb2.ListOperationVmsRequest, _operation_service_pb2.ListOperationVmsResponse]
+    """Lists the VMs of one, in order. Errors: NOT_FOUND OPERATION_UNKNOWN."""
     ListOperations: _aio.UnaryUnaryMultiCallable[_operation_service_pb2.ListOperationsRequest, _operation_service_pb2.ListOperationsResponse]
     """Lists the last ones, the newest first, without their VMs."""
     CancelOperation: _aio.UnaryUnaryMultiCallable[_operation_service_pb2.CancelOperationRequest, _operation_service_pb2.CancelOperationResponse]
@@ -102,6 +104,14 @@ class OperationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operation_service_pb2.GetOperationRequest, _abc.Awaitable[_operation_service_pb2.GetOperationResponse]],
     ) -> _abc.Awaitable[_operation_service_pb2.GetOperationResponse]:
         """Reads one. Errors: NOT_FOUND OPERATION_UNKNOWN."""
+
+    @_abc_1.abstractmethod
+    def ListOperationVms(
+        self,
+        request: _operation_service_pb2.ListOperationVmsRequest,
+        context: _aio.ServicerContext[_operation_service_pb2.ListOperationVmsRequest, _abc.Awaitable[_operation_service_pb2.ListOperationVmsResponse]],
+    ) -> _abc.Awaitable[_operation_service_pb2.ListOperationVmsResponse]:
+        """Lists the VMs of one, in order. Errors: NOT_FOUND OPERATION_UNKNOWN."""
 
     @_abc_1.abstractmethod
     def ListOperations(

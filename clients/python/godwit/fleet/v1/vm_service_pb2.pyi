@@ -157,16 +157,25 @@ Global___GetVmResponse: _TypeAlias = GetVmResponse  # noqa: Y015
 
 @_typing.final
 class ListVmsRequest(_message.Message):
-    """Asks for all."""
+    """Asks for a page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most to return. 0 = 100; at most 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty = from the first."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,11 +183,14 @@ Global___ListVmsRequest: _TypeAlias = ListVmsRequest  # noqa: Y015
 
 @_typing.final
 class ListVmsResponse(_message.Message):
-    """All."""
+    """A page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VMS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty at the end."""
     @_builtins.property
     def vms(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Vm]:
         """By id."""
@@ -187,10 +199,11 @@ class ListVmsResponse(_message.Message):
         self,
         *,
         vms: _abc.Iterable[_types_pb2.Vm] | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vms", b"vms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "vms", b"vms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,16 +216,24 @@ class GetUserfaultBitmapRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VM_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Which."""
+    page_size: _builtins.int
+    """Most runs to return. 0 = 10 000; at most 100 000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty = from the first."""
     def __init__(
         self,
         *,
         vm_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,6 +252,7 @@ class GetUserfaultBitmapResponse(_message.Message):
     ABSENT_RUNS_FIELD_NUMBER: _builtins.int
     RESIDENT_SHARE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Whose."""
     epoch: _builtins.int
@@ -243,9 +265,11 @@ class GetUserfaultBitmapResponse(_message.Message):
     """Share resident. 0..1."""
     page_size_bytes: _builtins.int
     """Unit of a bit. Bytes."""
+    next_page_token: _builtins.str
+    """Empty where `absent_runs` reaches to the end."""
     @_builtins.property
     def absent_runs(self) -> _containers.RepeatedCompositeFieldContainer[_fault_agent_service_pb2.PageRun]:
-        """Absent pages as ascending runs. Empty means all resident."""
+        """Absent pages as ascending runs, from the token on. Pages may have become resident since the page before was read."""
 
     def __init__(
         self,
@@ -257,10 +281,11 @@ class GetUserfaultBitmapResponse(_message.Message):
         absent_runs: _abc.Iterable[_fault_agent_service_pb2.PageRun] | None = ...,
         resident_share: _builtins.float = ...,
         page_size_bytes: _builtins.int = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_count", b"absent_count", "absent_runs", b"absent_runs", "epoch", b"epoch", "page_count", b"page_count", "page_size_bytes", b"page_size_bytes", "resident_share", b"resident_share", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_count", b"absent_count", "absent_runs", b"absent_runs", "epoch", b"epoch", "next_page_token", b"next_page_token", "page_count", b"page_count", "page_size_bytes", b"page_size_bytes", "resident_share", b"resident_share", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
