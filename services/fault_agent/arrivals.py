@@ -27,6 +27,7 @@ from services.fault_agent.drivers.memory_map import memory_regions
 from services.fault_agent.evidence import read_fence
 from services.fault_agent.fence import Command, Fence, wrong_state
 from services.fault_agent.journal import Arriving, Decision, Record, Role
+from services.fault_agent.leases import Leases, gone, take_back
 from services.fault_agent.node import Node
 from services.fault_agent.preflight import Preflight
 from services.fault_agent.private_map import refuse_private_pages
@@ -35,7 +36,6 @@ from services.fault_agent.residents import (
     make_launch,
     make_ram_file,
     ram_path,
-    remove_memory,
     remove_page_map,
 )
 from services.fault_agent.vms import Vm
@@ -109,6 +109,7 @@ class Arrivals:
     """Handles Prepare, LoadDeviceState, Activate, Abort and Release of a destination."""
 
     def __init__(self, node: Node, preflight: Preflight, engines: ArrivalEngines) -> None:
+        self.leases = Leases(node)
         self._node = node
         self._preflight = preflight
         self._engines = engines
@@ -122,6 +123,7 @@ class Arrivals:
         Raises:
             FailedPreconditionError: PREFLIGHT_FAILED, SPEC_MISMATCH, WRONG_STATE; the fence's.
             UnavailableError: PAGE_SERVER_UNREACHABLE, VMM_UNREACHABLE, DRAINING.
+            ResourceExhaustedError: MEMORY_SHORT: others that come were promised it.
         """
         vm = self._node.vm(fence.vm_id)
         async with vm.command(fence, Command.PREPARE_ARRIVAL) as fenced:
@@ -137,12 +139,13 @@ class Arrivals:
                 await self._take_back(vm)
             elif record.role not in (Role.UNKNOWN, Role.GONE):
                 raise wrong_state(record, Command.PREPARE_ARRIVAL, "it is here already")
-            await self._preflight.require_arrival(order.spec)
-            try:
-                await self._make_shell(vm, fenced, fence, order)
-            except BaseException:
-                await self._take_back(vm)
-                raise
+            with self.leases.taking(vm.vm_id, order.spec.memory_bytes):
+                await self._preflight.require_arrival(order.spec)
+                try:
+                    await self._make_shell(vm, fenced, fence, order)
+                except BaseException:
+                    await self._take_back(vm)
+                    raise
             return await self._node.evidence(vm)
 
     async def load(
@@ -452,10 +455,7 @@ class Arrivals:
 
     async def _take_back(self, vm: Vm) -> None:
         """Remove what an arrival made here. Idempotent."""
-        await vm.write(replace(vm.record, role=Role.GONE))
-        await vm.kill_vmm()
-        await self._engines.stop(vm)
-        await remove_memory(vm)
+        await take_back(self._engines, vm, gone(vm.record))
 
     def _require_arriving(self, vm: Vm, fence: Fence, command: Command) -> None:
         record = vm.record

@@ -129,6 +129,14 @@ class Config:
         parser.add_argument("--collapse", action="store_true")
         parser.add_argument("--peer-bytes-per-s-max", type=int, default=0, metavar="BYTES")
         parser.add_argument("--drain-s", type=float, default=3600.0, metavar="SECONDS")
+        parser.add_argument(
+            "--arrival-lease-s",
+            type=float,
+            default=900.0,
+            metavar="SECONDS",
+            help="how long memory is kept for a guest of which nothing is heard before its state"
+            " has come",
+        )
         parser.add_argument("--respawn", action="store_true")
         parser.add_argument(
             "--keep-capability",
@@ -144,6 +152,8 @@ class Config:
         args = parser.parse_args(argv)
         if not args.drain_s > 0:
             parser.error(f"--drain-s must be > 0, got {args.drain_s}")
+        if not args.arrival_lease_s > 0:
+            parser.error(f"--arrival-lease-s must be > 0, got {args.arrival_lease_s}")
         if not 0 <= args.peer_bytes_per_s_max <= BYTES_PER_S_MAX:
             parser.error(f"--peer-bytes-per-s-max must be 0..{BYTES_PER_S_MAX}")
         try:
@@ -160,6 +170,7 @@ class Config:
                     peer_bytes_per_s_max=args.peer_bytes_per_s_max,
                     collapse=args.collapse,
                     sandbox=args.sandbox,
+                    arrival_lease_s=args.arrival_lease_s,
                 ),
                 listen=parse_listen(
                     args.listen,
@@ -265,7 +276,9 @@ async def serving(config: Config, core: PageCore) -> AsyncIterator[Serving]:
         engines = ArrivalEngines(node)
         stack.callback(engines.close)
         await recover(node, engines)
-        service = FaultAgentServicer(node, engines).service()
+        servicer = FaultAgentServicer(node, engines)
+        service = servicer.service()
+        node.start_task(servicer.leases.expire(engines), "arrival leases")
         async with (
             grpc_server.serving(config.listen, [service], certificates=certificates) as server,
             metrics.serving(registry, config.metrics) as metrics_address,

@@ -58,6 +58,9 @@ class NodeConfig:
     """Of bulk from one host, all guests together, shared by their weights; 0: no limit."""
     sandbox: SandboxMode = SandboxMode.ENFORCE
     """Of the threads that answer page faults."""
+    arrival_lease_s: float = 900.0
+    """How long memory is kept for a guest of which nothing is heard, and whose state has not come.
+    Longer than an orchestrator's PREPARING. Seconds, > 0."""
 
 
 class Node:

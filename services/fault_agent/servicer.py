@@ -47,6 +47,8 @@ class FaultAgentServicer(fault_agent_service_pb2_grpc.FaultAgentServiceServicer)
         self._residents = Residents(node, preflight)
         self._departures = Departures(node, preflight)
         self._arrivals = Arrivals(node, preflight, engines)
+        self.leases = self._arrivals.leases
+        """What is promised to guests that come."""
 
     def service(self) -> Service:
         """To be served."""

@@ -52,6 +52,8 @@ class Vm:
         """What its VMM did when the policy on a lost link froze it; None: it is not frozen."""
         self.collapsed: Collapsed | None = None
         """What --collapse made of its memory, once it was whole."""
+        self.heard_s = 0.0
+        """When a command for it was admitted last, by the event loop's clock."""
         self.loading = False
         """A device state is on its way into the VMM."""
         self.peer: Peer | None = None
@@ -107,6 +109,7 @@ class Vm:
             await self._store.require(fence.store_incarnation)
             known = self.record.epoch_seen > 0
             fenced = admit(self.record, fence, command)
+            self.heard_s = asyncio.get_running_loop().time()
             try:
                 yield fenced
             except BaseException:

@@ -70,6 +70,8 @@ LIMITS = Limits(
     settle_s=3,
     drain_s=0,
 )
+LEASE_S = 3.0
+"""Of a shell whose state was not loaded. Short: in bad weather it is over now and then."""
 HEAL_S = 600.0
 """Virtual time in which everything must have come right once the faults are over."""
 
@@ -359,6 +361,7 @@ class Cluster:
             ram_dir=Path("/sim") / host_of.name,
             images_dir=Path("/sim"),
             page_server_control="",
+            arrival_lease_s=LEASE_S,
         )
         made = node.Node(
             config,
@@ -371,10 +374,9 @@ class Cluster:
         engines = arrival_engine.ArrivalEngines(made)
         await recover(made, engines)
         effect()
-        self.network.servers[host_of.address] = (
-            process,
-            servicer.FaultAgentServicer(made, engines),
-        )
+        serving = servicer.FaultAgentServicer(made, engines)
+        made.start_task(serving.leases.expire(engines), "arrival leases")
+        self.network.servers[host_of.address] = (process, serving)
 
     async def _orchestrate(self, process: SimProcess) -> None:
         settings = Settings(
@@ -579,7 +581,7 @@ def _machines(cluster: Cluster) -> Iterator[None]:
         )
         put(residents, make_ram_file=hosts.make_ram_file, remove_file=hosts.remove_file)
         put(evidence, retained_bytes=_retained_bytes)
-        put(host, memory_available_bytes=lambda _directory: 0, memory_total_bytes=lambda: 0)
+        put(host, memory_available_bytes=lambda _directory: 1 << 40, memory_total_bytes=lambda: 0)
         put(main, open_store=cluster.open_store, in_use=lambda _path, *, alone: _nothing())
         put(main, Election=_Leads)
         put(main, Metrics=lambda: _metrics)

@@ -176,7 +176,12 @@ async def kill_vmms(host: Host) -> None:
 
 @contextlib.asynccontextmanager
 async def running_agent(
-    host: Host, core: PageCore, *, peer_bytes_per_s_max: int = 0, collapse: bool = False
+    host: Host,
+    core: PageCore,
+    *,
+    peer_bytes_per_s_max: int = 0,
+    collapse: bool = False,
+    arrival_lease_s: float = 900.0,
 ) -> AsyncIterator[Agent]:
     """The agent of a node; its VMMs outlive it."""
     config = agent_main.Config(
@@ -188,6 +193,7 @@ async def running_agent(
             page_server_control=host.control,
             peer_bytes_per_s_max=peer_bytes_per_s_max,
             collapse=collapse,
+            arrival_lease_s=arrival_lease_s,
         ),
         listen=ANY_PORT,
         metrics=ANY_PORT,
