@@ -191,7 +191,7 @@ async def working(
             ),
         )
         nodes = Nodes(context)
-        queue.status_of = nodes.status
+        queue.status_of, queue.view = nodes.status, nodes.view
         machines = Machines(context)
         runner = Runner(context)
         fleet = Fleet(context, nodes, machines, runner, queue)
@@ -260,6 +260,7 @@ async def _leading(settings: Settings, core: Core) -> AsyncIterator[None]:
     context.metrics.leader_term.set(context.role.leader.term)
     await context.bitmaps.load()
     await core.nodes.load()
+    core.nodes.begin_view()
     for name, address in settings.nodes:
         await core.nodes.put(name, address, ask=False)
     tasks = {

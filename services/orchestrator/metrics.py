@@ -47,6 +47,45 @@ class Metrics:
             ["priority"],
             registry=self.registry,
         )
+        self.queue_held = Gauge(
+            "godwit_queue_held",
+            "Migrations that wait for admission, by what holds them",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.admissions = Counter(
+            "godwit_admissions",
+            "Migrations that were admitted, by class",
+            ["priority"],
+            registry=self.registry,
+        )
+        self.frozen = Gauge(
+            "godwit_queue_frozen", "1 while the emergency stop is set", registry=self.registry
+        )
+        self.backing_off = Gauge(
+            "godwit_vms_backing_off",
+            "VMs that failed lately and are not tried before their back-off is over",
+            registry=self.registry,
+        )
+        self.breaker_open = Gauge(
+            "godwit_node_breaker_open",
+            "1 while nothing is placed on a node because moves of it failed in a row",
+            ["node"],
+            registry=self.registry,
+        )
+        self.reserved_bytes = Gauge(
+            "godwit_node_reserved_bytes",
+            "Memory that was promised to guests on their way to a node and that they have not"
+            " filled yet",
+            ["node"],
+            registry=self.registry,
+        )
+        self.tokens = Gauge(
+            "godwit_limit_tokens",
+            "Tokens of a limit that are held, or (state limit) that there are of one",
+            ["kind", "state"],
+            registry=self.registry,
+        )
         self.queue_wait_seconds = Histogram(
             "godwit_queue_wait_seconds",
             "From asking for a migration until it was admitted",
@@ -98,3 +137,13 @@ class Metrics:
             ["node"],
             registry=self.registry,
         )
+
+    def forget_schedule(self) -> None:
+        """This orchestrator leads no more: what it knew of the queue is not true for ever."""
+        for gauge in (
+            *(self.queue_depth, self.queue_held, self.tokens),
+            *(self.breaker_open, self.reserved_bytes),
+        ):
+            gauge.clear()
+        self.backing_off.set(0)
+        self.frozen.set(0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
@@ -30,12 +31,19 @@ class NodeStatus:
     """By id; from the last answer, however old."""
 
 
+VIEW_S_MAX = 1.0
+"""How long a new leader waits for the first word of its nodes before it plans without it."""
+
+
 class Nodes:
     """The nodes' last words."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._status: dict[str, NodeStatus] = {}
+        self._viewed = asyncio.Event()
+        """Each node was asked since this process leads."""
+        self._viewed.set()
         context.agents.observe = self._saw
 
     def status(self, node: str) -> NodeStatus:
@@ -55,6 +63,21 @@ class Nodes:
         """Open a channel to every node that the store knows."""
         for row in await self._context.store.fleet.nodes():
             self._context.agents.put(row.name, row.agent_address)
+
+    def begin_view(self) -> None:
+        """This process leads from now on: what it knew of the nodes was of another time."""
+        self._viewed.clear()
+
+    async def view(self) -> None:
+        """Return once each node was asked: at once, but for the first moment of leading.
+
+        Who chose before would choose among those that answer first. A node that does not answer
+        holds up nobody for longer than VIEW_S_MAX.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(VIEW_S_MAX):
+                await self._viewed.wait()
+        self._viewed.set()
 
     async def put(self, name: str, agent_address: str, *, ask: bool = True) -> tuple[NodeRow, bool]:
         """Write a node, talk to it at its new address, `ask` it now. The bool: it is new."""
@@ -106,6 +129,14 @@ class Nodes:
     async def poll(self) -> None:
         """Ask all nodes, again and again, each at its own pace: a dead one holds up nobody."""
         asked: set[str] = set()
+        unheard: set[str] | None = None
+
+        def heard(name: str) -> None:
+            assert unheard is not None
+            unheard.discard(name)
+            if not unheard:
+                self._viewed.set()
+
         async with asyncio.TaskGroup() as group:
             while True:
                 try:
@@ -113,12 +144,16 @@ class Nodes:
                 except GodwitError:
                     log.exception("nodes could not be listed")
                 else:
+                    if unheard is None:
+                        unheard = set(names)
+                        if not names:
+                            self._viewed.set()
                     for name in names - asked:
-                        group.create_task(self._keep_asking(name))
+                        group.create_task(self._keep_asking(name, heard))
                     asked |= names
                 await asyncio.sleep(self._context.limits.beat_s)
 
-    async def _keep_asking(self, name: str) -> None:
+    async def _keep_asking(self, name: str, heard: Callable[[str], None]) -> None:
         loop, limits = asyncio.get_running_loop(), self._context.limits
         listed_at = 0.0
         while True:
@@ -130,6 +165,7 @@ class Nodes:
                     await self.require(name)
                     listed_at = loop.time()
             status = self.status(name)
+            heard(name)
             if status.reachable != was:
                 self._context.changes.publish(name, Kind.NODE)
                 log.warning(

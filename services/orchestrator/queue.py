@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from services.common.vm_spec import VmSpec
@@ -23,7 +23,7 @@ from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import PAST_COMMIT, Phase
 from services.orchestrator.nodes import NodeStatus
 from services.orchestrator.scheduling.breaker import Caution, Outcome, Trouble, trouble
-from services.orchestrator.scheduling.limits import arrival_keys, departure_keys
+from services.orchestrator.scheduling.limits import Kind, arrival_keys, departure_keys
 from services.orchestrator.scheduling.model import (
     NodeView,
     Placing,
@@ -50,6 +50,8 @@ LOOK_S = 1.0
 """At the latest so often: back-offs end, and breakers close, without anybody telling."""
 RECHECK_S = 10.0
 """A migration that waits looks for itself so often."""
+COUNT_NS = 15_000_000_000
+"""So often metrics are brought up to date while nothing waits."""
 GATHER_S = 0.005
 """What changes at the same moment is looked at together."""
 ROOM_UNKNOWN = 1 << 62
@@ -64,6 +66,10 @@ class Fleet:
     vms: dict[str, VmView]
     trouble: Trouble
     snapshot: Snapshot
+
+
+async def _at_once() -> None:
+    """Of nodes of which nobody has to be asked."""
 
 
 def _seconds(ns: int) -> float:
@@ -98,8 +104,11 @@ class Queue:
         self._granted: dict[str, MigrationRow] = {}
         """As they were admitted; until their movers have heard."""
         self._waits: dict[str, Wait] = {}
+        self._counted_ns = 0
         self.status_of: Callable[[str], NodeStatus] = lambda _name: NodeStatus()
         changes.on_publish.append(lambda _subject: self.wake())
+        self.view: Callable[[], Awaitable[None]] = _at_once
+        """Returns once `status_of` is of this time."""
 
     # --- for movers ---
 
@@ -157,21 +166,28 @@ class Queue:
     async def running(self) -> AsyncIterator[None]:
         """Look, again and again, for the length of the block: of this process' leading."""
         self._granted.clear()
-        async with self._looker.running():
-            yield
+        try:
+            async with self._looker.running():
+                yield
+        finally:
+            self._waits.clear()
+            self._metrics.forget_schedule()
 
     async def look(self) -> list[MigrationRow]:
         """Admit what can go now; those that went."""
         snapshot = await self._store.schedule.snapshot_if_any_waits()
         if snapshot is None:
             self._waits.clear()
+            await self._count_idle()
             return []
+        await self.view()
         fleet = self._fleet(snapshot)
         now_ns = self._now_ns()
         chosen = fleet.schedule.admit(_seconds(now_ns))
         under_way = {row.migration_id for row, _keys in snapshot.running}
         self._granted = {key: row for key, row in self._granted.items() if key in under_way}
         went: list[MigrationRow] = []
+        class_of = {each.request.request_id: each.request.priority for each in chosen}
         if chosen:
             grants = [
                 Grant(
@@ -185,6 +201,8 @@ class Queue:
             went = await self._store.schedule.admit(grants, now_ns=now_ns)
         for row in went:
             log.info("migration %s may go to %s", row.migration_id, row.destination_node)
+            priority = class_of[row.migration_id].name.lower()
+            self._metrics.admissions.labels(priority).inc()
             self._metrics.queue_wait_seconds.observe(_seconds(max(now_ns - row.created_at_ns, 0)))
             self._granted[row.migration_id] = row
             self._changes.publish(row.migration_id)
@@ -193,10 +211,40 @@ class Queue:
         self._waits = {
             wait.request.request_id: wait for wait in fleet.schedule.waiting(_seconds(now_ns))
         }
+        self._count(fleet, now_ns)
+        return went
+
+    async def _count_idle(self) -> None:
+        """Now and then: what is under way goes on, back-offs end and breakers close."""
+        now_ns = self._now_ns()
+        if abs(now_ns - self._counted_ns) >= COUNT_NS:
+            self._count(await self.fleet(), now_ns)
+
+    def _count(self, fleet: Fleet, now_ns: int) -> None:
+        """For metrics: what the schedule knows as of this look."""
+        self._counted_ns = now_ns
+        metrics, schedule = self._metrics, fleet.schedule
         depth = Counter(wait.request.priority for wait in self._waits.values())
         for priority in Priority:
-            self._metrics.queue_depth.labels(priority.name.lower()).set(depth[priority])
-        return went
+            metrics.queue_depth.labels(priority.name.lower()).set(depth[priority])
+        metrics.queue_held.clear()
+        for reason, count in Counter(wait.reason for wait in self._waits.values()).items():
+            metrics.queue_held.labels(reason).set(count)
+        metrics.frozen.set(bool(fleet.snapshot.frozen))
+        metrics.backing_off.set(len(fleet.trouble.not_before_s))
+        metrics.breaker_open.clear()
+        metrics.reserved_bytes.clear()
+        for name in fleet.trouble.broken_until_s:
+            metrics.breaker_open.labels(name).set(1)
+        for name, node in schedule.nodes.items():
+            if node.booked_bytes > 0:
+                metrics.reserved_bytes.labels(name).set(node.booked_bytes)
+        used: Counter[Kind] = Counter()
+        for keys in schedule.ledger.holders().values():
+            used.update(Kind(key.partition(":")[0]) for key in keys)
+        for kind in Kind:
+            metrics.tokens.labels(kind, "held").set(used[kind])
+            metrics.tokens.labels(kind, "limit").set(schedule.limits.of(kind))
 
     async def waiting(self) -> tuple[list[tuple[Wait, Waiting]], Snapshot]:
         """Everything that waits, in order, as of now."""
@@ -207,6 +255,7 @@ class Queue:
 
     async def fleet(self) -> Fleet:
         """Everything that the schedule has to know, as of now."""
+        await self.view()
         return self._fleet(await self._store.schedule.snapshot())
 
     def _fleet(self, snapshot: Snapshot) -> Fleet:

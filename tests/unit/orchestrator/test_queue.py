@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import FailedPreconditionError
+from services.orchestrator import nodes
 from services.orchestrator.scheduling.model import Priority
 from services.orchestrator.store import open_store
 from services.orchestrator.store.rows import MigrationRow
@@ -240,3 +241,55 @@ async def test_a_vm_that_failed_somewhere_goes_elsewhere(fleet: FakeFleet) -> No
     found.schedule.put(named)
     assert [each.target for each in found.schedule.admit(request.created_s)] == ["c"]
     await fleet.cancel(migration_id)
+
+
+async def test_metrics_say_what_the_queue_says(fleet: FakeFleet) -> None:
+    registry = fleet.core.context.metrics.registry
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"godwit_{name}", labels)
+
+    fleet.b.fetching.clear()
+    under_way = await fleet.migrate("b")
+    await fleet.in_phase(under_way, "postcopy")
+    await fleet.start_vm("vm-2")
+    await limit(fleet, node_in=1)
+    await fleet.migrate("b", "vm-2")
+    await eventually(lambda: value("queue_held", reason="NODE_INBOUND_LIMIT") == 1)
+    assert value("queue_depth", priority="user") == 1
+    assert value("admissions_total", priority="user") == 1
+    assert value("limit_tokens", kind="node-in", state="held") == 1
+    assert value("limit_tokens", kind="node-in", state="limit") == 1
+    assert (value("node_reserved_bytes", node="b") or 0) > 0
+    assert value("queue_frozen") == 0
+    await fleet.post("/v1/queue:freeze", {"because": "x"})
+    await eventually(lambda: value("queue_frozen") == 1)
+    assert value("queue_held", reason="FROZEN") == 1
+    await fleet.post("/v1/queue:thaw", {})
+    fleet.b.fetching.set()
+    await fleet.ended(under_way)
+    await eventually(lambda: value("queue_wait_seconds_count") == 2)
+    assert value("queue_held", reason="NODE_INBOUND_LIMIT") is None
+
+
+async def test_who_takes_over_plans_with_a_fresh_view(
+    fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not among those nodes that happened to answer first; and without waiting for a round."""
+    monkeypatch.setattr(nodes, "VIEW_S_MAX", 600.0)
+    for number in range(4):
+        await fleet.start_vm(f"crowd-{number}", "c")
+    await fleet.post("/v1/queue:freeze", {"because": "x"})
+    migration_id = await fleet.migrate(to="")
+    await fleet.stop()
+    gate = fleet.b.hold("Hello")
+    await fleet.start()
+    await gate.reached.wait()
+    await fleet.core.context.store.schedule.freeze("")
+    fleet.core.queue.wake()
+    await fleet.reachable("c")
+    plan = asyncio.create_task(fleet.post("/v1/nodes/a:drain", {"dry_run": True}))
+    assert (await fleet.migration(migration_id))["phase"] == "pending"
+    gate.opened.set()
+    assert [step["destination_node"] for step in (await plan).json()["steps"]] in (["b"], [])
+    assert (await fleet.ended(migration_id))["destination_node"] == "b"
