@@ -374,6 +374,13 @@ class Fleet:
         )
         return [migration_view(row, histories[row.migration_id]) for row in page], token
 
+    async def set_priority(self, migration_id: str, priority: Priority) -> bool:
+        """Change the class of a migration that waits in the queue. False: it was admitted."""
+        self._context.role.require()
+        changed = await self._context.store.schedule.set_priority(migration_id, priority)
+        self._queue.wake()
+        return changed
+
     async def cancel_migration(self, migration_id: str) -> types_pb2.Migration:
         """Ask for a cancel."""
         self._context.role.require()

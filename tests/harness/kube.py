@@ -54,7 +54,8 @@ def missing() -> str | None:
     return f"{found} has no {' and no '.join(lacks)}" if lacks else None
 
 
-def _port() -> int:
+def free_port() -> int:
+    """One that the kernel has given nobody yet."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -84,13 +85,15 @@ class _Authority:
         """Its certificate."""
         return self.directory / f"{self.name}.crt"
 
-    def issue(self, name: str, common_name: str, organization: str = "") -> None:
+    def issue(
+        self, name: str, common_name: str, organization: str = "", directory: Path | None = None
+    ) -> None:
         """A certificate for loopback, of a server and a client: NAME.crt and NAME.key."""
         names = [x509.NameAttribute(NameOID.COMMON_NAME, common_name)]
         if organization:
             names.append(x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization))
         key = ec.generate_private_key(ec.SECP256R1())
-        self._write(name, self._build(x509.Name(names), key, ca=False), key)
+        self._write(name, self._build(x509.Name(names), key, ca=False), key, directory)
 
     def _build(
         self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool
@@ -117,9 +120,16 @@ class _Authority:
             builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         return builder.sign(self._key, hashes.SHA256())
 
-    def _write(self, name: str, made: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-        (self.directory / f"{name}.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-        (self.directory / f"{name}.key").write_bytes(_pem(key))
+    def _write(
+        self,
+        name: str,
+        made: x509.Certificate,
+        key: ec.EllipticCurvePrivateKey,
+        directory: Path | None = None,
+    ) -> None:
+        where = directory or self.directory
+        (where / f"{name}.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        (where / f"{name}.key").write_bytes(_pem(key))
 
 
 def _pem(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
@@ -139,7 +149,7 @@ class ApiServer:
         self._flags = flags
         self.kubeconfig = directory / "kubeconfig"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._ports = {name: _port() for name in ("etcd", "peer", "core", "extensions")}
+        self._ports = {name: free_port() for name in ("etcd", "peer", "core", "extensions")}
         self._make_certificates()
         self._context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
         self._context.load_cert_chain(directory / "admin.crt", directory / "admin.key")
@@ -181,6 +191,10 @@ class ApiServer:
             with error:
                 raise RefusedError(error.code, _message(error.read())) from None
         return json.loads(text) if text[:1] == b"{" else text.decode()
+
+    def issue(self, directory: Path, name: str, common_name: str) -> None:
+        """A certificate of the server's own CA, for loopback: NAME.crt and NAME.key there."""
+        self._authority.issue(name, common_name, directory=directory)
 
     def start(self) -> None:
         """Start all of it and wait until it answers."""
@@ -263,7 +277,7 @@ class ApiServer:
         )
 
     def _make_certificates(self) -> None:
-        authority = _Authority(self.directory, "ca")
+        authority = self._authority = _Authority(self.directory, "ca")
         authority.issue("server", "kube-apiserver")
         authority.issue("admin", "admin", "system:masters")
         _Authority(self.directory, "front").issue("proxy", "front-proxy")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from godwit import schedule
 
 from tests.harness.kube import ApiServer
 from tests.harness.kube_fleet import DRAINS, MIGRATIONS, PODS, World, condition, fleet_in_cluster
@@ -133,6 +134,28 @@ async def test_cancelled_before_its_decision(world: World) -> None:
     assert condition(done, "Cancelled") == ("True", "Cancelled")
     await world.pods_of("vm-5", "a")
     await world.verify("vm-5")
+
+
+async def test_its_class_is_changed_while_it_waits(world: World) -> None:
+    """With nothing admitted, the queue's order is told by places."""
+    await world.start("vm-9", "a")
+    await world.start("vm-10", "a")
+    await world.client.send(schedule.freeze("a test"))
+    try:
+        for name, vm in (("nine", "vm-9"), ("ten", "vm-10")):
+            await world.migrate(name, vm=vm, destinationNode="b", priority="User")
+            await world.phase(name, "Pending")
+        await world.patch(f"{MIGRATIONS}/ten", {"spec": {"priority": "System"}})
+
+        first = ""
+        async with asyncio.timeout(60):
+            while first != "vm-10":
+                await asyncio.sleep(0.05)
+                first = (await world.client.send(schedule.get_queue())).value.entries[0].vm_id
+    finally:
+        await world.client.send(schedule.thaw())
+    for name in ("nine", "ten"):
+        assert (await world.ended(name))["status"]["phase"] == "Succeeded"
 
 
 async def test_a_controller_killed_in_the_middle(world: World) -> None:

@@ -61,7 +61,7 @@ class Evictions:
             return {"allowed": True}  # No VM of ours.
         vm_id, node = vm_of(pod), pod["spec"].get("nodeName", "")
         try:
-            why = await self._why_not(vm_id, node, dry_run=bool(asked.get("dryRun")))
+            why = await self._why_not(vm_id, node, dry_run=is_dry_run(asked))
         except GodwitError as error:
             why = f"{vm_id} cannot be moved now: {error.message}"
         if not why:
@@ -104,6 +104,12 @@ class Evictions:
         except AlreadyExistsError:
             return
         log.info("VM %s is to be evicted: migration %s", vm_id, made.migration_id)
+
+
+def is_dry_run(asked: Object) -> bool:
+    """Nothing shall happen. `kubectl drain --dry-run=server` says it in the eviction alone."""
+    options = (asked.get("object") or {}).get("deleteOptions") or {}
+    return bool(asked.get("dryRun") or options.get("dryRun"))
 
 
 def _sides(row: Any) -> tuple[str, str]:

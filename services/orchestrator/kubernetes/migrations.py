@@ -154,7 +154,7 @@ class Migrations:
                 spec.get("destinationNode", ""),
                 bulk_bytes_per_s_max=spec.get("bulkBytesPerSecond", 0),
                 freeze_after_ms=spec.get("freezeAfterMilliseconds", 0),
-                priority=Priority[spec["priority"].upper()] if "priority" in spec else None,
+                priority=_priority(spec) if "priority" in spec else None,
                 key=f"kubernetes/{found['metadata']['uid']}",
             )
         except UnavailableError:
@@ -182,7 +182,7 @@ class Migrations:
         )
 
     async def _obey(self, found: Object, view: types_pb2.Migration) -> None:
-        """Cancel what shall be cancelled, as far as it can be."""
+        """Cancel what shall be cancelled, as far as it can be; change its class while it waits."""
         deleted = "deletionTimestamp" in found["metadata"]
         wants = found["spec"].get("cancelRequested", False) or deleted
         if wants and not view.cancel_requested and phase_name(view.phase) in UNDECIDED:
@@ -191,6 +191,10 @@ class Migrations:
             except FailedPreconditionError as error:
                 # The decision came first. The object says so by its conditions.
                 log.info("migration %s: %s", view.migration_id, error.message)
+        seen = found.get("status", {}).get("observedGeneration", 0)
+        changed = 0 < seen < found["metadata"]["generation"]
+        if changed and "priority" in found["spec"] and phase_name(view.phase) == "Pending":
+            await self._fleet.set_priority(view.migration_id, _priority(found["spec"]))
 
     async def _mirrored(self, found: Object, view: types_pb2.Migration) -> float | None:
         before = found.get("status", {})
@@ -318,6 +322,10 @@ def _migration_id(found: Object) -> str:
     labels = found["metadata"].get("labels", {})
     mirrored = labels.get(names.MIGRATION_LABEL, "") if names.ORIGIN_LABEL in labels else ""
     return str(found.get("status", {}).get("migrationId") or mirrored.upper())
+
+
+def _priority(spec: dict[str, Any]) -> Priority:
+    return Priority[spec["priority"].upper()]
 
 
 def _important(status: dict[str, Any]) -> Any:

@@ -27,12 +27,7 @@ LOOK_S = 30.0
 _SHARED = "ReadWriteMany"
 _HOSTNAME = "kubernetes.io/hostname"
 _FAILED = frozenset({"Failed", "Succeeded"})
-_SET_BY_OTHERS = (
-    "kubectl.kubernetes.io/",
-    "kubernetes.io/",
-    "cni.projectcalico.org/",
-    "k8s.v1.cni",
-)
+_SET_BY_OTHERS = ("kubectl.kubernetes.io/", "kubernetes.io/", "cni.", "k8s.v1.cni")
 """Annotations of one pod alone."""
 
 

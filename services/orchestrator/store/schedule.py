@@ -259,6 +259,19 @@ class ScheduleTable:
 
         return await self._database.read(work)
 
+    async def set_priority(self, migration_id: str, priority: Priority) -> bool:
+        """Change the class of one that waits. False: it does not wait any more."""
+        statement = (
+            sa.update(tables.admissions)
+            .where(_a.migration_id == migration_id, _a.admitted_at_ns == 0)
+            .values(priority=int(priority))
+        )
+
+        def work(connection: sa.Connection) -> bool:
+            return connection.execute(statement).rowcount == 1
+
+        return await self._database.write(work)
+
     async def granted(self, migration_id: str) -> tuple[AdmissionRow | None, MigrationRow | None]:
         """The same, and the migration, as of one moment."""
 
