@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.cli import certs_cluster
+
 if TYPE_CHECKING:
     from services.common.certificates import Pair, Subject
 
@@ -25,6 +27,8 @@ DirectoryOption = Annotated[
     ),
 ]
 DEFAULT = Path("godwit-authority")
+
+app.command()(certs_cluster.cluster)
 
 
 @app.command()

@@ -55,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: rich would cost a third of the start
 )
 app.command()(nodes.nodes)
+app.command()(nodes.idle)
 app.add_typer(vms.app, name="vms")
 app.command()(migrations.migrate)
 app.add_typer(migrations.app, name="migrations")
@@ -81,6 +82,9 @@ app.command()(simulate.simulate)
 app.command("page-server", context_settings=processes.PASS_ON)(processes.page_server)
 app.command("fault-agent", context_settings=processes.PASS_ON)(processes.fault_agent)
 app.command("orchestrator", context_settings=processes.PASS_ON)(processes.orchestrator)
+app.command("node-keeper", context_settings=processes.PASS_ON)(processes.node_keeper)
+app.command("node-wait", context_settings=processes.PASS_ON)(processes.node_wait)
+app.command("device-plugin", context_settings=processes.PASS_ON)(processes.device_plugin)
 
 
 @app.callback()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`godwit page-server`, `fault-agent`, `orchestrator`: become that service."""
+"""`godwit page-server`, `fault-agent`, `orchestrator` and what stands beside them: become that."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ def fault_agent(ctx: typer.Context) -> None:
 def orchestrator(ctx: typer.Context) -> None:
     """Run the orchestrator; all arguments are the service's own, --help too."""
     _become("services.orchestrator", ctx.args)
+
+
+def node_keeper(ctx: typer.Context) -> None:
+    """Tell the cluster what depends on this node, keep its certificates."""
+    _become("services.node_keeper", ctx.args)
+
+
+def node_wait(ctx: typer.Context) -> None:
+    """Wait until no guest depends on this node."""
+    _become("services.node_keeper.wait", ctx.args)
+
+
+def device_plugin(ctx: typer.Context) -> None:
+    """Offer /dev/kvm and /dev/userfaultfd to pods: a kubelet device plugin."""
+    _become("services.device_plugin", ctx.args)
 
 
 def _become(module: str, arguments: list[str]) -> None:

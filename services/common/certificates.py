@@ -227,17 +227,30 @@ def read_pair(certificate_path: Path, key_path: Path) -> Pair:
         FailedPreconditionError: CERTIFICATE_UNREADABLE.
     """
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-        key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
+        certificate, key = certificate_path.read_bytes(), key_path.read_bytes()
+    except OSError as error:
         raise FailedPreconditionError(
             "CERTIFICATE_UNREADABLE", f"{certificate_path}, {key_path}: {error}"
         ) from error
+    return parse_pair(certificate, key, named=f"{certificate_path}, {key_path}")
+
+
+def parse_pair(certificate_pem: bytes, key_pem: bytes, *, named: str = "the pair") -> Pair:
+    """A certificate and its key. `named`: what an error calls them.
+
+    Raises:
+        FailedPreconditionError: CERTIFICATE_UNREADABLE: they are none, or not each other's.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise FailedPreconditionError("CERTIFICATE_UNREADABLE", f"{named}: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or (
         key.public_key().public_numbers() != _numbers(certificate)
     ):
         raise FailedPreconditionError(
-            "CERTIFICATE_UNREADABLE", f"{key_path} is not the P-256 key of {certificate_path}"
+            "CERTIFICATE_UNREADABLE", f"{named}: the key is not the P-256 key of the certificate"
         )
     return Pair(certificate=certificate, key=key)
 

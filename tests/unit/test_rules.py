@@ -20,10 +20,13 @@ NOT_OURS = ("grpc.health.v1.", "grpc.reflection.v1alpha.")
 
 
 def _rpcs() -> dict[str, bool]:
-    """Every RPC of our protos, and whether it streams requests."""
+    """Every RPC of our protos, and whether it streams requests.
+
+    Not the kubelet's: those are spoken on unix sockets in a directory that is root's.
+    """
     found = {}
     for module in pkgutil.walk_packages(godwit.__path__, "godwit."):
-        if module.name.endswith("_pb2"):
+        if module.name.endswith("_pb2") and not module.name.startswith("godwit.kubelet."):
             descriptor: FileDescriptor = importlib.import_module(module.name).DESCRIPTOR
             for service in descriptor.services_by_name.values():
                 for method in service.methods:
