@@ -31,13 +31,15 @@ help: ## list the targets
 .PHONY: setup
 setup: .venv/.project native ## install what is missing, make .venv, build the native part
 
-.PHONY: system system-guest system-postgres system-lint system-fuzz system-bench
+.PHONY: system system-guest system-postgres system-chart system-lint system-fuzz system-bench
 system:
 	@tools/setup_system.sh build
 system-guest:
 	@tools/setup_system.sh guest
 system-postgres:
 	@tools/setup_system.sh postgres
+system-chart:
+	@tools/setup_system.sh chart
 system-lint:
 	@tools/setup_system.sh lint
 system-fuzz:
@@ -67,7 +69,7 @@ demo: setup ## migrate a real guest to another node and back
 	@.venv/bin/godwit demo $(ARGS)
 
 .PHONY: test
-test: system-guest system-postgres setup native-test ## all tests, native ones in every variant
+test: system-guest system-postgres system-chart setup native-test ## all tests, native ones in every variant
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: test-kube

@@ -69,6 +69,7 @@ check 'buf lint' buf lint protos
 check 'buf format' buf format --diff --exit-code protos
 check 'protos drift' python tools/gen_protos.py --check
 check 'cffi drift' python tools/gen_ffi.py --check
+check 'chart README' python -m tools.chart_readme --check
 check 'clang-format' clang-format --dry-run -Werror "${c_files[@]}"
 check 'gcc warnings' c_build
 check 'clang-tidy' c_tidy

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Check that the machine has what a job needs; install what is missing where that is possible.
 #
-# Usage: tools/setup_system.sh GROUP...      groups: build guest postgres lint fuzz bench
+# Usage: tools/setup_system.sh GROUP...      groups: build guest postgres chart lint fuzz bench
 #
 # It looks for the things themselves, not for packages: what somebody built by hand counts too, and
 # the check costs milliseconds, so it needs no stamp that could go stale.
@@ -57,6 +57,9 @@ check_group() {
 	postgres)
 		postgresql_server || lacks "PostgreSQL's server" postgresql
 		;;
+	chart)
+		need_command promtool prometheus
+		;;
 	bench)
 		need_command valgrind valgrind
 		;;
@@ -69,7 +72,7 @@ check_group() {
 		libfuzzer || lacks "libFuzzer for clang" libclang-rt-14-dev
 		;;
 	*)
-		echo "setup_system.sh: unknown group '$1' (build, guest, postgres, lint, fuzz, bench)" >&2
+		echo "setup_system.sh: unknown group '$1' (build, guest, postgres, chart, lint, fuzz, bench)" >&2
 		exit 2
 		;;
 	esac

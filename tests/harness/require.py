@@ -164,6 +164,10 @@ THINGS: Mapping[str, Thing] = {
         what_to_do="set KUBEBUILDER_ASSETS to a directory with etcd and kube-apiserver, such as"
         " `setup-envtest use -p path` of sigs.k8s.io/controller-runtime prints",
     ),
+    "promtool": Thing(
+        probe=lambda: _lacks_command("promtool"),
+        what_to_do="apt-get install --no-install-recommends prometheus",
+    ),
     "root": Thing(probe=_probe_root, what_to_do="run as root"),
 }
 
