@@ -193,6 +193,9 @@ async def test_a_cordon_empties_a_node(world: World) -> None:
         assert node != "a"
         await world.pods_of(vm_id, node)
         await world.verify(vm_id)
+    events = await world.request("GET", "/apis/events.k8s.io/v1/namespaces/default/events")
+    told = {each["reason"] for each in events["items"] if each["regarding"]["name"] == "cordon-a"}
+    assert "DrainSucceeded" in told
     # Opened again with the cordon's end.
     await world.patch("/api/v1/nodes/a", {"spec": {"unschedulable": None}})
 

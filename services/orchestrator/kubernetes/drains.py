@@ -140,7 +140,7 @@ class Drains:
                 found,
                 key=status["phase"] + status["startTime"],
                 reason=f"Drain{status['phase']}",
-                note=view.message or f"drain of {view.node}: {dict(view.counts)}",
+                note=view.message or _counts(view),
                 at_ns=self._now_ns(),
                 warning=status["phase"] == "Failed",
             )
@@ -299,6 +299,11 @@ def status_of(
         conditions, before.get("conditions", ()), now=now, generation=generation
     )
     return {name: value for name, value in status.items() if value not in ("", None, [])}
+
+
+def _counts(view: pb.Operation) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(view.counts.items()))
+    return f"VMs of {view.node}: {counts or 'none'}"
 
 
 def _ended_at(view: pb.Operation) -> Timestamp | None:

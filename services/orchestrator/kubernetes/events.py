@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import logging
 
 from services.orchestrator.kubernetes import names
 from services.orchestrator.kubernetes.api import Api, ConflictError, Object, RefusedError
+
+log = logging.getLogger(__name__)
 
 NOTE_LEN_MAX = 1000
 _CONTROLLER = "godwit.io/orchestrator"
@@ -60,12 +63,24 @@ class Events:
         }
         if related:
             body["related"] = _reference(related)
-        # Told already; or its namespace is about to go. Nothing hangs on an event.
-        with contextlib.suppress(ConflictError, RefusedError):
-            await self._api.create(names.EVENTS, body, namespace=namespace)
+        with contextlib.suppress(ConflictError):  # told already
+            await self._create(body, namespace)
         self._told[name] = None
         while len(self._told) > 10_000:
             self._told.pop(next(iter(self._told)))
+
+    async def _create(self, body: Object, namespace: str) -> None:
+        """Nothing hangs on an event: one that is refused, for good, is a line in the log."""
+        try:
+            await self._api.create(names.EVENTS, body, namespace=namespace)
+        except RefusedError as error:
+            regarding = body["regarding"]
+            if "namespace" in regarding:
+                log.warning("event %s is refused: %s", body["reason"], error.message)
+                return
+            # Before 1.25, a kind without namespaces that the server does not know has to have one.
+            body = {**body, "regarding": {**regarding, "namespace": namespace}}
+            await self._create(body, namespace)
 
 
 def _reference(found: Object) -> Object:

@@ -342,6 +342,8 @@ def _note(phase: str, view: types_pb2.Migration, message: str) -> str:
         case "Pending":
             where = view.destination_node or "the best node"
             return f"{view.vm_id} shall move from {view.source_node} to {where}"
+        case "Preparing":
+            return f"{view.source_node} exports its memory, {view.destination_node} makes ready"
         case "Committed":
             return f"decided: {view.destination_node} owns {view.vm_id}, epoch {view.epoch}"
         case "Postcopy":
