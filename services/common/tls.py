@@ -199,6 +199,11 @@ class Certificates:
         log.info("certificates of %s are read again", loaded.subject.dns_name)
         return True
 
+    def own_pin(self) -> bytes:
+        """Our own continuation certificate, PEM: by it a node's processes know each other."""
+        der = self.loaded.continuation_der
+        return _pem(der) if der else b""
+
     def seconds_left(self, now: float | None = None) -> dict[str, float]:
         """How long each is valid, by file; negative: it has ended."""
         now = dt.datetime.now(dt.UTC).timestamp() if now is None else now

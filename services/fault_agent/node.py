@@ -123,7 +123,12 @@ class Node:
                 f"node {self.config.name} has TLS and was not told the name of its peer",
                 hint="install the same release of the orchestrator and give it --tls-dir",
             )
-        return PeerTls(certificates=self.security.certificates, name=name)
+        certificates = self.security.certificates
+        # Its page server has the same key: no date parts a node from itself.
+        is_own = name == certificates.loaded.subject.dns_name
+        return PeerTls(
+            certificates=certificates, name=name, pin=certificates.own_pin if is_own else bytes
+        )
 
     def load_journal(self) -> None:
         """Read every record. Blocks; once, at the start."""

@@ -13,7 +13,7 @@ import contextlib
 import datetime as dt
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,25 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
+from godwit.page.v1 import image_admin_service_pb2 as admin_pb2
+from godwit.page.v1 import image_admin_service_pb2_grpc as admin_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common import certificates, continuation
+from services.common import certificates, continuation, grpc_client
 from services.common.certificates import Kind, Pair, Subject
 from services.common.errors import GodwitError, InvalidArgumentError
 from services.common.grpc_client import NotExecutedError
+from services.common.peer_tls import PeerTls
 from services.common.tls import Certificates
 from services.fault_agent import main as fault_agent
 from services.fault_agent.main import Serving
 from services.fault_agent.security import CALLER_COUNT_MAX
 from services.orchestrator.agents import AgentClient, AgentPool, Deadlines
+from services.page_server import main as page_server
 from services.pagecore.fake import FakePageCore
+from services.pagecore.native import NativePageCore
 
 WAIT_S = 30.0
 NOW = dt.datetime.now(dt.UTC)
@@ -73,7 +78,7 @@ class Ground:
     """A node's and two orchestrators' certificates, by one authority."""
 
     def __init__(self, directory: Path, ram: Path) -> None:
-        self._directory, self._ram = directory, ram
+        self._directory, self.ram = directory, ram
         authority = certificates.make_authority(days=100, now=PAST)
         self.node = Member(directory / "node", authority, NODE)
         self.orchestrator = Member(directory / "orchestrator", authority, ORCHESTRATOR)
@@ -85,7 +90,7 @@ class Ground:
     async def agent(self, *, migrating: bool = True) -> AsyncIterator[Serving]:
         """The node's agent, always at the same port and with the same journal."""
         argv = ["--node", "a", "--listen", f"127.0.0.1:{self.port}"]
-        argv += ["--state-dir", str(self._directory / "state"), "--ram-dir", str(self._ram)]
+        argv += ["--state-dir", str(self._directory / "state"), "--ram-dir", str(self.ram)]
         argv += ["--page-server-control", "127.0.0.1:1", "--tls-dir", str(self.node.directory)]
         config = fault_agent.Config.from_argv(argv)
         async with fault_agent.serving(config, FakePageCore()) as running:
@@ -169,6 +174,26 @@ async def test_a_live_connection_is_left_alone(ground: Ground) -> None:
         assert not client.is_by_pin
 
 
+async def test_an_agent_that_was_away_is_no_alarm(
+    ground: Ground, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While nobody listens keys are tried as well; with good certificates they are not used."""
+    async with ground.agent(), client_of(ground) as client:
+        await client.hello()
+        kept = client.pin
+    async with client_of(ground) as client:
+        client.pin = kept
+        with pytest.raises(NotExecutedError):
+            await client.hello()
+        async with ground.agent():
+            await _answered(client)
+            for _ in range(20):
+                await client.hello()
+                await asyncio.sleep(0.1)
+            assert not client.is_by_pin
+    assert "pinned key alone" not in caplog.text
+
+
 @pytest.mark.parametrize("why", ["nobody migrates", "another orchestrator", "never met"])
 async def test_for_nobody_else_and_for_no_other_purpose(ground: Ground, why: str) -> None:
     """Each of them is refused where the one above is let in."""
@@ -244,6 +269,29 @@ async def _checked(port: int, authority: bytes, key: bytes, chain: bytes) -> grp
         except grpc.aio.AioRpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+async def test_no_date_parts_a_node_from_its_page_server(ground: Ground, tmp_path: Path) -> None:
+    """Both have the same key; without it the ended certificate is refused."""
+    ground.node.certify(PAST)
+    ours = Certificates(ground.node.directory)
+    argv = ["--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", "--ram-dir", str(ground.ram)]
+    argv += ["--images-dir", str(tmp_path / "images"), "--tls-dir", str(ground.node.directory)]
+    config = page_server.Config.from_argv(argv)
+    async with page_server.serving(config, NativePageCore()) as pages:
+
+        async def reload(pin: Callable[[], bytes]) -> None:
+            tls = PeerTls(certificates=ours, name=NODE.dns_name, pin=pin)
+            async with grpc_client.open_channel(str(pages.control), tls) as channel:
+                stub = admin_grpc.ImageAdminServiceStub(channel)
+                request = admin_pb2.ReloadImagesRequest()
+                await grpc_client.call(
+                    channel, stub.ReloadImages, request, timeout_s=WAIT_S, connect_s=5.0
+                )
+
+        await reload(ours.own_pin)
+        with pytest.raises(NotExecutedError):
+            await reload(bytes)
 
 
 async def test_a_file_of_pins_that_is_damaged_locks_nobody_out(
