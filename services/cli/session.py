@@ -34,8 +34,9 @@ UrlOption = Annotated[
     str | None,
     typer.Option(
         "--orchestrator",
-        metavar="URL",
-        help=f"Where the orchestrator's REST API is. [env: {ENV_URL}; default: {DEFAULT_URL}]",
+        metavar="URL[,URL...]",
+        help="Where the orchestrator's REST API is; of several the one that leads is looked for."
+        f" [env: {ENV_URL}; default: {DEFAULT_URL}]",
         show_default=False,
     ),
 ]
@@ -129,10 +130,11 @@ def session(ctx: typer.Context, output: OutputFormat | None, url: str | None) ->
     options.override(output, url)
     tls_dir = options.certificates()
     chosen = options.url or os.environ.get(ENV_URL) or (DEFAULT_TLS_URL if tls_dir else DEFAULT_URL)
-    if not chosen.startswith(("http://", "https://")):
-        raise typer.BadParameter(
-            f"{chosen!r} is not a URL; write for example {DEFAULT_URL}",
-            param_hint=f"--orchestrator or {ENV_URL}",
-        )
+    for each in chosen.split(","):
+        if not each.strip().startswith(("http://", "https://")):
+            raise typer.BadParameter(
+                f"{each!r} is not a URL; write for example {DEFAULT_URL}",
+                param_hint=f"--orchestrator or {ENV_URL}",
+            )
     with Client(chosen, tls_dir=tls_dir, token=options.bearer()) as client:
         yield Session(client, options.output or OutputFormat.TABLE)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from godwit.client import AsyncClient
 
 from services.orchestrator.store import schema
 from tests.harness.fake_agent import FakeAgent, World, spec_json
@@ -195,3 +196,12 @@ async def test_leader_that_ends_leaves_at_once(pair: Pair) -> None:
         await two.leads()
     assert (await two.get("/readyz"))["term"] == term + 1
     assert (await two.ended(await _migrate(two, "a")))["phase"] == "succeeded"
+
+
+async def test_a_client_of_one_that_stands_by_reaches_the_leader(pair: Pair) -> None:
+    """By what the one that stands by says, whomever the client knows."""
+    standby, leader = (str(each.http.base_url).rstrip("/") for each in (pair.other, pair.leader))
+    async with AsyncClient(standby) as client:
+        begun = await client.migrate(VM, "b")
+        assert client.url == leader
+    assert (await pair.leader.ended(begun.migration_id))["phase"] == "succeeded"

@@ -8,14 +8,15 @@
 
 Every method raises GodwitApiError for a problem that the orchestrator answers with, and
 GodwitConnectionError where there is no answer. Neither is retried here: an answer that was lost
-says nothing about what was done. Only `watch` comes back by itself, it changes nothing.
+says nothing about what was done. Only watches come back by themselves, they change nothing, and of
+several orchestrators the one that leads is looked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -24,11 +25,12 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from godwit import calls, operations
-from godwit.bearer import Token, bearer
+from godwit.bearer import Token, TokenRefusedError, bearer
 from godwit.calls import Answer, Call, ValueT
-from godwit.errors import GodwitApiError, GodwitConnectionError
+from godwit.errors import GodwitApiError, GodwitClientError, GodwitConnectionError
 from godwit.models import Migration, Node, UserfaultBitmap, Vm
 from godwit.operations import Operation
+from godwit.route import Attempts, Route, split_urls
 from godwit.tls import expect_orchestrator, expect_orchestrator_async, make_context
 from godwit.watch import FleetEvent, FleetState, NewsT, Stream, WatchState
 
@@ -52,7 +54,7 @@ class Client:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | Sequence[str] = DEFAULT_URL,
         *,
         timeout_s: float = TIMEOUT_S,
         tls_dir: Path | None = None,
@@ -60,20 +62,27 @@ class Client:
     ) -> None:
         """Say who asks by `tls_dir`, by `token`, by both, or not at all.
 
+        `url`: of an orchestrator, or of several of which one leads (godwit.route).
         `tls_dir`: has `ca.crt`, and `tls.crt` and `tls.key` to be known by; see godwit.tls.
         `token`: a bearer token, or a function that is asked for it before each request.
         """
-        self.url = url.rstrip("/")
+        self._route = Route(split_urls(url))
+        self._token = token
         self._options = _Options(timeout_s=timeout_s, tls_dir=tls_dir, token=token)
         # trust_env: a proxy from the environment must not come between us and a loopback address.
         self._http = httpx.Client(
-            base_url=self.url,
             timeout=timeout_s,
             trust_env=False,
             verify=make_context(tls_dir) if tls_dir else True,
             event_hooks={"request": [expect_orchestrator] if tls_dir else []},
-            auth=bearer(token, self.url),
         )
+        for each in self._route.urls:
+            bearer(token, each)  # refused now, not at the first request
+
+    @property
+    def url(self) -> str:
+        """The orchestrator that answered last."""
+        return self._route.url
 
     def __enter__(self) -> Self:
         return self
@@ -87,13 +96,26 @@ class Client:
 
     def send(self, call: Call[ValueT]) -> Answer[ValueT]:
         """Make a call of `godwit.calls`; the answer has the JSON as well."""
-        try:
-            response = self._http.request(
-                call.method, call.path, json=call.body, params=call.query or None
-            )
-        except httpx.HTTPError as error:
-            raise _unreachable(self.url, error) from error
-        return _read(call, response)
+        attempts = self._route.attempts()
+        while True:
+            url = attempts.take()
+            try:
+                response = self._http.request(
+                    call.method,
+                    url + call.path,
+                    json=call.body,
+                    params=call.query or None,
+                    auth=bearer(self._token, url),
+                )
+                answer = _read(call, response)
+            except (httpx.HTTPError, GodwitClientError) as error:
+                wait_s = _next_attempt(attempts, url, error)
+                if wait_s is None:
+                    raise _told(url, error) from error
+                time.sleep(wait_s)
+            else:
+                attempts.answered(url)
+                return answer
 
     def send_all(self, call: Call[ValueT], *, count: int = 0) -> Answer[ValueT]:
         """Make a call that lists, page by page, as one answer. 0: to the end, else `count` items.
@@ -202,14 +224,18 @@ class Client:
 
     def another(self) -> Client:
         """A client of the same, for another thread."""
-        return Client(self.url, **self._options)
+        return Client(self._route.urls, **self._options)
 
     def _follow(self, path: str, state: Stream[NewsT]) -> Iterator[tuple[NewsT, object]]:
         while not state.is_over:
-            why = "the stream ended"
+            why, url = "the stream ended", self._route.url
             try:
                 with self._http.stream(
-                    "GET", path, headers=state.headers(), timeout=_stream_timeout()
+                    "GET",
+                    url + path,
+                    headers=state.headers(),
+                    timeout=_stream_timeout(),
+                    auth=bearer(self._token, url),
                 ) as response:
                     if not response.is_success:
                         response.read()
@@ -222,7 +248,8 @@ class Client:
                             return
             except (httpx.HTTPError, SSEError, _ServerTroubleError) as error:
                 why = str(error) or type(error).__name__
-            time.sleep(state.broken(time.monotonic(), GodwitConnectionError(self.url, why)))
+            self._route.lost(url)
+            time.sleep(state.broken(time.monotonic(), GodwitConnectionError(url, why)))
 
 
 class AsyncClient:
@@ -230,22 +257,28 @@ class AsyncClient:
 
     def __init__(
         self,
-        url: str = DEFAULT_URL,
+        url: str | Sequence[str] = DEFAULT_URL,
         *,
         timeout_s: float = TIMEOUT_S,
         tls_dir: Path | None = None,
         token: Token = "",
     ) -> None:
         """See Client."""
-        self.url = url.rstrip("/")
+        self._route = Route(split_urls(url))
+        self._token = token
         self._http = httpx.AsyncClient(
-            base_url=self.url,
             timeout=timeout_s,
             trust_env=False,
             verify=make_context(tls_dir) if tls_dir else True,
             event_hooks={"request": [expect_orchestrator_async] if tls_dir else []},
-            auth=bearer(token, self.url),
         )
+        for each in self._route.urls:
+            bearer(token, each)
+
+    @property
+    def url(self) -> str:
+        """The orchestrator that answered last."""
+        return self._route.url
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,13 +292,26 @@ class AsyncClient:
 
     async def send(self, call: Call[ValueT]) -> Answer[ValueT]:
         """Make a call of `godwit.calls`; the answer has the JSON as well."""
-        try:
-            response = await self._http.request(
-                call.method, call.path, json=call.body, params=call.query or None
-            )
-        except httpx.HTTPError as error:
-            raise _unreachable(self.url, error) from error
-        return _read(call, response)
+        attempts = self._route.attempts()
+        while True:
+            url = attempts.take()
+            try:
+                response = await self._http.request(
+                    call.method,
+                    url + call.path,
+                    json=call.body,
+                    params=call.query or None,
+                    auth=bearer(self._token, url),
+                )
+                answer = _read(call, response)
+            except (httpx.HTTPError, GodwitClientError) as error:
+                wait_s = _next_attempt(attempts, url, error)
+                if wait_s is None:
+                    raise _told(url, error) from error
+                await asyncio.sleep(wait_s)
+            else:
+                attempts.answered(url)
+                return answer
 
     async def send_all(self, call: Call[ValueT]) -> Answer[ValueT]:
         """See Client.send_all."""
@@ -348,10 +394,14 @@ class AsyncClient:
         self, path: str, state: Stream[NewsT]
     ) -> AsyncGenerator[tuple[NewsT, object], None]:
         while not state.is_over:
-            why = "the stream ended"
+            why, url = "the stream ended", self._route.url
             try:
                 async with self._http.stream(
-                    "GET", path, headers=state.headers(), timeout=_stream_timeout()
+                    "GET",
+                    url + path,
+                    headers=state.headers(),
+                    timeout=_stream_timeout(),
+                    auth=bearer(self._token, url),
                 ) as response:
                     if not response.is_success:
                         await response.aread()
@@ -364,7 +414,8 @@ class AsyncClient:
                             return
             except (httpx.HTTPError, SSEError, _ServerTroubleError) as error:
                 why = str(error) or type(error).__name__
-            error_if_late = GodwitConnectionError(self.url, why)
+            self._route.lost(url)
+            error_if_late = GodwitConnectionError(url, why)
             await asyncio.sleep(state.broken(time.monotonic(), error_if_late))
 
 
@@ -401,5 +452,18 @@ def _decoded(response: httpx.Response) -> Any:
         return None
 
 
-def _unreachable(url: str, error: Exception) -> GodwitConnectionError:
+def _next_attempt(attempts: Attempts, url: str, error: Exception) -> float | None:
+    """Seconds until another orchestrator is asked; None: `error` stands."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | TokenRefusedError):
+        return attempts.goes_on(url)
+    if isinstance(error, GodwitApiError):
+        if error.reason == "NOT_LEADER":
+            return attempts.goes_on(url, error.metadata.get("rest", ""))
+        attempts.answered(url)
+    return None
+
+
+def _told(url: str, error: Exception) -> GodwitClientError:
+    if isinstance(error, GodwitClientError):
+        return error
     return GodwitConnectionError(url, str(error) or type(error).__name__)
