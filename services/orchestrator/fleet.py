@@ -49,7 +49,13 @@ from services.orchestrator.store.schedule import (
     VmSettings,
     new_admission,
 )
-from services.orchestrator.views import bitmap_view, migration_view, node_view, vm_view
+from services.orchestrator.views import (
+    bitmap_view,
+    migration_view,
+    node_view,
+    residency_view,
+    vm_view,
+)
 
 RUN_COUNT_DEFAULT = 10_000
 RUN_COUNT_MAX = 100_000
@@ -217,6 +223,11 @@ class Fleet:
         vm = await self._vm(vm_id)
         bitmap = self._context.bitmaps.get(vm_id, vm.epoch)
         return bitmap_view(vm, bitmap, first=int(token or 0), count=page_size or RUN_COUNT_DEFAULT)
+
+    async def residency(self, vm_id: str) -> vm_service_pb2.GetResidencyResponse:
+        """How many of its pages were absent over the time of its last arrival."""
+        vm = await self._vm(vm_id)
+        return residency_view(vm, self._context.residency.get(vm_id, vm.epoch))
 
     async def _vm(self, vm_id: str) -> VmRow:
         vm = await self._context.store.fleet.vm(vm_id)

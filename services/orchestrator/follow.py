@@ -28,10 +28,15 @@ from services.orchestrator.migration import (
     progress,
 )
 from services.orchestrator.move import Move
+from services.orchestrator.progress_guard import ProgressGuard
+from services.orchestrator.residency import Point
 from services.orchestrator.store import PhaseLostError
 from services.orchestrator.store.rows import EventRow
 from services.orchestrator.timeline import of_hold
 
+FLOOD_PAUSE_S = 5.0
+"""Until an agent that floods is listened to again. Its guest's pages come meanwhile."""
+CUT = ("AGENT_FLOODS", "DELTA_LOST")
 _OVER = (agent_pb2.ARRIVAL_PHASE_COMPLETE, agent_pb2.ARRIVAL_PHASE_ENDED)
 _PAUSED = (agent_pb2.ARRIVAL_PHASE_LINK_LOST, agent_pb2.ARRIVAL_PHASE_NO_MEMORY)
 
@@ -42,6 +47,10 @@ _FROZEN = EventRow(
     action="thawed as soon as the faults that wait are served",
 )
 _THAWED = EventRow(kind="GUEST_THAWED", message="the guest's VMM goes on")
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _lost(node: str, message: agent_pb2.WatchProgressResponse) -> LinkLost:
@@ -82,6 +91,7 @@ class Follower:
         self._absent_count: int | None = None
         self._written_at = 0.0
         self._stuck_reason = ""
+        self._guard = ProgressGuard(move.row.destination_node, _now_s())
         counters = common_pb2.ArrivalCounters.FromString(move.row.counters)
         self._hold_number = max((hold.number for hold in counters.holds), default=0)
         self._frozen = False
@@ -122,6 +132,10 @@ class Follower:
                     backoff = self._move.context.backoff()
             except GodwitError as error:
                 await self._move.wait_for(error.reason, error.message, error.hint)
+                if error.reason in CUT:
+                    self._move.context.metrics.progress_cut.labels(error.reason).inc()
+                if error.reason == "AGENT_FLOODS":
+                    await asyncio.sleep(FLOOD_PAUSE_S)
             await asyncio.sleep(next(backoff))
 
     async def _require_awaiting(self) -> None:
@@ -147,8 +161,10 @@ class Follower:
             vm_id=move.row.vm_id, epoch=move.row.epoch, interval_ms=move.limits.progress_ms
         )
         said = False
+        self._guard.begin()
         async with contextlib.aclosing(move.destination.watch(request)) as messages:
             async for message in messages:
+                self._guard.check(message, _now_s())
                 await self._take(message)
                 said = True
                 if message.phase in _OVER:
@@ -161,6 +177,8 @@ class Follower:
         bitmap = await move.context.bitmaps.apply(
             row.vm_id, row.epoch, row.page_size_bytes, message.bitmap_delta
         )
+        point = Point(move.context.now_ns(), bitmap.absent_count)
+        move.context.residency.add(row.vm_id, row.epoch, bitmap.page_count, point)
         await self._tell(message)
         await move.tell_of_certificates()
         changed = message.phase != self._phase

@@ -76,6 +76,7 @@ class Machines:
             await self._context.agents.get(vm.node).stop_vm(agent_pb2.StopVmRequest(fence=fence))
         await self._context.store.fleet.forget(vm.vm_id, vm.epoch, VmState.STOPPING)
         self._context.bitmaps.forget(vm.vm_id)
+        self._context.residency.forget(vm.vm_id)
 
     async def settle(self) -> None:
         """Go on with starts and stops that were not answered, again and again."""

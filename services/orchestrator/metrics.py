@@ -131,6 +131,12 @@ class Metrics:
             ["node"],
             registry=self.registry,
         )
+        self.progress_cut = Counter(
+            "godwit_progress_streams_cut",
+            "Progress streams of agents that were ended: a delta was missing, or too much came",
+            ["reason"],
+            registry=self.registry,
+        )
         self.node_reachable = Gauge(
             "godwit_node_reachable",
             "1 if the node's agent answered lately",

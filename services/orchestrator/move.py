@@ -25,6 +25,7 @@ from services.orchestrator.fetch_tokens import FetchTokens
 from services.orchestrator.homes import Homes, NoHomes
 from services.orchestrator.metrics import Metrics
 from services.orchestrator.migration import Event, StepFailed
+from services.orchestrator.residency import Residency
 from services.orchestrator.scheduling.policy import Settings
 from services.orchestrator.store import PhaseLostError, Store, StoreError
 from services.orchestrator.store.rows import MigrationRow
@@ -111,6 +112,7 @@ class Context:
     bitmaps: Bitmaps
     metrics: Metrics
     changes: Changes = field(default_factory=Changes)
+    residency: Residency = field(default_factory=Residency)
     queue: Admissions = field(default_factory=NoQueue)
     homes: Homes = field(default_factory=NoHomes)
     limits: Limits = field(default_factory=Limits)

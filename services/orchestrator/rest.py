@@ -104,6 +104,10 @@ def _vms(fleet: Fleet) -> APIRouter:
         found = await fleet.userfault_bitmap(vm, page_size=page_size, page_token=page_token)
         return rest_models.UserfaultBitmap.of(found)
 
+    @router.get("/{vm}/residency")
+    async def get_residency(vm: str) -> rest_models.Residency:
+        return rest_models.Residency.of(await fleet.residency(vm))
+
     return router
 
 

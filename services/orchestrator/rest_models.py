@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.common.vm_spec import VM_ID_PATTERN
 from services.orchestrator.paging import PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX, TOKEN_LEN_MAX
+from services.orchestrator.residency import POINT_COUNT_MAX
 
 _PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d{2}|655[0-2]\d|6553[0-5])"
 _EPOCH_MAX = (1 << 53) - 1
@@ -247,6 +248,37 @@ class UserfaultBitmap(BaseModel):
             page_size_bytes=bitmap.page_size_bytes,
             absent_runs=[[run.first_page, run.page_count] for run in bitmap.absent_runs],
             next_page_token=bitmap.next_page_token,
+        )
+
+
+class ResidencyPoint(BaseModel):
+    """What was absent at a moment."""
+
+    at: datetime
+    absent_count: int
+
+
+class Residency(BaseModel):
+    """How many pages were absent over the time of a VM's last arrival, as the leader saw it."""
+
+    vm_id: str
+    epoch: int
+    page_count: int
+    points: list[ResidencyPoint] = Field(
+        max_length=POINT_COUNT_MAX, description="in order, the newest last"
+    )
+
+    @classmethod
+    def of(cls, residency: vm_service_pb2.GetResidencyResponse) -> Residency:
+        """From the message."""
+        return cls(
+            vm_id=residency.vm_id,
+            epoch=residency.epoch,
+            page_count=residency.page_count,
+            points=[
+                ResidencyPoint(at=_time(point.at), absent_count=point.absent_count)
+                for point in residency.points
+            ],
         )
 
 

@@ -185,6 +185,11 @@ class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
             request.vm_id, page_size=request.page_size, page_token=request.page_token
         )
 
+    async def GetResidency(
+        self, request: vm_service_pb2.GetResidencyRequest, context: _Context
+    ) -> vm_service_pb2.GetResidencyResponse:
+        return await self._fleet.residency(request.vm_id)
+
 
 def services(fleet: Fleet, operations: Operations, events: Events) -> tuple[Service, ...]:
     """What the orchestrator serves."""

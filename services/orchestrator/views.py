@@ -16,6 +16,7 @@ from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
 from services.orchestrator.paging import cut
+from services.orchestrator.residency import Series
 from services.orchestrator.scheduling.schedule import Wait
 from services.orchestrator.scheduling_api import wire_settings
 from services.orchestrator.store.rows import EventRow, MigrationRow, NodeRow, TransitionRow, VmRow
@@ -187,4 +188,19 @@ def bitmap_view(
         next_page_token=token,
         resident_share=bitmap.resident_share,
         page_size_bytes=bitmap.page_size_bytes,
+    )
+
+
+def residency_view(row: VmRow, series: Series | None) -> vm_service_pb2.GetResidencyResponse:
+    """Residency over time."""
+    return vm_service_pb2.GetResidencyResponse(
+        vm_id=row.vm_id,
+        epoch=row.epoch,
+        page_count=series.page_count if series else row.memory_bytes // PAGE_BYTES_DEFAULT,
+        points=[
+            vm_service_pb2.ResidencyPoint(
+                at=timestamp(point.at_ns), absent_count=point.absent_count
+            )
+            for point in (series.points if series else ())
+        ],
     )

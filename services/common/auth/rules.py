@@ -109,6 +109,11 @@ RULES: tuple[Rule, ...] = (
         callers=VIEWER,
     ),
     Rule(
+        rpc=f"{_FLEET}.VmService/GetResidency",
+        route="GET /v1/vms/{vm}/residency",
+        callers=VIEWER,
+    ),
+    Rule(
         rpc=f"{_FLEET}.VmService/StartVm",
         route="POST /v1/vms",
         callers=OPERATOR,

@@ -31,7 +31,7 @@ from tests.harness.fake_fleet import VM, FakeFleet, fake_fleet
 
 WHOLE = {
     "GET /v1/nodes/{name}": "vm_ids: as many as a node has VMs",
-    "GET /v1/vms/{vm}": "",
+    "GET /v1/vms/{vm}/residency": "256 points",
     "GET /v1/migrations/{migration_id}": "its phases; of its events 100 are kept",
     "GET /v1/operations/{operation_id}": "1000 of its VMs: /vms has all",
 }
@@ -88,7 +88,7 @@ def test_no_answer_of_grpc_is_a_list_without_pages() -> None:
             for field in method.output_type.fields
             if field.is_repeated and field.type == FieldDescriptor.TYPE_MESSAGE
         ]
-        if not listed:
+        if not listed or method.name == "GetResidency":  # 256 points
             continue
         assert "next_page_token" in method.output_type.fields_by_name, method.full_name
         if method.name.startswith(("List", "Get")):

@@ -8,6 +8,7 @@ from godwit.agent.v1 import fault_agent_service_pb2 as _fault_agent_service_pb2
 from godwit.fleet.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -290,3 +291,89 @@ class GetUserfaultBitmapResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetUserfaultBitmapResponse: _TypeAlias = GetUserfaultBitmapResponse  # noqa: Y015
+
+@_typing.final
+class GetResidencyRequest(_message.Message):
+    """Names one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_ID_FIELD_NUMBER: _builtins.int
+    vm_id: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        vm_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["vm_id", b"vm_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetResidencyRequest: _TypeAlias = GetResidencyRequest  # noqa: Y015
+
+@_typing.final
+class GetResidencyResponse(_message.Message):
+    """The last arrival of a VM."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    vm_id: _builtins.str
+    """Whose."""
+    epoch: _builtins.int
+    """The epoch it belongs to."""
+    page_count: _builtins.int
+    """Pages of the guest."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidencyPoint]:
+        """In order, at most 256, the newest last. Empty: nothing is known of an arrival under this epoch."""
+
+    def __init__(
+        self,
+        *,
+        vm_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        page_count: _builtins.int = ...,
+        points: _abc.Iterable[Global___ResidencyPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "page_count", b"page_count", "points", b"points", "vm_id", b"vm_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetResidencyResponse: _TypeAlias = GetResidencyResponse  # noqa: Y015
+
+@_typing.final
+class ResidencyPoint(_message.Message):
+    """What was absent at a moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    ABSENT_COUNT_FIELD_NUMBER: _builtins.int
+    absent_count: _builtins.int
+    """Pages that were absent."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """The orchestrator's clock."""
+
+    def __init__(
+        self,
+        *,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        absent_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_count", b"absent_count", "at", b"at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidencyPoint: _TypeAlias = ResidencyPoint  # noqa: Y015

@@ -60,6 +60,11 @@ class VmServiceStub:
                 request_serializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapRequest.SerializeToString,
                 response_deserializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapResponse.FromString,
                 _registered_method=True)
+        self.GetResidency = channel.unary_unary(
+                '/godwit.fleet.v1.VmService/GetResidency',
+                request_serializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyRequest.SerializeToString,
+                response_deserializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyResponse.FromString,
+                _registered_method=True)
 
 
 class VmServiceServicer:
@@ -103,6 +108,14 @@ class VmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetResidency(self, request, context):
+        """Reads how many of a VM's pages were absent over the time of its last arrival, as the orchestrator that leads has seen
+        it. Errors: NOT_FOUND VM_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VmServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +143,11 @@ def add_VmServiceServicer_to_server(servicer, server):
                     servicer.GetUserfaultBitmap,
                     request_deserializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapRequest.FromString,
                     response_serializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapResponse.SerializeToString,
+            ),
+            'GetResidency': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetResidency,
+                    request_deserializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyRequest.FromString,
+                    response_serializer=godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +286,33 @@ class VmService:
             '/godwit.fleet.v1.VmService/GetUserfaultBitmap',
             godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapRequest.SerializeToString,
             godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetUserfaultBitmapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetResidency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/godwit.fleet.v1.VmService/GetResidency',
+            godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyRequest.SerializeToString,
+            godwit_dot_fleet_dot_v1_dot_vm__service__pb2.GetResidencyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -30,6 +30,10 @@ class VmServiceStub:
     """Reads a VM's userfault bitmap as the orchestrator has it: which pages are not yet where it runs.
     Errors: NOT_FOUND VM_UNKNOWN.
     """
+    GetResidency: _aio.UnaryUnaryMultiCallable[_vm_service_pb2.GetResidencyRequest, _vm_service_pb2.GetResidencyResponse]
+    """Reads how many of a VM's pages were absent over the time of its last arrival, as the orchestrator that leads has seen
+    it. Errors: NOT_FOUND VM_UNKNOWN.
+    """
 
 class VmServiceServicer(metaclass=_abc_1.ABCMeta):
     """Knows the virtual machines."""
@@ -76,6 +80,16 @@ class VmServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_vm_service_pb2.GetUserfaultBitmapResponse]:
         """Reads a VM's userfault bitmap as the orchestrator has it: which pages are not yet where it runs.
         Errors: NOT_FOUND VM_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def GetResidency(
+        self,
+        request: _vm_service_pb2.GetResidencyRequest,
+        context: _aio.ServicerContext[_vm_service_pb2.GetResidencyRequest, _abc.Awaitable[_vm_service_pb2.GetResidencyResponse]],
+    ) -> _abc.Awaitable[_vm_service_pb2.GetResidencyResponse]:
+        """Reads how many of a VM's pages were absent over the time of its last arrival, as the orchestrator that leads has seen
+        it. Errors: NOT_FOUND VM_UNKNOWN.
         """
 
 def add_VmServiceServicer_to_server(servicer: VmServiceServicer, server: _aio.Server) -> None: ...
