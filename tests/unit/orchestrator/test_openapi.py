@@ -18,13 +18,21 @@ import pytest
 from tests.harness.fake_fleet import VM, FakeFleet, fake_fleet
 
 RUN_S_MAX = 400.0
+PAGED = (
+    *("nodes", "vms", "migrations", "operations", "policies", "limits", "queue"),
+    *("operations/{operation_id}/vms", "vms/{vm}/userfault-bitmap"),
+)
+TOKENS = "".join(
+    f"""
+[[operations]]
+include-name = "GET /v1/{path}"  # page_token is nobody's to make up
+checks.positive_data_acceptance.enabled = false
+"""
+    for path in PAGED
+)
 CONFIG = """\
 [[operations]]
 include-name = "POST /v1/vms"  # docs/vm-spec.md says more of a spec than a schema can
-checks.positive_data_acceptance.enabled = false
-
-[[operations]]
-include-name = "GET /v1/migrations"  # page_token is nobody's to make up
 checks.positive_data_acceptance.enabled = false
 
 [[operations]]
@@ -98,12 +106,12 @@ async def test_any_request_has_an_answer_of_the_document(tmp_path: Path) -> None
     async with fake_fleet(tmp_path, listening=True) as fleet:
         migration_id = await fleet.migrate()
         await fleet.ended(migration_id)
-        await _run(fleet, tmp_path, CONFIG, ["--phases=coverage"])
+        await _run(fleet, tmp_path, CONFIG + TOKENS, ["--phases=coverage"])
         there = f'[parameters]\nvm = "{VM}"\nname = "a"\nmigration_id = "{migration_id}"\n'
         await _run(
             fleet,
             tmp_path,
-            f"{there}\n{CONFIG}",
+            f"{there}\n{CONFIG}{TOKENS}",
             # Of what is there; the VM stays.
             ["--phases=fuzzing", "--max-examples=4", "--exclude-method=DELETE"],
         )
