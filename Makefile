@@ -31,13 +31,15 @@ help: ## list the targets
 .PHONY: setup
 setup: .venv/.project native ## install what is missing, make .venv, build the native part
 
-.PHONY: system system-guest system-postgres system-chart system-lint system-fuzz system-bench
+.PHONY: system system-guest system-postgres system-chart system-image system-lint system-fuzz system-bench
 system:
 	@tools/setup_system.sh build
 system-guest:
 	@tools/setup_system.sh guest
 system-postgres:
 	@tools/setup_system.sh postgres
+system-image:
+	@tools/setup_system.sh image
 system-chart:
 	@tools/setup_system.sh chart
 system-lint:
@@ -162,6 +164,10 @@ sbom: setup ## write build/sbom.json: everything that is pinned or linked, as Cy
 .PHONY: audit
 audit: .venv/.deps ## known vulnerabilities of what is pinned; ADVISORIES=FILE where nothing can be reached
 	@$(PY) -m tools.audit $(if $(ADVISORIES),--advisories $(ADVISORIES)) $(ARGS) || [ $$? -eq 3 ]
+
+.PHONY: image-rootfs
+image-rootfs: setup system-image ## the images' file trees without a container engine, built and tried; root
+	@deploy/docker/rootfs.sh build/images $(IMAGES)
 
 .PHONY: clean
 clean: ## remove what was built; .venv stays

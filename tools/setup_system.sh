@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Check that the machine has what a job needs; install what is missing where that is possible.
 #
-# Usage: tools/setup_system.sh GROUP...      groups: build guest postgres chart lint fuzz bench
+# Usage: tools/setup_system.sh GROUP...      groups: build guest postgres chart image lint fuzz bench
 #
 # It looks for the things themselves, not for packages: what somebody built by hand counts too, and
 # the check costs milliseconds, so it needs no stamp that could go stale.
@@ -60,6 +60,12 @@ check_group() {
 	chart)
 		need_command promtool prometheus
 		;;
+	image)
+		need_command mmdebstrap mmdebstrap
+		need_command strip binutils
+		need_command unshare util-linux
+		need_command ip iproute2
+		;;
 	bench)
 		need_command valgrind valgrind
 		;;
@@ -72,7 +78,7 @@ check_group() {
 		libfuzzer || lacks "libFuzzer for clang" libclang-rt-14-dev
 		;;
 	*)
-		echo "setup_system.sh: unknown group '$1' (build, guest, postgres, chart, lint, fuzz, bench)" >&2
+		echo "setup_system.sh: unknown group '$1' (build, guest, postgres, chart, image, lint, fuzz, bench)" >&2
 		exit 2
 		;;
 	esac
