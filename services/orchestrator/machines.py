@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
+from collections.abc import Iterator
 
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
@@ -30,6 +32,20 @@ class Machines:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self.settled_count = 0
+        """How often it was looked for what is left undone."""
+        self._in_hand: Counter[str] = Counter()
+        """VMs of which a caller waits for the answer: what he is told must be what became of it."""
+
+    @contextlib.contextmanager
+    def _taken(self, vm_id: str) -> Iterator[None]:
+        self._in_hand[vm_id] += 1
+        try:
+            yield
+        finally:
+            self._in_hand[vm_id] -= 1
+            if not self._in_hand[vm_id]:
+                del self._in_hand[vm_id]
 
     async def start(self, spec: VmSpec, node: str) -> VmRow:
         """Start a VM.
@@ -39,9 +55,10 @@ class Machines:
                 STARTING then, and an equal call goes on with it.
         """
         fleet = self._context.store.fleet
-        vm = await fleet.begin_start(spec, node, now_ns=self._context.now_ns())
-        await self._start(vm)
-        return await fleet.finish_start(vm.vm_id, vm.epoch) or vm
+        with self._taken(spec.vm_id):
+            vm = await fleet.begin_start(spec, node, now_ns=self._context.now_ns())
+            await self._start(vm)
+            return await fleet.finish_start(vm.vm_id, vm.epoch) or vm
 
     async def _start(self, vm: VmRow) -> None:
         agent = self._context.agents.get(vm.node)
@@ -67,7 +84,8 @@ class Machines:
             AlreadyExistsError: MIGRATION_ACTIVE.
             GodwitError: the agent refused, or did not answer: it is STOPPING and will be stopped.
         """
-        await self._stop(await self._context.store.fleet.begin_stop(vm_id))
+        with self._taken(vm_id):
+            await self._stop(await self._context.store.fleet.begin_stop(vm_id))
 
     async def _stop(self, vm: VmRow) -> None:
         fence = common_pb2.Fence(vm_id=vm.vm_id, epoch=vm.epoch)
@@ -81,9 +99,10 @@ class Machines:
     async def settle(self) -> None:
         """Go on with starts and stops that were not answered, again and again."""
         while True:
+            self.settled_count += 1
             try:
                 for vm in () if self._context.doubt.why else await self._context.store.fleet.vms():
-                    if vm.state is not VmState.RUNNING:
+                    if vm.state is not VmState.RUNNING and vm.vm_id not in self._in_hand:
                         await self._settle_one(vm)
             except GodwitError:
                 log.exception("VMs could not be listed")

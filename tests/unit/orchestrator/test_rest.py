@@ -319,6 +319,20 @@ async def test_refused_start_leaves_no_vm(fleet: FakeFleet) -> None:
     assert (await fleet.get("/v1/vms/vm-2"))["vmm_state"] == "running"
 
 
+async def test_a_start_that_is_under_way_is_nobody_elses(fleet: FakeFleet) -> None:
+    """Who settles what was left undone started it as well: refused to its caller, and it ran."""
+    gate = fleet.b.hold("StartVm")
+    fleet.b.refuse("StartVm", FailedPreconditionError("PREFLIGHT_FAILED", "not the second one"))
+    asked = asyncio.create_task(fleet.post("/v1/vms", {"node": "b", "spec": spec("vm-2")}))
+    await gate.reached.wait()
+    looks = fleet.core.machines.settled_count
+
+    await eventually(lambda: fleet.core.machines.settled_count >= looks + 2)
+    assert fleet.b.calls["StartVm"] == 1
+    gate.opened.set()
+    assert (await asked).status_code == 201
+
+
 @pytest.mark.parametrize("lost", ["request", "reply"])
 async def test_start_without_an_answer_goes_on(fleet: FakeFleet, lost: str) -> None:
     """The caller hears that the outcome is unknown; the VM is started once, by itself."""

@@ -115,6 +115,7 @@ async def test_next_leader_finishes_the_move(
 async def test_next_orchestrator_finishes_the_undoing(
     fleet: FakeFleet, hooks: Path, point: str
 ) -> None:
+    await fleet.be_patient()  # it is the refusal that fails it, not a busy machine
     fleet.a.refuse("TransferDeviceState", FailedPreconditionError("BOOM", "refused"))
     migration_id = await crash_at(fleet, hooks, point)
     ended = await fleet.ended(migration_id)
