@@ -150,8 +150,9 @@ class Rules:
     """Waiting so long is worth one class."""
     reserve_after_s: float = 120.0
     """The oldest that has waited so long gets the next token of each limit that it needs."""
-    candidates_max: int = 64
-    """How many nodes that would do are compared; more cost time and change little."""
+    candidates_max: int = 16
+    """How many nodes that would do are compared; more cost time and change nothing in any drain of
+    the simulator (docs/scale.md)."""
     backfill_max: int = 32
     """How many that cannot go are passed over for those behind them, on each source."""
     cooldown_s: float = 600.0

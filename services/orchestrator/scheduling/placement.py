@@ -143,7 +143,7 @@ def choose(
     now_s: float,
     reserved: frozenset[str] = frozenset(),
     avoid: frozenset[str] = frozenset(),
-    candidates_max: int = 64,
+    candidates_max: int = 16,
     passed: Callable[[int], None] = lambda _count: None,
 ) -> Choice | Held | Nowhere:
     """The best of the first `candidates_max` nodes that could take it at once.
