@@ -84,6 +84,13 @@ class FailedPreconditionError(GodwitError):
     http_status = 409
 
 
+class AbortedError(GodwitError):
+    """It was changed since the caller read it: read it again, and then decide."""
+
+    grpc_status = grpc.StatusCode.ABORTED
+    http_status = 412
+
+
 class ResourceExhaustedError(GodwitError):
     """A limit of docs/limits.md holds; later there may be room."""
 

@@ -128,6 +128,7 @@ class Node(BaseModel):
     labels: dict[str, str]
     taints: list[str]
     link: str = Field(description="the shared uplink behind which it is")
+    placement_etag: str = Field(description="of labels, taints and link; for If-Match")
 
     @classmethod
     def of(cls, node: types_pb2.Node) -> Node:
@@ -152,6 +153,7 @@ class Node(BaseModel):
             labels=dict(node.labels),
             taints=list(node.taints),
             link=node.link,
+            placement_etag=node.placement_etag,
         )
 
 
@@ -188,6 +190,7 @@ class Vm(BaseModel):
     vmm_state: str = Field(description="what its VMM does, as its agent said last")
     labels: dict[str, str]
     placement: VmPlacement
+    placement_etag: str = Field(description="of labels and placement; for If-Match")
 
     @classmethod
     def of(cls, vm: types_pb2.Vm) -> Vm:
@@ -202,6 +205,7 @@ class Vm(BaseModel):
             resident_share=vm.resident_share,
             vmm_state=_word(agent_pb2.VmmState.Name(vm.vmm_state), "VMM_STATE_"),
             labels=dict(vm.labels),
+            placement_etag=vm.placement_etag,
             placement=VmPlacement(
                 selector=dict(vm.placement.selector),
                 tolerations=list(vm.placement.tolerations),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header, Response
 from godwit.fleet.v1 import schedule_service_pb2 as pb
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -88,6 +88,7 @@ class Limits(BaseModel):
 
     limits: list[Limit]
     next_page_token: str = rest_models.NEXT_PAGE_TOKEN
+    etag: str = Field(description="of all that is set, whatever the page; for If-Match")
 
 
 class LimitsRequest(Strict, strict=True):
@@ -118,6 +119,7 @@ class Policy(PolicySettings, strict=False):
     """A policy."""
 
     name: str
+    etag: str = Field(description="changes with it; for If-Match")
 
     @classmethod
     def of(cls, message: pb.Policy) -> Self:
@@ -164,14 +166,25 @@ def message_of(message: type[Message], body: BaseModel, **more: Any) -> Any:
     return message(**fields)
 
 
-def _limits(limits: list[pb.Limit], token: str) -> Limits:
-    return Limits(limits=[Limit.of(each) for each in limits], next_page_token=token)
+IfMatch = Annotated[
+    str,
+    Header(
+        alias="If-Match",
+        max_length=200,
+        description="the etag that was read: 412 ETAG_MISMATCH if it has been changed since",
+    ),
+]
 
 
 def schedule(fleet: Fleet) -> APIRouter:
     """Queue, limits and policies."""
     router = APIRouter(prefix="/v1", tags=["schedule"], responses=problems.RESPONSES)
     scheduling = fleet.scheduling
+
+    async def limits_of(limits: list[pb.Limit], token: str, response: Response) -> Limits:
+        etag = response.headers["ETag"] = await scheduling.limits_etag()
+        found = [Limit.of(each) for each in limits]
+        return Limits(limits=found, next_page_token=token, etag=etag)
 
     @router.get("/queue")
     async def get_queue(page_size: PageSize = 0, page_token: PageToken = "") -> Queue:
@@ -186,12 +199,16 @@ def schedule(fleet: Fleet) -> APIRouter:
         await scheduling.thaw()
 
     @router.get("/limits")
-    async def get_limits(page_size: PageSize = 0, page_token: PageToken = "") -> Limits:
-        return _limits(*await scheduling.limits(page_size=page_size, page_token=page_token))
+    async def get_limits(
+        response: Response, page_size: PageSize = 0, page_token: PageToken = ""
+    ) -> Limits:
+        page = await scheduling.limits(page_size=page_size, page_token=page_token)
+        return await limits_of(*page, response)
 
     @router.patch("/limits")
-    async def set_limits(body: LimitsRequest) -> Limits:
-        return _limits(*await scheduling.set_limits(body.values, body.remove))
+    async def set_limits(body: LimitsRequest, response: Response, if_match: IfMatch = "") -> Limits:
+        page = await scheduling.set_limits(body.values, body.remove, etag=if_match)
+        return await limits_of(*page, response)
 
     @router.get("/policies")
     async def list_policies(page_size: PageSize = 0, page_token: PageToken = "") -> Policies:
@@ -199,22 +216,36 @@ def schedule(fleet: Fleet) -> APIRouter:
         return Policies(policies=[Policy.of(each) for each in found], next_page_token=token)
 
     @router.put("/policies/{name}")
-    async def put_policy(name: str, body: PolicySettings) -> Policy:
-        return Policy.of(await scheduling.put_policy(message_of(pb.Policy, body, name=name)))
+    async def put_policy(
+        name: str, body: PolicySettings, response: Response, if_match: IfMatch = ""
+    ) -> Policy:
+        given = message_of(pb.Policy, body, name=name, etag=if_match)
+        policy = Policy.of(await scheduling.put_policy(given))
+        response.headers["ETag"] = policy.etag
+        return policy
 
     @router.delete("/policies/{name}", status_code=204)
-    async def delete_policy(name: str) -> None:
-        await scheduling.delete_policy(name)
+    async def delete_policy(name: str, if_match: IfMatch = "") -> None:
+        await scheduling.delete_policy(name, etag=if_match)
 
     @router.put("/nodes/{name}/placement")
-    async def set_node_placement(name: str, body: NodePlacementRequest) -> rest_models.Node:
-        request = message_of(pb.SetNodePlacementRequest, body, name=name)
+    async def set_node_placement(
+        name: str, body: NodePlacementRequest, response: Response, if_match: IfMatch = ""
+    ) -> rest_models.Node:
+        request = message_of(pb.SetNodePlacementRequest, body, name=name, etag=if_match)
         await scheduling.set_node_placement(request)
-        return rest_models.Node.of(await fleet.get_node(name))
+        node = rest_models.Node.of(await fleet.get_node(name))
+        response.headers["ETag"] = node.placement_etag
+        return node
 
     @router.put("/vms/{vm}/placement")
-    async def set_vm_placement(vm: str, body: VmPlacementRequest) -> rest_models.Vm:
-        await scheduling.set_vm_placement(message_of(pb.SetVmPlacementRequest, body, vm_id=vm))
-        return rest_models.Vm.of(await fleet.get_vm(vm))
+    async def set_vm_placement(
+        vm: str, body: VmPlacementRequest, response: Response, if_match: IfMatch = ""
+    ) -> rest_models.Vm:
+        request = message_of(pb.SetVmPlacementRequest, body, vm_id=vm, etag=if_match)
+        await scheduling.set_vm_placement(request)
+        found = rest_models.Vm.of(await fleet.get_vm(vm))
+        response.headers["ETag"] = found.placement_etag
+        return found
 
     return router

@@ -156,7 +156,7 @@ class VmServicer(vm_service_pb2_grpc.VmServiceServicer):
     async def StartVm(
         self, request: vm_service_pb2.StartVmRequest, context: _Context
     ) -> vm_service_pb2.StartVmResponse:
-        vm = await self._fleet.start_vm(request.node, request.spec_json)
+        vm = await self._fleet.start_vm(request.node, request.spec_json, key=request.request_id)
         return vm_service_pb2.StartVmResponse(vm=vm)
 
     async def StopVm(

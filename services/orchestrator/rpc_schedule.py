@@ -46,13 +46,17 @@ class ScheduleServicer(pb_grpc.ScheduleServiceServicer):
         limits, token = await self._scheduling.limits(
             page_size=request.page_size, page_token=request.page_token
         )
-        return pb.GetLimitsResponse(limits=limits, next_page_token=token)
+        etag = await self._scheduling.limits_etag()
+        return pb.GetLimitsResponse(limits=limits, next_page_token=token, etag=etag)
 
     async def SetLimits(
         self, request: pb.SetLimitsRequest, context: _Context
     ) -> pb.SetLimitsResponse:
-        limits, token = await self._scheduling.set_limits(request.values, list(request.remove))
-        return pb.SetLimitsResponse(limits=limits, next_page_token=token)
+        limits, token = await self._scheduling.set_limits(
+            request.values, list(request.remove), etag=request.etag
+        )
+        etag = await self._scheduling.limits_etag()
+        return pb.SetLimitsResponse(limits=limits, next_page_token=token, etag=etag)
 
     async def ListPolicies(
         self, request: pb.ListPoliciesRequest, context: _Context
@@ -70,7 +74,7 @@ class ScheduleServicer(pb_grpc.ScheduleServiceServicer):
     async def DeletePolicy(
         self, request: pb.DeletePolicyRequest, context: _Context
     ) -> pb.DeletePolicyResponse:
-        await self._scheduling.delete_policy(request.name)
+        await self._scheduling.delete_policy(request.name, etag=request.etag)
         return pb.DeletePolicyResponse()
 
     async def SetNodePlacement(

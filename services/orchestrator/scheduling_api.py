@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ from godwit.fleet.v1 import types_pb2
 from services.common.errors import InvalidArgumentError, UnimplementedError
 from services.common.vm_spec import VM_ID_PATTERN
 from services.orchestrator.agents import node_unknown
+from services.orchestrator.etags import etag_of, node_etag, require_match, vm_etag
 from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.move import Context
 from services.orchestrator.paging import cut, page_count, read_token
@@ -78,6 +80,8 @@ class Scheduling:
     def __init__(self, context: Context, queue: Queue) -> None:
         self._context = context
         self._queue = queue
+        self._changing = asyncio.Lock()
+        """Held from the look at an etag until the write: nobody but the leader's process writes."""
 
     # --- the queue ---
 
@@ -144,13 +148,22 @@ class Scheduling:
             pb.Limit(key=key, value=limits.of(key), used=used.get(key, 0)) for key in page
         ], token
 
+    async def limits_etag(self) -> str:
+        """Of all that is set."""
+        limits, _used = await self._context.store.schedule.limits()
+        kinds = {str(kind): limits.of(kind) for kind in Kind}
+        return etag_of(pb.SetLimitsRequest(values={**kinds, **limits.overrides}))
+
     async def set_limits(
-        self, values: Mapping[str, int], remove: list[str]
+        self, values: Mapping[str, int], remove: list[str], *, etag: str = ""
     ) -> tuple[list[pb.Limit], str]:
-        """Change some, at once. The first page then."""
+        """Change some, at once, if they are as they were read. The first page then."""
         self._context.role.require()
         changed: dict[str, int | None] = {**values, **dict.fromkeys(remove)}
-        await self._context.store.schedule.set_limits(changed)
+        async with self._changing:
+            if etag:
+                require_match(etag, await self.limits_etag(), "limits")
+            await self._context.store.schedule.set_limits(changed)
         self._queue.wake()
         return await self.limits()
 
@@ -168,16 +181,27 @@ class Scheduling:
         return [_policy_view(each) for each in page], token
 
     async def put_policy(self, given: pb.Policy) -> pb.Policy:
-        """Write one."""
+        """Write one, if it is as it was read (`etag`)."""
         self._context.role.require()
         policy = _read_policy(given)
-        await self._context.store.schedule.put_policy(policy)
+        async with self._changing:
+            await self._require_policy(given.name, given.etag)
+            await self._context.store.schedule.put_policy(policy)
         return _policy_view(policy)
 
-    async def delete_policy(self, name: str) -> None:
-        """Remove one."""
+    async def delete_policy(self, name: str, *, etag: str = "") -> None:
+        """Remove one, if it is as it was read."""
         self._context.role.require()
-        await self._context.store.schedule.delete_policy(name)
+        async with self._changing:
+            await self._require_policy(name, etag)
+            await self._context.store.schedule.delete_policy(name)
+
+    async def _require_policy(self, name: str, etag: str) -> None:
+        if not etag:
+            return
+        found = await self._context.store.schedule.policies()
+        now = next((_policy_view(each).etag for each in found if each.name == name), "")
+        require_match(etag, now, f"policy {name}")
 
     async def effective(self, vm_id: str) -> tuple[Settings, tuple[str, ...]]:
         """What counts for a VM now, and who says so."""
@@ -198,7 +222,12 @@ class Scheduling:
             taints=frozenset(check_word("taints", taint) for taint in request.taints),
             link=check_word("link", request.link) if request.link else "",
         )
-        await self._context.store.schedule.put_node_settings(request.name, settings)
+        table = self._context.store.schedule
+        async with self._changing:
+            if request.etag:
+                said = (await table.node_settings()).get(request.name, NodeSettings())
+                require_match(request.etag, node_etag(said), f"placement of {request.name}")
+            await table.put_node_settings(request.name, settings)
         self._context.changes.publish(request.name, EventKind.NODE)
 
     async def set_vm_placement(self, request: pb.SetVmPlacementRequest) -> None:
@@ -219,7 +248,12 @@ class Scheduling:
             **words,
         )
         settings = VmSettings(labels=_labels("labels", request.labels), placing=placing)
-        await self._context.store.schedule.put_vm_settings(request.vm_id, settings)
+        table = self._context.store.schedule
+        async with self._changing:
+            if request.etag:
+                said = (await table.vm_settings([request.vm_id])).get(request.vm_id, VmSettings())
+                require_match(request.etag, vm_etag(said), f"placement of {request.vm_id}")
+            await table.put_vm_settings(request.vm_id, settings)
         self._queue.wake()
 
 
@@ -297,7 +331,7 @@ def wire_settings(said: Settings) -> types_pb2.EffectivePolicy:
 
 def _policy_view(policy: Policy) -> pb.Policy:
     said = policy.settings
-    return pb.Policy(
+    view = pb.Policy(
         name=policy.name,
         match_labels=policy.match_labels,
         priority=wire_priority(said.priority),
@@ -308,3 +342,5 @@ def _policy_view(policy: Policy) -> pb.Policy:
         retries=said.retries,
         mode=wire_mode(said.mode),
     )
+    view.etag = etag_of(view)
+    return view

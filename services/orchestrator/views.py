@@ -13,6 +13,7 @@ from godwit.fleet.v1 import types_pb2, vm_service_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.orchestrator.bitmaps import PAGE_BYTES_DEFAULT, Bitmap
+from services.orchestrator.etags import node_etag, placement_of, vm_etag
 from services.orchestrator.evidence import wire_decision
 from services.orchestrator.migration import Phase
 from services.orchestrator.paging import cut
@@ -127,6 +128,7 @@ def node_view(
         labels=settings.labels,
         taints=sorted(settings.taints),
         link=settings.link,
+        placement_etag=node_etag(settings),
     )
 
 
@@ -139,7 +141,6 @@ def vm_view(
     settings: VmSettings,
 ) -> types_pb2.Vm:
     """A VM."""
-    placing = settings.placing
     return types_pb2.Vm(
         vm_id=row.vm_id,
         node=row.node,
@@ -150,13 +151,8 @@ def vm_view(
         resident_share=bitmap.resident_share if bitmap else 1.0,
         vmm_state=vmm_state,
         labels=settings.labels,
-        placement=types_pb2.VmPlacement(
-            selector=placing.selector,
-            tolerations=sorted(placing.tolerations),
-            apart=placing.apart,
-            near=placing.near,
-            group=placing.group,
-        ),
+        placement=placement_of(settings),
+        placement_etag=vm_etag(settings),
     )
 
 

@@ -23,6 +23,7 @@ class Call(Generic[ValueT]):
         body: JSON, or None for no body.
         read: the decoded answer in, the value out.
         items: of a list that comes by pages: the key of its items.
+        headers: beside those of every call.
     """
 
     method: str
@@ -31,6 +32,18 @@ class Call(Generic[ValueT]):
     body: Mapping[str, Any] | None = None
     query: Mapping[str, str] | None = None
     items: str = ""
+    headers: Mapping[str, str] | None = None
+
+    def matching(self, etag: str) -> Call[ValueT]:
+        """The same, done only if what it changes is as it was read: else ETAG_MISMATCH."""
+        return replace(self, headers={**(self.headers or {}), "If-Match": etag})
+
+    def once(self, key: str) -> Call[ValueT]:
+        """The same under an idempotency key: repeated with it, it is answered and not done again.
+
+        Draw a new key for each thing that shall happen; it is remembered for a day.
+        """
+        return replace(self, headers={**(self.headers or {}), "Idempotency-Key": key})
 
     def first(self, count: int) -> Call[ValueT]:
         """The same, of so many items at most; 0: as many as there are."""

@@ -105,6 +105,7 @@ class Client:
                     url + call.path,
                     json=call.body,
                     params=call.query or None,
+                    headers=call.headers,
                     auth=bearer(self._token, url),
                 )
                 answer = _read(call, response)
@@ -301,6 +302,7 @@ class AsyncClient:
                     url + call.path,
                     json=call.body,
                     params=call.query or None,
+                    headers=call.headers,
                     auth=bearer(self._token, url),
                 )
                 answer = _read(call, response)

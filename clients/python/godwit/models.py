@@ -301,6 +301,7 @@ class Node(Model):
     labels: Mapping[str, str] | None = None
     taints: tuple[str, ...] = ()
     link: str = ""
+    placement_etag: str = ""
 
     @classmethod
     def _converted(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -331,6 +332,7 @@ class Vm(Model):
     vmm_state: str = ""
     labels: Mapping[str, str] | None = None
     placement: Mapping[str, Any] | None = None
+    placement_etag: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,7 @@ class Policy(Model):
     prepare_s_per_gib: float | None = None
     retries: int | None = None
     mode: str | None = None
+    etag: str = ""
 
 
 def get_queue() -> Call[Queue]:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from godwit.fleet.v1 import types_pb2 as godwit_dot_fleet_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&godwit/fleet/v1/schedule_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1bgodwit/fleet/v1/types.proto\"8\n\x0fGetQueueRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x10GetQueueResponse\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.godwit.fleet.v1.QueueEntry\x12\x0e\n\x06\x66rozen\x18\x02 \x01(\t\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xf3\x01\n\nQueueEntry\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05vm_id\x18\x02 \x01(\t\x12\x13\n\x0bsource_node\x18\x03 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x04 \x01(\t\x12+\n\x08priority\x18\x05 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\x12\r\n\x05place\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07message\x18\x08 \x01(\t\x12\x0c\n\x04hint\x18\t \x01(\t\x12\x14\n\x0coperation_id\x18\n \x01(\t\x12\x10\n\x08waited_s\x18\x0b \x01(\x01\"*\n\x17\x46reezeAdmissionsRequest\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x01 \x01(\t\"\x1a\n\x18\x46reezeAdmissionsResponse\"\x17\n\x15ThawAdmissionsRequest\"\x18\n\x16ThawAdmissionsResponse\"9\n\x10GetLimitsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x11GetLimitsResponse\x12&\n\x06limits\x18\x01 \x03(\x0b\x32\x16.godwit.fleet.v1.Limit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x05Limit\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r\x12\x0c\n\x04used\x18\x03 \x01(\r\"\x90\x01\n\x10SetLimitsRequest\x12=\n\x06values\x18\x01 \x03(\x0b\x32-.godwit.fleet.v1.SetLimitsRequest.ValuesEntry\x12\x0e\n\x06remove\x18\x02 \x03(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"T\n\x11SetLimitsResponse\x12&\n\x06limits\x18\x01 \x03(\x0b\x32\x16.godwit.fleet.v1.Limit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.godwit.fleet.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd7\x03\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12>\n\x0cmatch_labels\x18\x02 \x03(\x0b\x32(.godwit.fleet.v1.Policy.MatchLabelsEntry\x12+\n\x08priority\x18\x03 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\x12!\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x0f\x66reeze_after_ms\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x0cpause_ms_max\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x1e\n\x11prepare_s_per_gib\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x14\n\x07retries\x18\x08 \x01(\rH\x04\x88\x01\x01\x12,\n\x04mode\x18\t \x01(\x0e\x32\x1e.godwit.fleet.v1.MigrationMode\x1a\x32\n\x10MatchLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x17\n\x15_bulk_bytes_per_s_maxB\x12\n\x10_freeze_after_msB\x0f\n\r_pause_ms_maxB\x14\n\x12_prepare_s_per_gibB\n\n\x08_retries\";\n\x10PutPolicyRequest\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.godwit.fleet.v1.Policy\"<\n\x11PutPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.godwit.fleet.v1.Policy\"#\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65letePolicyResponse\"\xba\x01\n\x17SetNodePlacementRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x44\n\x06labels\x18\x02 \x03(\x0b\x32\x34.godwit.fleet.v1.SetNodePlacementRequest.LabelsEntry\x12\x0e\n\x06taints\x18\x03 \x03(\t\x12\x0c\n\x04link\x18\x04 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x18SetNodePlacementResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"\xca\x01\n\x15SetVmPlacementRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x42\n\x06labels\x18\x02 \x03(\x0b\x32\x32.godwit.fleet.v1.SetVmPlacementRequest.LabelsEntry\x12/\n\tplacement\x18\x03 \x01(\x0b\x32\x1c.godwit.fleet.v1.VmPlacement\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x16SetVmPlacementResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm2\xb0\x07\n\x0fScheduleService\x12O\n\x08GetQueue\x12 .godwit.fleet.v1.GetQueueRequest\x1a!.godwit.fleet.v1.GetQueueResponse\x12g\n\x10\x46reezeAdmissions\x12(.godwit.fleet.v1.FreezeAdmissionsRequest\x1a).godwit.fleet.v1.FreezeAdmissionsResponse\x12\x61\n\x0eThawAdmissions\x12&.godwit.fleet.v1.ThawAdmissionsRequest\x1a\'.godwit.fleet.v1.ThawAdmissionsResponse\x12R\n\tGetLimits\x12!.godwit.fleet.v1.GetLimitsRequest\x1a\".godwit.fleet.v1.GetLimitsResponse\x12R\n\tSetLimits\x12!.godwit.fleet.v1.SetLimitsRequest\x1a\".godwit.fleet.v1.SetLimitsResponse\x12[\n\x0cListPolicies\x12$.godwit.fleet.v1.ListPoliciesRequest\x1a%.godwit.fleet.v1.ListPoliciesResponse\x12R\n\tPutPolicy\x12!.godwit.fleet.v1.PutPolicyRequest\x1a\".godwit.fleet.v1.PutPolicyResponse\x12[\n\x0c\x44\x65letePolicy\x12$.godwit.fleet.v1.DeletePolicyRequest\x1a%.godwit.fleet.v1.DeletePolicyResponse\x12g\n\x10SetNodePlacement\x12(.godwit.fleet.v1.SetNodePlacementRequest\x1a).godwit.fleet.v1.SetNodePlacementResponse\x12\x61\n\x0eSetVmPlacement\x12&.godwit.fleet.v1.SetVmPlacementRequest\x1a\'.godwit.fleet.v1.SetVmPlacementResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&godwit/fleet/v1/schedule_service.proto\x12\x0fgodwit.fleet.v1\x1a\x1bgodwit/fleet/v1/types.proto\"8\n\x0fGetQueueRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"i\n\x10GetQueueResponse\x12,\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1b.godwit.fleet.v1.QueueEntry\x12\x0e\n\x06\x66rozen\x18\x02 \x01(\t\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xf3\x01\n\nQueueEntry\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\r\n\x05vm_id\x18\x02 \x01(\t\x12\x13\n\x0bsource_node\x18\x03 \x01(\t\x12\x18\n\x10\x64\x65stination_node\x18\x04 \x01(\t\x12+\n\x08priority\x18\x05 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\x12\r\n\x05place\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07message\x18\x08 \x01(\t\x12\x0c\n\x04hint\x18\t \x01(\t\x12\x14\n\x0coperation_id\x18\n \x01(\t\x12\x10\n\x08waited_s\x18\x0b \x01(\x01\"*\n\x17\x46reezeAdmissionsRequest\x12\x0f\n\x07\x62\x65\x63\x61use\x18\x01 \x01(\t\"\x1a\n\x18\x46reezeAdmissionsResponse\"\x17\n\x15ThawAdmissionsRequest\"\x18\n\x16ThawAdmissionsResponse\"9\n\x10GetLimitsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x11GetLimitsResponse\x12&\n\x06limits\x18\x01 \x03(\x0b\x32\x16.godwit.fleet.v1.Limit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"1\n\x05Limit\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r\x12\x0c\n\x04used\x18\x03 \x01(\r\"\x9e\x01\n\x10SetLimitsRequest\x12=\n\x06values\x18\x01 \x03(\x0b\x32-.godwit.fleet.v1.SetLimitsRequest.ValuesEntry\x12\x0e\n\x06remove\x18\x02 \x03(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"b\n\x11SetLimitsResponse\x12&\n\x06limits\x18\x01 \x03(\x0b\x32\x16.godwit.fleet.v1.Limit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"<\n\x13ListPoliciesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.godwit.fleet.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe5\x03\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12>\n\x0cmatch_labels\x18\x02 \x03(\x0b\x32(.godwit.fleet.v1.Policy.MatchLabelsEntry\x12+\n\x08priority\x18\x03 \x01(\x0e\x32\x19.godwit.fleet.v1.Priority\x12!\n\x14\x62ulk_bytes_per_s_max\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x1c\n\x0f\x66reeze_after_ms\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x19\n\x0cpause_ms_max\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x1e\n\x11prepare_s_per_gib\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x14\n\x07retries\x18\x08 \x01(\rH\x04\x88\x01\x01\x12,\n\x04mode\x18\t \x01(\x0e\x32\x1e.godwit.fleet.v1.MigrationMode\x12\x0c\n\x04\x65tag\x18\x14 \x01(\t\x1a\x32\n\x10MatchLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x17\n\x15_bulk_bytes_per_s_maxB\x12\n\x10_freeze_after_msB\x0f\n\r_pause_ms_maxB\x14\n\x12_prepare_s_per_gibB\n\n\x08_retries\";\n\x10PutPolicyRequest\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.godwit.fleet.v1.Policy\"<\n\x11PutPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.godwit.fleet.v1.Policy\"1\n\x13\x44\x65letePolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x16\n\x14\x44\x65letePolicyResponse\"\xc8\x01\n\x17SetNodePlacementRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x44\n\x06labels\x18\x02 \x03(\x0b\x32\x34.godwit.fleet.v1.SetNodePlacementRequest.LabelsEntry\x12\x0e\n\x06taints\x18\x03 \x03(\t\x12\x0c\n\x04link\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"?\n\x18SetNodePlacementResponse\x12#\n\x04node\x18\x01 \x01(\x0b\x32\x15.godwit.fleet.v1.Node\"\xd8\x01\n\x15SetVmPlacementRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x42\n\x06labels\x18\x02 \x03(\x0b\x32\x32.godwit.fleet.v1.SetVmPlacementRequest.LabelsEntry\x12/\n\tplacement\x18\x03 \x01(\x0b\x32\x1c.godwit.fleet.v1.VmPlacement\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x16SetVmPlacementResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm2\xb0\x07\n\x0fScheduleService\x12O\n\x08GetQueue\x12 .godwit.fleet.v1.GetQueueRequest\x1a!.godwit.fleet.v1.GetQueueResponse\x12g\n\x10\x46reezeAdmissions\x12(.godwit.fleet.v1.FreezeAdmissionsRequest\x1a).godwit.fleet.v1.FreezeAdmissionsResponse\x12\x61\n\x0eThawAdmissions\x12&.godwit.fleet.v1.ThawAdmissionsRequest\x1a\'.godwit.fleet.v1.ThawAdmissionsResponse\x12R\n\tGetLimits\x12!.godwit.fleet.v1.GetLimitsRequest\x1a\".godwit.fleet.v1.GetLimitsResponse\x12R\n\tSetLimits\x12!.godwit.fleet.v1.SetLimitsRequest\x1a\".godwit.fleet.v1.SetLimitsResponse\x12[\n\x0cListPolicies\x12$.godwit.fleet.v1.ListPoliciesRequest\x1a%.godwit.fleet.v1.ListPoliciesResponse\x12R\n\tPutPolicy\x12!.godwit.fleet.v1.PutPolicyRequest\x1a\".godwit.fleet.v1.PutPolicyResponse\x12[\n\x0c\x44\x65letePolicy\x12$.godwit.fleet.v1.DeletePolicyRequest\x1a%.godwit.fleet.v1.DeletePolicyResponse\x12g\n\x10SetNodePlacement\x12(.godwit.fleet.v1.SetNodePlacementRequest\x1a).godwit.fleet.v1.SetNodePlacementResponse\x12\x61\n\x0eSetVmPlacement\x12&.godwit.fleet.v1.SetVmPlacementRequest\x1a\'.godwit.fleet.v1.SetVmPlacementResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,43 +57,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLIMITSREQUEST']._serialized_start=622
   _globals['_GETLIMITSREQUEST']._serialized_end=679
   _globals['_GETLIMITSRESPONSE']._serialized_start=681
-  _globals['_GETLIMITSRESPONSE']._serialized_end=765
-  _globals['_LIMIT']._serialized_start=767
-  _globals['_LIMIT']._serialized_end=816
-  _globals['_SETLIMITSREQUEST']._serialized_start=819
-  _globals['_SETLIMITSREQUEST']._serialized_end=963
-  _globals['_SETLIMITSREQUEST_VALUESENTRY']._serialized_start=918
-  _globals['_SETLIMITSREQUEST_VALUESENTRY']._serialized_end=963
-  _globals['_SETLIMITSRESPONSE']._serialized_start=965
-  _globals['_SETLIMITSRESPONSE']._serialized_end=1049
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1051
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1111
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1113
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1203
-  _globals['_POLICY']._serialized_start=1206
-  _globals['_POLICY']._serialized_end=1677
-  _globals['_POLICY_MATCHLABELSENTRY']._serialized_start=1531
-  _globals['_POLICY_MATCHLABELSENTRY']._serialized_end=1581
-  _globals['_PUTPOLICYREQUEST']._serialized_start=1679
-  _globals['_PUTPOLICYREQUEST']._serialized_end=1738
-  _globals['_PUTPOLICYRESPONSE']._serialized_start=1740
-  _globals['_PUTPOLICYRESPONSE']._serialized_end=1800
-  _globals['_DELETEPOLICYREQUEST']._serialized_start=1802
-  _globals['_DELETEPOLICYREQUEST']._serialized_end=1837
-  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1839
-  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1861
-  _globals['_SETNODEPLACEMENTREQUEST']._serialized_start=1864
-  _globals['_SETNODEPLACEMENTREQUEST']._serialized_end=2050
-  _globals['_SETNODEPLACEMENTREQUEST_LABELSENTRY']._serialized_start=2005
-  _globals['_SETNODEPLACEMENTREQUEST_LABELSENTRY']._serialized_end=2050
-  _globals['_SETNODEPLACEMENTRESPONSE']._serialized_start=2052
-  _globals['_SETNODEPLACEMENTRESPONSE']._serialized_end=2115
-  _globals['_SETVMPLACEMENTREQUEST']._serialized_start=2118
-  _globals['_SETVMPLACEMENTREQUEST']._serialized_end=2320
-  _globals['_SETVMPLACEMENTREQUEST_LABELSENTRY']._serialized_start=2005
-  _globals['_SETVMPLACEMENTREQUEST_LABELSENTRY']._serialized_end=2050
-  _globals['_SETVMPLACEMENTRESPONSE']._serialized_start=2322
-  _globals['_SETVMPLACEMENTRESPONSE']._serialized_end=2379
-  _globals['_SCHEDULESERVICE']._serialized_start=2382
-  _globals['_SCHEDULESERVICE']._serialized_end=3326
+  _globals['_GETLIMITSRESPONSE']._serialized_end=779
+  _globals['_LIMIT']._serialized_start=781
+  _globals['_LIMIT']._serialized_end=830
+  _globals['_SETLIMITSREQUEST']._serialized_start=833
+  _globals['_SETLIMITSREQUEST']._serialized_end=991
+  _globals['_SETLIMITSREQUEST_VALUESENTRY']._serialized_start=946
+  _globals['_SETLIMITSREQUEST_VALUESENTRY']._serialized_end=991
+  _globals['_SETLIMITSRESPONSE']._serialized_start=993
+  _globals['_SETLIMITSRESPONSE']._serialized_end=1091
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1093
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1153
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1155
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1245
+  _globals['_POLICY']._serialized_start=1248
+  _globals['_POLICY']._serialized_end=1733
+  _globals['_POLICY_MATCHLABELSENTRY']._serialized_start=1587
+  _globals['_POLICY_MATCHLABELSENTRY']._serialized_end=1637
+  _globals['_PUTPOLICYREQUEST']._serialized_start=1735
+  _globals['_PUTPOLICYREQUEST']._serialized_end=1794
+  _globals['_PUTPOLICYRESPONSE']._serialized_start=1796
+  _globals['_PUTPOLICYRESPONSE']._serialized_end=1856
+  _globals['_DELETEPOLICYREQUEST']._serialized_start=1858
+  _globals['_DELETEPOLICYREQUEST']._serialized_end=1907
+  _globals['_DELETEPOLICYRESPONSE']._serialized_start=1909
+  _globals['_DELETEPOLICYRESPONSE']._serialized_end=1931
+  _globals['_SETNODEPLACEMENTREQUEST']._serialized_start=1934
+  _globals['_SETNODEPLACEMENTREQUEST']._serialized_end=2134
+  _globals['_SETNODEPLACEMENTREQUEST_LABELSENTRY']._serialized_start=2089
+  _globals['_SETNODEPLACEMENTREQUEST_LABELSENTRY']._serialized_end=2134
+  _globals['_SETNODEPLACEMENTRESPONSE']._serialized_start=2136
+  _globals['_SETNODEPLACEMENTRESPONSE']._serialized_end=2199
+  _globals['_SETVMPLACEMENTREQUEST']._serialized_start=2202
+  _globals['_SETVMPLACEMENTREQUEST']._serialized_end=2418
+  _globals['_SETVMPLACEMENTREQUEST_LABELSENTRY']._serialized_start=2089
+  _globals['_SETVMPLACEMENTREQUEST_LABELSENTRY']._serialized_end=2134
+  _globals['_SETVMPLACEMENTRESPONSE']._serialized_start=2420
+  _globals['_SETVMPLACEMENTRESPONSE']._serialized_end=2477
+  _globals['_SCHEDULESERVICE']._serialized_start=2480
+  _globals['_SCHEDULESERVICE']._serialized_end=3424
 # @@protoc_insertion_point(module_scope)

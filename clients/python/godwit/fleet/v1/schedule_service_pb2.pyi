@@ -246,8 +246,11 @@ class GetLimitsResponse(_message.Message):
 
     LIMITS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty at the end."""
+    etag: _builtins.str
+    """Of all that is set, whatever the page; not of what is used."""
     @_builtins.property
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
         """Each kind, then what was set for one node, link or group, and what is used beside."""
@@ -257,10 +260,11 @@ class GetLimitsResponse(_message.Message):
         *,
         limits: _abc.Iterable[Global___Limit] | None = ...,
         next_page_token: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "limits", b"limits", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,6 +328,9 @@ class SetLimitsRequest(_message.Message):
 
     VALUES_FIELD_NUMBER: _builtins.int
     REMOVE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    etag: _builtins.str
+    """The etag that was read: ABORTED ETAG_MISMATCH if they have been changed since. Empty: in any case."""
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """New values by key."""
@@ -337,10 +344,11 @@ class SetLimitsRequest(_message.Message):
         *,
         values: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         remove: _abc.Iterable[_builtins.str] | None = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["remove", b"remove", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "remove", b"remove", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,8 +362,11 @@ class SetLimitsResponse(_message.Message):
 
     LIMITS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """To go on with GetLimits. Empty if that is all."""
+    etag: _builtins.str
+    """As GetLimits has it."""
     @_builtins.property
     def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
         """The first page of GetLimits."""
@@ -365,10 +376,11 @@ class SetLimitsResponse(_message.Message):
         *,
         limits: _abc.Iterable[Global___Limit] | None = ...,
         next_page_token: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "limits", b"limits", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -465,6 +477,7 @@ class Policy(_message.Message):
     PREPARE_S_PER_GIB_FIELD_NUMBER: _builtins.int
     RETRIES_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1..63 of [a-z0-9-]."""
     priority: _types_pb2.Priority.ValueType
@@ -485,6 +498,10 @@ class Policy(_message.Message):
     """
     mode: _types_pb2.MigrationMode.ValueType
     """How the memory comes. All but POST_COPY are refused: they are not there yet. Unspecified: nothing is said."""
+    etag: _builtins.str
+    """Changes with it. In PutPolicy the one that was read: ABORTED ETAG_MISMATCH if it has been changed since, or is gone.
+    Empty: in any case.
+    """
     @_builtins.property
     def match_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """A VM has all of these labels. Empty: every VM."""
@@ -501,10 +518,11 @@ class Policy(_message.Message):
         prepare_s_per_gib: _builtins.float | None = ...,
         retries: _builtins.int | None = ...,
         mode: _types_pb2.MigrationMode.ValueType = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "retries", b"retries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "freeze_after_ms", b"freeze_after_ms", "match_labels", b"match_labels", "mode", b"mode", "name", b"name", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "priority", b"priority", "retries", b"retries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max", "_freeze_after_ms", b"_freeze_after_ms", "_pause_ms_max", b"_pause_ms_max", "_prepare_s_per_gib", b"_prepare_s_per_gib", "_retries", b"_retries", "bulk_bytes_per_s_max", b"bulk_bytes_per_s_max", "etag", b"etag", "freeze_after_ms", b"freeze_after_ms", "match_labels", b"match_labels", "mode", b"mode", "name", b"name", "pause_ms_max", b"pause_ms_max", "prepare_s_per_gib", b"prepare_s_per_gib", "priority", b"priority", "retries", b"retries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["bulk_bytes_per_s_max"]  # noqa: Y015
     _WhichOneofArgType__bulk_bytes_per_s_max: _TypeAlias = _typing.Literal["_bulk_bytes_per_s_max", b"_bulk_bytes_per_s_max"]  # noqa: Y015
@@ -584,16 +602,20 @@ class DeletePolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Which."""
+    etag: _builtins.str
+    """The etag that was read: ABORTED ETAG_MISMATCH if it has been changed since. Empty: in any case."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -646,10 +668,13 @@ class SetNodePlacementRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     TAINTS_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Which."""
     link: _builtins.str
     """The shared uplink behind which it is, such as its rack's. Empty: none."""
+    etag: _builtins.str
+    """The node's `placement_etag` that was read: ABORTED ETAG_MISMATCH if it has been changed since. Empty: in any case."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What selectors pick by."""
@@ -665,10 +690,11 @@ class SetNodePlacementRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         taints: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "link", b"link", "name", b"name", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "labels", b"labels", "link", b"link", "name", b"name", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -727,8 +753,11 @@ class SetVmPlacementRequest(_message.Message):
     VM_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Which."""
+    etag: _builtins.str
+    """The VM's `placement_etag` that was read: ABORTED ETAG_MISMATCH if it has been changed since. Empty: in any case."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What policies pick by."""
@@ -743,10 +772,11 @@ class SetVmPlacementRequest(_message.Message):
         vm_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         placement: _types_pb2.VmPlacement | None = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "placement", b"placement", "vm_id", b"vm_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "labels", b"labels", "placement", b"placement", "vm_id", b"vm_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -603,6 +603,7 @@ class Node(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     TAINTS_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    PLACEMENT_ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name. 1..63 of [a-z0-9-]."""
     agent_address: _builtins.str
@@ -615,6 +616,8 @@ class Node(_message.Message):
     """The operation that keeps it empty. Empty: VMs may be placed here."""
     link: _builtins.str
     """The shared uplink behind which it is. Empty: none."""
+    placement_etag: _builtins.str
+    """Changes with labels, taints and link. For SetNodePlacement."""
     @_builtins.property
     def capabilities(self) -> _fault_agent_service_pb2.Capabilities:
         """What it can do, as it said last. Unset if it never answered."""
@@ -644,10 +647,11 @@ class Node(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         taints: _abc.Iterable[_builtins.str] | None = ...,
         link: _builtins.str = ...,
+        placement_etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "capabilities", b"capabilities", "closed_by", b"closed_by", "labels", b"labels", "link", b"link", "message", b"message", "name", b"name", "reachable", b"reachable", "taints", b"taints", "vm_ids", b"vm_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_address", b"agent_address", "capabilities", b"capabilities", "closed_by", b"closed_by", "labels", b"labels", "link", b"link", "message", b"message", "name", b"name", "placement_etag", b"placement_etag", "reachable", b"reachable", "taints", b"taints", "vm_ids", b"vm_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -689,6 +693,7 @@ class Vm(_message.Message):
     VMM_STATE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_ETAG_FIELD_NUMBER: _builtins.int
     vm_id: _builtins.str
     """Its id."""
     node: _builtins.str
@@ -705,6 +710,8 @@ class Vm(_message.Message):
     """Pages resident where it runs, of all. 0..1."""
     vmm_state: _fault_agent_service_pb2.VmmState.ValueType
     """What its VMM does, as its agent said last."""
+    placement_etag: _builtins.str
+    """Changes with labels and placement. For SetVmPlacement."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What policies pick by."""
@@ -726,10 +733,11 @@ class Vm(_message.Message):
         vmm_state: _fault_agent_service_pb2.VmmState.ValueType = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         placement: Global___VmPlacement | None = ...,
+        placement_etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "labels", b"labels", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "placement", b"placement", "resident_share", b"resident_share", "spec_hash", b"spec_hash", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "labels", b"labels", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "node", b"node", "placement", b"placement", "placement_etag", b"placement_etag", "resident_share", b"resident_share", "spec_hash", b"spec_hash", "vm_id", b"vm_id", "vmm_state", b"vmm_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

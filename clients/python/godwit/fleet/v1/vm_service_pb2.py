@@ -27,7 +27,7 @@ from godwit.fleet.v1 import types_pb2 as godwit_dot_fleet_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n godwit/fleet/v1/vm_service.proto\x12\x0fgodwit.fleet.v1\x1a)godwit/agent/v1/fault_agent_service.proto\x1a\x1bgodwit/fleet/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\x0eStartVmRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tspec_json\x18\x02 \x01(\t\"2\n\x0fStartVmResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm\"\x1e\n\rStopVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"\x10\n\x0eStopVmResponse\"\x1d\n\x0cGetVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"0\n\rGetVmResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm\"7\n\x0eListVmsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x0fListVmsResponse\x12 \n\x03vms\x18\x01 \x03(\x0b\x32\x13.godwit.fleet.v1.Vm\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x19GetUserfaultBitmapRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xdd\x01\n\x1aGetUserfaultBitmapResponse\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\npage_count\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x62sent_count\x18\x04 \x01(\x04\x12-\n\x0b\x61\x62sent_runs\x18\x05 \x03(\x0b\x32\x18.godwit.agent.v1.PageRun\x12\x16\n\x0eresident_share\x18\x06 \x01(\x01\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x17\n\x0fnext_page_token\x18\x08 \x01(\t\"$\n\x13GetResidencyRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"y\n\x14GetResidencyResponse\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\npage_count\x18\x03 \x01(\x04\x12/\n\x06points\x18\x04 \x03(\x0b\x32\x1f.godwit.fleet.v1.ResidencyPoint\"N\n\x0eResidencyPoint\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61\x62sent_count\x18\x02 \x01(\x04\x32\x86\x04\n\tVmService\x12L\n\x07StartVm\x12\x1f.godwit.fleet.v1.StartVmRequest\x1a .godwit.fleet.v1.StartVmResponse\x12I\n\x06StopVm\x12\x1e.godwit.fleet.v1.StopVmRequest\x1a\x1f.godwit.fleet.v1.StopVmResponse\x12\x46\n\x05GetVm\x12\x1d.godwit.fleet.v1.GetVmRequest\x1a\x1e.godwit.fleet.v1.GetVmResponse\x12L\n\x07ListVms\x12\x1f.godwit.fleet.v1.ListVmsRequest\x1a .godwit.fleet.v1.ListVmsResponse\x12m\n\x12GetUserfaultBitmap\x12*.godwit.fleet.v1.GetUserfaultBitmapRequest\x1a+.godwit.fleet.v1.GetUserfaultBitmapResponse\x12[\n\x0cGetResidency\x12$.godwit.fleet.v1.GetResidencyRequest\x1a%.godwit.fleet.v1.GetResidencyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n godwit/fleet/v1/vm_service.proto\x12\x0fgodwit.fleet.v1\x1a)godwit/agent/v1/fault_agent_service.proto\x1a\x1bgodwit/fleet/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\x0eStartVmRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tspec_json\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"2\n\x0fStartVmResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm\"\x1e\n\rStopVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"\x10\n\x0eStopVmResponse\"\x1d\n\x0cGetVmRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"0\n\rGetVmResponse\x12\x1f\n\x02vm\x18\x01 \x01(\x0b\x32\x13.godwit.fleet.v1.Vm\"7\n\x0eListVmsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x0fListVmsResponse\x12 \n\x03vms\x18\x01 \x03(\x0b\x32\x13.godwit.fleet.v1.Vm\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x19GetUserfaultBitmapRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xdd\x01\n\x1aGetUserfaultBitmapResponse\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\npage_count\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x62sent_count\x18\x04 \x01(\x04\x12-\n\x0b\x61\x62sent_runs\x18\x05 \x03(\x0b\x32\x18.godwit.agent.v1.PageRun\x12\x16\n\x0eresident_share\x18\x06 \x01(\x01\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x17\n\x0fnext_page_token\x18\x08 \x01(\t\"$\n\x13GetResidencyRequest\x12\r\n\x05vm_id\x18\x01 \x01(\t\"y\n\x14GetResidencyResponse\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\npage_count\x18\x03 \x01(\x04\x12/\n\x06points\x18\x04 \x03(\x0b\x32\x1f.godwit.fleet.v1.ResidencyPoint\"N\n\x0eResidencyPoint\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x61\x62sent_count\x18\x02 \x01(\x04\x32\x86\x04\n\tVmService\x12L\n\x07StartVm\x12\x1f.godwit.fleet.v1.StartVmRequest\x1a .godwit.fleet.v1.StartVmResponse\x12I\n\x06StopVm\x12\x1e.godwit.fleet.v1.StopVmRequest\x1a\x1f.godwit.fleet.v1.StopVmResponse\x12\x46\n\x05GetVm\x12\x1d.godwit.fleet.v1.GetVmRequest\x1a\x1e.godwit.fleet.v1.GetVmResponse\x12L\n\x07ListVms\x12\x1f.godwit.fleet.v1.ListVmsRequest\x1a .godwit.fleet.v1.ListVmsResponse\x12m\n\x12GetUserfaultBitmap\x12*.godwit.fleet.v1.GetUserfaultBitmapRequest\x1a+.godwit.fleet.v1.GetUserfaultBitmapResponse\x12[\n\x0cGetResidency\x12$.godwit.fleet.v1.GetResidencyRequest\x1a%.godwit.fleet.v1.GetResidencyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,31 +35,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'godwit.fleet.v1.vm_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STARTVMREQUEST']._serialized_start=158
-  _globals['_STARTVMREQUEST']._serialized_end=207
-  _globals['_STARTVMRESPONSE']._serialized_start=209
-  _globals['_STARTVMRESPONSE']._serialized_end=259
-  _globals['_STOPVMREQUEST']._serialized_start=261
-  _globals['_STOPVMREQUEST']._serialized_end=291
-  _globals['_STOPVMRESPONSE']._serialized_start=293
-  _globals['_STOPVMRESPONSE']._serialized_end=309
-  _globals['_GETVMREQUEST']._serialized_start=311
-  _globals['_GETVMREQUEST']._serialized_end=340
-  _globals['_GETVMRESPONSE']._serialized_start=342
-  _globals['_GETVMRESPONSE']._serialized_end=390
-  _globals['_LISTVMSREQUEST']._serialized_start=392
-  _globals['_LISTVMSREQUEST']._serialized_end=447
-  _globals['_LISTVMSRESPONSE']._serialized_start=449
-  _globals['_LISTVMSRESPONSE']._serialized_end=525
-  _globals['_GETUSERFAULTBITMAPREQUEST']._serialized_start=527
-  _globals['_GETUSERFAULTBITMAPREQUEST']._serialized_end=608
-  _globals['_GETUSERFAULTBITMAPRESPONSE']._serialized_start=611
-  _globals['_GETUSERFAULTBITMAPRESPONSE']._serialized_end=832
-  _globals['_GETRESIDENCYREQUEST']._serialized_start=834
-  _globals['_GETRESIDENCYREQUEST']._serialized_end=870
-  _globals['_GETRESIDENCYRESPONSE']._serialized_start=872
-  _globals['_GETRESIDENCYRESPONSE']._serialized_end=993
-  _globals['_RESIDENCYPOINT']._serialized_start=995
-  _globals['_RESIDENCYPOINT']._serialized_end=1073
-  _globals['_VMSERVICE']._serialized_start=1076
-  _globals['_VMSERVICE']._serialized_end=1594
+  _globals['_STARTVMREQUEST']._serialized_end=227
+  _globals['_STARTVMRESPONSE']._serialized_start=229
+  _globals['_STARTVMRESPONSE']._serialized_end=279
+  _globals['_STOPVMREQUEST']._serialized_start=281
+  _globals['_STOPVMREQUEST']._serialized_end=311
+  _globals['_STOPVMRESPONSE']._serialized_start=313
+  _globals['_STOPVMRESPONSE']._serialized_end=329
+  _globals['_GETVMREQUEST']._serialized_start=331
+  _globals['_GETVMREQUEST']._serialized_end=360
+  _globals['_GETVMRESPONSE']._serialized_start=362
+  _globals['_GETVMRESPONSE']._serialized_end=410
+  _globals['_LISTVMSREQUEST']._serialized_start=412
+  _globals['_LISTVMSREQUEST']._serialized_end=467
+  _globals['_LISTVMSRESPONSE']._serialized_start=469
+  _globals['_LISTVMSRESPONSE']._serialized_end=545
+  _globals['_GETUSERFAULTBITMAPREQUEST']._serialized_start=547
+  _globals['_GETUSERFAULTBITMAPREQUEST']._serialized_end=628
+  _globals['_GETUSERFAULTBITMAPRESPONSE']._serialized_start=631
+  _globals['_GETUSERFAULTBITMAPRESPONSE']._serialized_end=852
+  _globals['_GETRESIDENCYREQUEST']._serialized_start=854
+  _globals['_GETRESIDENCYREQUEST']._serialized_end=890
+  _globals['_GETRESIDENCYRESPONSE']._serialized_start=892
+  _globals['_GETRESIDENCYRESPONSE']._serialized_end=1013
+  _globals['_RESIDENCYPOINT']._serialized_start=1015
+  _globals['_RESIDENCYPOINT']._serialized_end=1093
+  _globals['_VMSERVICE']._serialized_start=1096
+  _globals['_VMSERVICE']._serialized_end=1614
 # @@protoc_insertion_point(module_scope)

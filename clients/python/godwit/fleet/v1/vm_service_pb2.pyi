@@ -29,19 +29,25 @@ class StartVmRequest(_message.Message):
 
     NODE_FIELD_NUMBER: _builtins.int
     SPEC_JSON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Where."""
     spec_json: _builtins.str
     """The VM's spec (docs/vm-spec.md) as JSON."""
+    request_id: _builtins.str
+    """Drawn by the caller: the same request under it is answered and not done again, for a day. At most 255 characters.
+    Empty: none.
+    """
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         spec_json: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "spec_json", b"spec_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "request_id", b"request_id", "spec_json", b"spec_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
