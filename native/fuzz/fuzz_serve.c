@@ -8,6 +8,7 @@
  */
 #include "fuzz.h"
 
+/* NOLINTNEXTLINE(bugprone-suspicious-include): its own functions are called */
 #include "../src/serve_conn.c"
 
 #include <godwit/page_lz4.h>

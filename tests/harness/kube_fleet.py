@@ -31,6 +31,8 @@ class World:
     kubelet: Kubelet
     cluster: Cluster
     client: AsyncClient
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the parts were given."""
     guests: dict[str, MicrovmGuest] = field(default_factory=dict)
 
     async def start(self, vm_id: str, node: str, **pod: Any) -> MicrovmGuest:
@@ -125,12 +127,21 @@ async def fleet_in_cluster(
     """A fleet whose orchestrator is the controller of an API server."""
     for name in names:
         await asyncio.to_thread(make_node, server, name, {"zone": f"zone-{name}"})
-    whole = {"GODWIT_KUBECONFIG": str(server.kubeconfig), **environment}
+    # A Lease of its own: the one before may have been killed with it.
+    namespace = {"metadata": {"name": f"controller-{names[0]}"}}
+    await asyncio.to_thread(server.request, "POST", "/api/v1/namespaces", namespace)
+    whole = {
+        "GODWIT_KUBECONFIG": str(server.kubeconfig),
+        "GODWIT_LEASE_NAMESPACE": namespace["metadata"]["name"],
+        **environment,
+    }
     async with (
         running_cluster(directory, node_names=names, environment=whole, hooked=True) as cluster,
         cluster.client() as client,
     ):
-        yield World(server=server, kubelet=kubelet, cluster=cluster, client=client)
+        yield World(
+            server=server, kubelet=kubelet, cluster=cluster, client=client, environment=whole
+        )
 
 
 def condition(found: Any, name: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -74,6 +76,14 @@ def registration(server: ApiServer, port: int) -> Any:
     }
 
 
+def answers(address: str) -> bool:
+    """True if somebody listens there."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+        return True
+    return False
+
+
 async def evict(world: World, pod: str, **options: Any) -> RefusedError | None:
     """Evict a pod as `kubectl drain` does; None: it is allowed."""
     body = {
@@ -92,6 +102,9 @@ async def evict(world: World, pod: str, **options: Any) -> RefusedError | None:
 async def test_a_guest_is_moved_before_its_pod_goes(world: World) -> None:
     await world.start("evicted", "x")
     await world.verify("evicted")
+    # The controller knows the pod, and is asked.
+    await world.until(lambda: world.find(f"{BUDGETS}/godwit-evicted"), "there is a budget")
+    await world.until(lambda: answers(world.environment["GODWIT_WEBHOOK"]), "it is served")
     world.kubelet.holding.add("y")
     try:
         said = await evict(world, "evicted")

@@ -142,8 +142,11 @@ class Feed:
             self._look_at_all = False
             known = {each: version for each, (version, _) in self._told.items() if version}
             changed = [each for each, version in there.items() if known.get(each) != version]
-            # What is not unfinished any more has ended: it is read once more.
-            self._dirty |= dict.fromkeys([*changed, *(known.keys() - there.keys())])
+            # What is not unfinished any more has ended: it is read once more. So is what somebody
+            # watches of which nothing was told yet: it may have ended since he began.
+            watched = {each for each in self._watchers if each is not None}
+            ended = (known.keys() | watched) - there.keys()
+            self._dirty |= dict.fromkeys([*changed, *ended])
         while self._dirty:
             subjects = list(self._dirty)[:READ_MAX]
             for subject in subjects:

@@ -145,8 +145,9 @@ async def run(
             try:
                 async with (
                     lease.held() as lost,
-                    serving_webhook(settings, controller.evictions.app()),
                     controller.running(),
+                    # Last: before it has seen the pods it would let all of them go.
+                    serving_webhook(settings, controller.evictions.app()),
                 ):
                     await lost.wait()
                 log.warning("controller: the Lease is lost")

@@ -293,6 +293,20 @@ async def test_what_another_process_wrote_is_found(running: Set) -> None:
     assert told.what.ended
 
 
+async def test_what_ended_elsewhere_before_the_first_look_is_told(running: Set) -> None:
+    """Somebody has just begun to watch it on a standby; it was unfinished then, and never again."""
+    subject = (Kind.MIGRATION, "m")
+    running.shelf.versions[subject] = 1
+    stream = running.events.one(*subject)
+    assert names(await following(stream)) == ("m", 1)
+    running.shelf.versions[subject] = 2
+    running.shelf.ended.add(subject)
+    running.changes.publish_all()
+    assert names(await following(stream)) == ("m", 2)
+    with pytest.raises(StopAsyncIteration):
+        await following(stream)
+
+
 async def test_streams_end_with_the_process(running: Set) -> None:
     running.shelf.versions[Kind.MIGRATION, "m"] = 1
     streams = [running.events.fleet(), running.events.one(Kind.MIGRATION, "m")]

@@ -283,6 +283,7 @@ async def test_who_takes_over_plans_with_a_fresh_view(
     migration_id = await fleet.migrate(to="")
     await fleet.stop()
     gate = fleet.b.hold("Hello")
+    fleet.deadlines = replace(fleet.deadlines, hello_s=600.0)
     await fleet.start()
     await gate.reached.wait()
     await fleet.core.context.store.schedule.freeze("")
