@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -26,16 +26,8 @@ from services.orchestrator.election import Role
 from services.orchestrator.events.service import Events
 from services.orchestrator.fleet import RUN_COUNT_DEFAULT, RUN_COUNT_MAX, Fleet
 from services.orchestrator.operations.service import Operations
-from services.orchestrator.rest_models import PageSize, PageToken
+from services.orchestrator.rest_models import IdempotencyKey, PageSize, PageToken
 from services.orchestrator.scheduling.model import Priority
-
-IdempotencyKey = Annotated[
-    str,
-    Header(
-        max_length=255,
-        description="draw one for each request, repeat it with the request: it is done once",
-    ),
-]
 
 
 def _nodes(fleet: Fleet) -> APIRouter:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import Query
+from fastapi import Header, Query
 from godwit.agent.v1 import fault_agent_service_pb2 as agent_pb2
 from godwit.common.v1 import common_pb2
 from godwit.fleet.v1 import types_pb2, vm_service_pb2
@@ -27,6 +27,14 @@ PageSize = Annotated[
 ]
 PageToken = Annotated[
     str, Query(max_length=TOKEN_LEN_MAX, description="next_page_token of the page before")
+]
+
+IdempotencyKey = Annotated[
+    str,
+    Header(
+        max_length=255,
+        description="draw one for each request, repeat it with the request: it is done once",
+    ),
 ]
 
 Name = Annotated[str, Field(pattern=VM_ID_PATTERN)]

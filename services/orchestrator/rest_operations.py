@@ -6,23 +6,21 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse
 from godwit.fleet.v1 import operation_service_pb2 as pb
 from pydantic import BaseModel, BeforeValidator, Field
 
 from services.orchestrator import problems
 from services.orchestrator.operations.service import Answer, Operations
-from services.orchestrator.rest_models import NEXT_PAGE_TOKEN, PageSize, PageToken, Strict
+from services.orchestrator.rest_models import (
+    NEXT_PAGE_TOKEN,
+    IdempotencyKey,
+    PageSize,
+    PageToken,
+    Strict,
+)
 from services.orchestrator.rest_schedule import FromMessage, Priority, PriorityWord
-
-IdempotencyKey = Annotated[
-    str,
-    Header(
-        max_length=255,
-        description="draw one for each request, repeat it with the request: it is done once",
-    ),
-]
 
 
 def _last(prefix: str) -> BeforeValidator:

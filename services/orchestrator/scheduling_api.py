@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from godwit.fleet.v1 import schedule_service_pb2 as pb
 from godwit.fleet.v1 import types_pb2
@@ -316,31 +317,25 @@ def wire_mode(mode: Mode | None) -> types_pb2.MigrationMode.ValueType:
     return types_pb2.MigrationMode.Value(f"MIGRATION_MODE_{mode.name}")
 
 
+def _fields(said: Settings) -> dict[str, Any]:
+    """What a policy says, as Policy and EffectivePolicy spell it."""
+    return {
+        "priority": wire_priority(said.priority),
+        "bulk_bytes_per_s_max": said.bulk_bytes_per_s_max,
+        "freeze_after_ms": said.freeze_after_ms,
+        "pause_ms_max": said.pause_ms_max,
+        "prepare_s_per_gib": said.prepare_s_per_gib,
+        "retries": said.retries,
+        "mode": wire_mode(said.mode),
+    }
+
+
 def wire_settings(said: Settings) -> types_pb2.EffectivePolicy:
     """For the wire."""
-    return types_pb2.EffectivePolicy(
-        priority=wire_priority(said.priority),
-        bulk_bytes_per_s_max=said.bulk_bytes_per_s_max,
-        freeze_after_ms=said.freeze_after_ms,
-        pause_ms_max=said.pause_ms_max,
-        prepare_s_per_gib=said.prepare_s_per_gib,
-        retries=said.retries,
-        mode=wire_mode(said.mode),
-    )
+    return types_pb2.EffectivePolicy(**_fields(said))
 
 
 def _policy_view(policy: Policy) -> pb.Policy:
-    said = policy.settings
-    view = pb.Policy(
-        name=policy.name,
-        match_labels=policy.match_labels,
-        priority=wire_priority(said.priority),
-        bulk_bytes_per_s_max=said.bulk_bytes_per_s_max,
-        freeze_after_ms=said.freeze_after_ms,
-        pause_ms_max=said.pause_ms_max,
-        prepare_s_per_gib=said.prepare_s_per_gib,
-        retries=said.retries,
-        mode=wire_mode(said.mode),
-    )
+    view = pb.Policy(name=policy.name, match_labels=policy.match_labels, **_fields(policy.settings))
     view.etag = etag_of(view)
     return view

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import aiohttp
 from kubernetes.aio import client, config
 
-from services.common.errors import GodwitError, InvalidArgumentError, UnavailableError
+from services.common.errors import InvalidArgumentError, UnavailableError
 
 Object = dict[str, Any]
 """An object of the API, as JSON has it."""
@@ -265,8 +265,3 @@ def _refuse(status: int, message: str) -> NoReturn:
     raise kind(
         f"the API server says {status}: {message}", status=status, reason=f"KUBERNETES_{status}"
     )
-
-
-def is_kubernetes(error: GodwitError) -> bool:
-    """True if it is the API server's, not the orchestrator's own."""
-    return isinstance(error, KubernetesError)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.orchestrator.kubernetes import names
-from services.orchestrator.kubernetes.api import Api, Object, is_kubernetes, key_of
+from services.orchestrator.kubernetes.api import Api, Object, key_of
 from services.orchestrator.kubernetes.conditions import (
     Condition,
     now_rfc3339,
@@ -30,6 +29,7 @@ from services.orchestrator.kubernetes.conditions import (
 )
 from services.orchestrator.kubernetes.events import Events
 from services.orchestrator.kubernetes.informer import Informer
+from services.orchestrator.kubernetes.own_objects import delete_after, set_finalizer, write_status
 from services.orchestrator.kubernetes.workqueue import WorkQueue
 from services.orchestrator.operations.service import Operations
 
@@ -69,7 +69,7 @@ class Drains:
         if "deletionTimestamp" in metadata:
             return await self._open(found)
         if names.DRAIN_FINALIZER not in metadata.get("finalizers", ()):
-            await self._set_finalizer(found, there=True)
+            found = await self._set_finalizer(found, there=True)
         if status.get("phase") in ENDED:
             return await self._expire(found)
         view = await self._asked(found)
@@ -103,8 +103,6 @@ class Drains:
         except UnavailableError:
             raise
         except GodwitError as error:
-            if is_kubernetes(error):
-                raise
             await self._refuse(found, error)
             return None
         assert view is not None
@@ -134,7 +132,7 @@ class Drains:
             generation=found["metadata"]["generation"],
         )
         if status != before:
-            await self._write(found, status)
+            await write_status(self._api, names.DRAINS, found, status)
         if status["phase"] != before.get("phase"):
             await self._events.tell(
                 found,
@@ -171,15 +169,7 @@ class Drains:
         if phase in ENDED:
             said["completionTime"] = now
         if said != before:
-            await self._write(found, said)
-
-    async def _write(self, found: Object, status: dict[str, Any]) -> None:
-        gone = dict.fromkeys(found.get("status", {}).keys() - status.keys())
-        body = {
-            "metadata": {"resourceVersion": found["metadata"]["resourceVersion"]},
-            "status": status | gone,
-        }
-        await self._api.patch(names.DRAINS, key_of(found), body, subresource="status")
+            await write_status(self._api, names.DRAINS, found, said)
 
     # --- its end ---
 
@@ -227,18 +217,10 @@ class Drains:
             else:
                 return
 
-    async def _set_finalizer(self, found: Object, *, there: bool) -> None:
-        metadata = found["metadata"]
-        others = [each for each in metadata.get("finalizers", ()) if each != names.DRAIN_FINALIZER]
-        body = {
-            "metadata": {
-                "finalizers": [*others, names.DRAIN_FINALIZER] if there else others,
-                "resourceVersion": metadata["resourceVersion"],
-            }
-        }
-        written = await self._api.patch(names.DRAINS, key_of(found), body)
-        metadata.clear()
-        metadata.update(written["metadata"])
+    async def _set_finalizer(self, found: Object, *, there: bool) -> Object:
+        return await set_finalizer(
+            self._api, names.DRAINS, found, names.DRAIN_FINALIZER, there=there
+        )
 
     async def _expire(self, found: Object) -> float | None:
         """Delete one that failed or was cancelled; one that succeeded keeps its node closed."""
@@ -246,12 +228,9 @@ class Drains:
         ttl_s = found["spec"].get("ttlSecondsAfterFinished")
         if ttl_s is None or status["phase"] == "Succeeded" or "completionTime" not in status:
             return None
-        ended = dt.datetime.fromisoformat(status["completionTime"])
-        left_s = ended.timestamp() + float(ttl_s) - self._now_ns() / 1e9
-        if left_s > 0:
-            return left_s
-        await self._api.delete(names.DRAINS, key_of(found), uid=found["metadata"]["uid"])
-        return None
+        return await delete_after(
+            self._api, names.DRAINS, found, float(ttl_s), now_ns=self._now_ns()
+        )
 
 
 def status_of(

@@ -8,7 +8,6 @@ the answer.
 
 from __future__ import annotations
 
-import datetime as dt
 import logging
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from services.common.errors import (
 )
 from services.orchestrator.fleet import Fleet
 from services.orchestrator.kubernetes import names
-from services.orchestrator.kubernetes.api import Api, Object, is_kubernetes, key_of
+from services.orchestrator.kubernetes.api import Api, Object, key_of
 from services.orchestrator.kubernetes.conditions import now_rfc3339
 from services.orchestrator.kubernetes.events import Events
 from services.orchestrator.kubernetes.informer import Informer
@@ -35,6 +34,7 @@ from services.orchestrator.kubernetes.migration_status import (
     refused,
     status_of,
 )
+from services.orchestrator.kubernetes.own_objects import delete_after, set_finalizer, write_status
 from services.orchestrator.kubernetes.pods import Pods
 from services.orchestrator.kubernetes.workqueue import WorkQueue
 from services.orchestrator.scheduling.model import Priority
@@ -125,7 +125,7 @@ class Migrations:
             return None
         status = found.get("status", {})
         phase = status.get("phase", "")
-        await self._keep_finalizer(found, phase)
+        found = await self._keep_finalizer(found, phase)
         if found["metadata"].get("deletionTimestamp") and not status.get("migrationId"):
             # Asked for or not: the answer was never written. To ask again tells which.
             return await self._let_go(found)
@@ -136,8 +136,7 @@ class Migrations:
             return None
         if phase in TERMINAL and phase == phase_name(view.phase):
             return await self._expire(found)
-        await self._obey(found, view)
-        return await self._mirrored(found, view)
+        return await self._mirrored(found, await self._obey(found, view))
 
     async def _asked(self, found: Object) -> types_pb2.Migration | None:
         """The migration, asked for now if it was not. None: it was refused."""
@@ -160,8 +159,6 @@ class Migrations:
         except UnavailableError:
             raise
         except GodwitError as error:
-            if is_kubernetes(error):
-                raise
             await self._write(found, self._refused(found, error))
             await self._events.tell(
                 found,
@@ -181,13 +178,13 @@ class Migrations:
             generation=found["metadata"]["generation"],
         )
 
-    async def _obey(self, found: Object, view: types_pb2.Migration) -> None:
+    async def _obey(self, found: Object, view: types_pb2.Migration) -> types_pb2.Migration:
         """Cancel what shall be cancelled, as far as it can be; change its class while it waits."""
         deleted = "deletionTimestamp" in found["metadata"]
         wants = found["spec"].get("cancelRequested", False) or deleted
         if wants and not view.cancel_requested and phase_name(view.phase) in UNDECIDED:
             try:
-                view.CopyFrom(await self._fleet.cancel_migration(view.migration_id))
+                view = await self._fleet.cancel_migration(view.migration_id)
             except FailedPreconditionError as error:
                 # The decision came first. The object says so by its conditions.
                 log.info("migration %s: %s", view.migration_id, error.message)
@@ -195,6 +192,7 @@ class Migrations:
         changed = 0 < seen < found["metadata"]["generation"]
         if changed and "priority" in found["spec"] and phase_name(view.phase) == "Pending":
             await self._fleet.set_priority(view.migration_id, _priority(found["spec"]))
+        return view
 
     async def _mirrored(self, found: Object, view: types_pb2.Migration) -> float | None:
         before = found.get("status", {})
@@ -211,11 +209,7 @@ class Migrations:
         phase = status["phase"]
         if status != before:
             quiet_s = self._quiet_s(found)
-            if (
-                before.get("phase") == phase
-                and _important(status) == _important(before)
-                and quiet_s
-            ):
+            if quiet_s and _important(status) == _important(before):
                 return quiet_s
             await self._write(found, status)
         await self._tell(found, view)
@@ -227,15 +221,9 @@ class Migrations:
         return max(last_s + STATUS_S_MIN - self._now_ns() / 1e9, 0.0)
 
     async def _write(self, found: Object, status: dict[str, Any]) -> None:
-        """Write the status over the object as it was read; what it no longer says goes."""
-        metadata = found["metadata"]
-        gone = dict.fromkeys(found.get("status", {}).keys() - status.keys())
-        body = {
-            "metadata": {"resourceVersion": metadata["resourceVersion"]},
-            "status": status | gone,
-        }
-        await self._api.patch(names.MIGRATIONS, key_of(found), body, subresource="status")
-        self._written_s[metadata["uid"]] = self._now_ns() / 1e9
+        """Write the status, and remember when, and of which migration."""
+        await write_status(self._api, names.MIGRATIONS, found, status)
+        self._written_s[found["metadata"]["uid"]] = self._now_ns() / 1e9
         if migration_id := status.get("migrationId"):
             self._by_id[migration_id] = key_of(found)
 
@@ -268,26 +256,14 @@ class Migrations:
 
     # --- its end ---
 
-    async def _keep_finalizer(self, found: Object, phase: str) -> None:
-        """There is one exactly while a rollback would be owed."""
+    async def _keep_finalizer(self, found: Object, phase: str) -> Object:
+        """There is one exactly while a rollback would be owed. The object, as it is then."""
         metadata = found["metadata"]
         has = names.FINALIZER in metadata.get("finalizers", ())
         owed = phase in UNDECIDED and (has or "deletionTimestamp" not in metadata)
-        if owed != has:
-            await self._set_finalizer(found, owed=owed)
-
-    async def _set_finalizer(self, found: Object, *, owed: bool) -> None:
-        metadata = found["metadata"]
-        others = [each for each in metadata.get("finalizers", ()) if each != names.FINALIZER]
-        body = {
-            "metadata": {
-                "finalizers": [*others, names.FINALIZER] if owed else others,
-                "resourceVersion": metadata["resourceVersion"],
-            }
-        }
-        written = await self._api.patch(names.MIGRATIONS, key_of(found), body)
-        metadata.clear()
-        metadata.update(written["metadata"])
+        if owed == has:
+            return found
+        return await set_finalizer(self._api, names.MIGRATIONS, found, names.FINALIZER, there=owed)
 
     async def _let_go(self, found: Object) -> float | None:
         """Deleted before the object knew its migration: find it, cancel it, then forget both."""
@@ -295,10 +271,10 @@ class Migrations:
             view = await self._asked(found)
             if view is None:
                 return None  # It says Refused now, and is looked at again.
-            await self._obey(found, view)
+            view = await self._obey(found, view)
             if phase_name(view.phase) in UNDECIDED:
                 return await self._mirrored(found, view)
-        await self._set_finalizer(found, owed=False)
+        await set_finalizer(self._api, names.MIGRATIONS, found, names.FINALIZER, there=False)
         return None
 
     async def _expire(self, found: Object) -> float | None:
@@ -307,14 +283,13 @@ class Migrations:
         if "deletionTimestamp" in metadata or "completionTime" not in status:
             return None
         ttl_s = float(found["spec"].get("ttlSecondsAfterFinished", self._ttl_s))
-        ended_s = _seconds(status["completionTime"])
-        left_s = ended_s + ttl_s - self._now_ns() / 1e9
-        if left_s > 0:
-            return left_s
-        await self._api.delete(names.MIGRATIONS, key_of(found), uid=metadata["uid"])
-        self._written_s.pop(metadata["uid"], None)
-        self._by_id.pop(status.get("migrationId", ""), None)
-        return None
+        left_s = await delete_after(
+            self._api, names.MIGRATIONS, found, ttl_s, now_ns=self._now_ns()
+        )
+        if left_s is None:
+            self._written_s.pop(metadata["uid"], None)
+            self._by_id.pop(status.get("migrationId", ""), None)
+        return left_s
 
 
 def _migration_id(found: Object) -> str:
@@ -353,7 +328,3 @@ def _note(phase: str, view: types_pb2.Migration, message: str) -> str:
             took_s = view.total_ns / 1e9
             return f"{view.vm_id} is whole on {view.destination_node} after {took_s:.1f} s"
     return message or view.message or phase
-
-
-def _seconds(text: str) -> float:
-    return dt.datetime.fromisoformat(text).timestamp()
