@@ -15,8 +15,6 @@ import datetime as dt
 import itertools
 import re
 import ssl
-import struct
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from services.demo.part import Part
 from services.fault_agent.journal import Role
 from tests.harness.cluster import small_guest_on
 from tests.harness.microvm import why_not
+from tests.harness.moved_clock import YEAR_S, MovedClock
 from tests.harness.require import require
 from tests.harness.sniffer import Sniffer
 
@@ -45,10 +44,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 MIB = 1 << 20
 PAGE = 4096
 WAIT_S = 120.0
-YEAR_S = 365 * 86400
 POINT = "agent.activate.after_cont"
 """The guest runs at b, and nothing comes in bulk yet."""
-SHIM = Path(__file__).parents[1] / "harness" / "clock_shim.c"
 
 Middle = Callable[[MicrovmGuest], Awaitable[None]]
 
@@ -58,7 +55,7 @@ class Ground:
     """A cluster with certificates whose wall clock is ours."""
 
     cluster: Cluster
-    offset: Path
+    clock: MovedClock
 
     @property
     def tls(self) -> ClusterTls:
@@ -66,25 +63,16 @@ class Ground:
         assert self.cluster.tls is not None
         return self.cluster.tls
 
-    def set_clock(self, seconds: int) -> None:
-        """Move the wall clock of every part, now and of those that start later."""
-        with self.offset.open("r+b") as file:
-            file.write(struct.pack("q", seconds))
-
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def ground(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ground]:
     """Two nodes with certificates, their hook points on."""
     directory = tmp_path_factory.mktemp("tls")
-    offset, library = directory / "offset", directory / "clock_shim.so"
-    offset.write_bytes(struct.pack("q", 0))
-    build = ["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(SHIM)]
-    await asyncio.to_thread(subprocess.run, build, check=True)
-    environment = {"LD_PRELOAD": str(library), "GODWIT_CLOCK_OFFSET_FILE": str(offset)}
+    clock = await asyncio.to_thread(MovedClock, directory)
     async with running_cluster(
-        directory / "cluster", hooked=True, environment=environment, tls=True
+        directory / "cluster", hooked=True, environment=clock.environment, tls=True
     ) as cluster:
-        yield Ground(cluster=cluster, offset=offset)
+        yield Ground(cluster=cluster, clock=clock)
 
 
 _numbers = itertools.count()
@@ -156,7 +144,7 @@ async def move_with(ground: Ground, middle: Middle) -> Migration:
     async with contextlib.AsyncExitStack() as stack:
         guest = await start_guest(ground.cluster, stack)
         # Also where something fails: the next test's calls have dates.
-        stack.callback(ground.set_clock, 0)
+        stack.callback(ground.clock.move, 0)
         agent = ground.cluster.nodes["b"].agent
         agent.hooks.hold(POINT)
         begun = await guest.client.migrate(guest.vm_id, "b")
@@ -168,7 +156,7 @@ async def move_with(ground: Ground, middle: Middle) -> Migration:
         finally:
             agent.hooks.release(POINT)
         await until(lambda: is_whole_at(guest, "b"))
-        ground.set_clock(0)
+        ground.clock.move(0)
         move = await ended(guest.client, begun)
         assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
         guest.was_moved("b")
@@ -234,7 +222,7 @@ async def test_the_clock_jumps(ground: Ground, years: int) -> None:
     """Every certificate is of another time at once; page lanes are made anew by pinned keys."""
 
     async def jump(_: MicrovmGuest) -> None:
-        ground.set_clock(years * YEAR_S)
+        ground.clock.move(years * YEAR_S)
         await restart(ground.cluster, ground.cluster.nodes["a"].page_server)
 
     await move_with(ground, jump)
@@ -246,7 +234,7 @@ async def test_certificates_have_ended_and_every_process_of_the_page_path_is_new
     """What is pinned is in journals and image records, not in the memory of a process."""
 
     async def end(guest: MicrovmGuest) -> None:
-        ground.set_clock(YEAR_S)
+        ground.clock.move(YEAR_S)
         nodes = ground.cluster.nodes
         await nodes["b"].agent.kill()
         await nodes["a"].page_server.kill()
@@ -277,7 +265,7 @@ async def test_certificates_have_ended_and_nobody_is_connected(ground: Ground) -
     """
 
     async def end(guest: MicrovmGuest) -> None:
-        ground.set_clock(YEAR_S)
+        ground.clock.move(YEAR_S)
         nodes = ground.cluster.nodes
         parts = (nodes["a"].agent, nodes["b"].agent, nodes["a"].page_server)
         for part in parts:
@@ -310,7 +298,7 @@ async def test_a_linux_guest_under_qemu(ground: Ground, tmp_path: Path) -> None:
         small_guest_on(ground.cluster, client, disk=tmp_path / "disk.raw") as guest,
         contextlib.AsyncExitStack() as stack,
     ):
-        stack.callback(ground.set_clock, 0)
+        stack.callback(ground.clock.move, 0)
         nodes["b"].agent.hooks.hold(POINT)
         begun = await client.migrate(guest.vm_id, "b")
         try:
@@ -318,12 +306,12 @@ async def test_a_linux_guest_under_qemu(ground: Ground, tmp_path: Path) -> None:
                 await nodes["b"].agent.hooks.reached(POINT)
             guest.follow("b", nodes["b"].record(guest.vm_id).epoch_prepared)
             assert not is_whole_at(guest, "b")
-            ground.set_clock(YEAR_S)
+            ground.clock.move(YEAR_S)
             await restart(ground.cluster, nodes["a"].page_server)
         finally:
             nodes["b"].agent.hooks.release(POINT)
         await until(lambda: is_whole_at(guest, "b"))
-        ground.set_clock(0)
+        ground.clock.move(0)
         move = await ended(client, begun)
         assert move.phase == MigrationPhase.SUCCEEDED, describe(guest, move)
         assert await guest.prove() == [], describe(guest, move)

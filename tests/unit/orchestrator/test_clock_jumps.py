@@ -7,17 +7,15 @@ import asyncio
 import os
 import random
 import signal
-import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.harness.fake_fleet import VM, FakeFleet, eventually
+from tests.harness.moved_clock import YEAR_S, MovedClock
 
-YEAR_NS = 365 * 86400 * 10**9
-SHIM = Path(__file__).parents[2] / "harness" / "clock_shim.c"
+YEAR_NS = YEAR_S * 10**9
 
 
 def set_clock(fleet: FakeFleet, clock: object) -> None:
@@ -62,21 +60,12 @@ async def test_a_request_that_is_repeated_after_a_jump_is_done_once(
 # --- the whole process ---
 
 
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that moves CLOCK_REALTIME of the process that loads it."""
-    library = tmp_path_factory.mktemp("shim") / "clock_shim.so"
-    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, SHIM], check=True)
-    return library
-
-
 @pytest.mark.parametrize("years", [-1, 1])
 async def test_the_clock_of_a_whole_orchestrator_jumps(
-    fleet: FakeFleet, hooks: Path, shim: Path, tmp_path: Path, years: int
+    fleet: FakeFleet, hooks: Path, tmp_path: Path, years: int
 ) -> None:
     """Every library in the process sees the jump: before the decision, and in mid post-copy."""
-    offset = tmp_path / "offset"
-    offset.write_bytes(struct.pack("q", 0))
+    clock = await asyncio.to_thread(MovedClock, tmp_path)
     for name in ("preparing.entered", "postcopy.entered"):
         (hooks / f"orchestrator.{name}.hold").touch()
     fleet.b.pages_per_tick = 1
@@ -91,21 +80,16 @@ async def test_the_clock_of_a_whole_orchestrator_jumps(
         "--grpc=127.0.0.1:0",
         f"--store={fleet.store}",
         *(f"--node={name}={agent.address}" for name, agent in fleet.agents.items()),
-        env=os.environ
-        | {
-            "GODWIT_HOOKS_DIR": str(hooks),
-            "LD_PRELOAD": str(shim),
-            "GODWIT_CLOCK_OFFSET_FILE": str(offset),
-        },
+        env=os.environ | {"GODWIT_HOOKS_DIR": str(hooks)} | clock.environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
     assert process.stdout
     await process.stdout.readline()
     (hooks / "orchestrator.preparing.entered.hold").unlink()
-    offset.write_bytes(struct.pack("q", years * 365 * 86400))
+    clock.move(years * YEAR_S)
     await eventually((hooks / "orchestrator.postcopy.entered.reached").exists)
-    offset.write_bytes(struct.pack("q", -years * 365 * 86400))
+    clock.move(-years * YEAR_S)
     (hooks / "orchestrator.postcopy.entered.hold").unlink()
     await eventually(lambda: fleet.b.calls["ReleaseDestination"] > 0)
     process.send_signal(signal.SIGTERM)
