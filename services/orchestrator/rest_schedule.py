@@ -83,7 +83,7 @@ class Limit(FromMessage):
     used: int
 
 
-class Limits(BaseModel):
+class Limits(FromMessage):
     """A page: kinds first, then what was set for one, and what is used."""
 
     limits: list[Limit]
@@ -181,10 +181,9 @@ def schedule(fleet: Fleet) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["schedule"], responses=problems.RESPONSES)
     scheduling = fleet.scheduling
 
-    async def limits_of(limits: list[pb.Limit], token: str, response: Response) -> Limits:
-        etag = response.headers["ETag"] = await scheduling.limits_etag()
-        found = [Limit.of(each) for each in limits]
-        return Limits(limits=found, next_page_token=token, etag=etag)
+    def limits_of(now: pb.GetLimitsResponse, response: Response) -> Limits:
+        response.headers["ETag"] = now.etag
+        return Limits.of(now)
 
     @router.get("/queue")
     async def get_queue(page_size: PageSize = 0, page_token: PageToken = "") -> Queue:
@@ -202,13 +201,13 @@ def schedule(fleet: Fleet) -> APIRouter:
     async def get_limits(
         response: Response, page_size: PageSize = 0, page_token: PageToken = ""
     ) -> Limits:
-        page = await scheduling.limits(page_size=page_size, page_token=page_token)
-        return await limits_of(*page, response)
+        now = await scheduling.limits(page_size=page_size, page_token=page_token)
+        return limits_of(now, response)
 
     @router.patch("/limits")
     async def set_limits(body: LimitsRequest, response: Response, if_match: IfMatch = "") -> Limits:
-        page = await scheduling.set_limits(body.values, body.remove, etag=if_match)
-        return await limits_of(*page, response)
+        now = await scheduling.set_limits(body.values, body.remove, etag=if_match)
+        return limits_of(now, response)
 
     @router.get("/policies")
     async def list_policies(page_size: PageSize = 0, page_token: PageToken = "") -> Policies:

@@ -43,20 +43,19 @@ class ScheduleServicer(pb_grpc.ScheduleServiceServicer):
     async def GetLimits(
         self, request: pb.GetLimitsRequest, context: _Context
     ) -> pb.GetLimitsResponse:
-        limits, token = await self._scheduling.limits(
+        return await self._scheduling.limits(
             page_size=request.page_size, page_token=request.page_token
         )
-        etag = await self._scheduling.limits_etag()
-        return pb.GetLimitsResponse(limits=limits, next_page_token=token, etag=etag)
 
     async def SetLimits(
         self, request: pb.SetLimitsRequest, context: _Context
     ) -> pb.SetLimitsResponse:
-        limits, token = await self._scheduling.set_limits(
+        now = await self._scheduling.set_limits(
             request.values, list(request.remove), etag=request.etag
         )
-        etag = await self._scheduling.limits_etag()
-        return pb.SetLimitsResponse(limits=limits, next_page_token=token, etag=etag)
+        return pb.SetLimitsResponse(
+            limits=now.limits, next_page_token=now.next_page_token, etag=now.etag
+        )
 
     async def ListPolicies(
         self, request: pb.ListPoliciesRequest, context: _Context

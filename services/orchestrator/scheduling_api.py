@@ -19,7 +19,7 @@ from services.orchestrator.events.model import Kind as EventKind
 from services.orchestrator.move import Context
 from services.orchestrator.paging import cut, page_count, read_token
 from services.orchestrator.queue import Queue
-from services.orchestrator.scheduling.limits import Kind
+from services.orchestrator.scheduling.limits import Kind, LimitSet
 from services.orchestrator.scheduling.model import Placing, Priority
 from services.orchestrator.scheduling.policy import Mode, Policy, Settings, effective
 from services.orchestrator.store.fleet import vm_unknown
@@ -132,10 +132,8 @@ class Scheduling:
 
     # --- limits ---
 
-    async def limits(
-        self, *, page_size: int = 0, page_token: str = ""
-    ) -> tuple[list[pb.Limit], str]:
-        """A page: kinds first, then what was set for one, and what is used; and the next token."""
+    async def limits(self, *, page_size: int = 0, page_token: str = "") -> pb.GetLimitsResponse:
+        """A page: kinds first, then what was set for one, and what is used. All of one look."""
         count, after = page_count(page_size), read_token("limits", page_token)
         limits, used = await self._context.store.schedule.limits()
         kinds: list[str] = [*Kind]
@@ -145,25 +143,22 @@ class Scheduling:
         elif after:
             keys = [key for key in keys[len(kinds) :] if key > after]
         page, token = cut("limits", keys, count, str)
-        return [
-            pb.Limit(key=key, value=limits.of(key), used=used.get(key, 0)) for key in page
-        ], token
-
-    async def limits_etag(self) -> str:
-        """Of all that is set."""
-        limits, _used = await self._context.store.schedule.limits()
-        kinds = {str(kind): limits.of(kind) for kind in Kind}
-        return etag_of(pb.SetLimitsRequest(values={**kinds, **limits.overrides}))
+        return pb.GetLimitsResponse(
+            limits=[pb.Limit(key=key, value=limits.of(key), used=used.get(key, 0)) for key in page],
+            next_page_token=token,
+            etag=_limits_etag(limits),
+        )
 
     async def set_limits(
         self, values: Mapping[str, int], remove: list[str], *, etag: str = ""
-    ) -> tuple[list[pb.Limit], str]:
+    ) -> pb.GetLimitsResponse:
         """Change some, at once, if they are as they were read. The first page then."""
         self._context.role.require()
         changed: dict[str, int | None] = {**values, **dict.fromkeys(remove)}
         async with self._changing:
             if etag:
-                require_match(etag, await self.limits_etag(), "limits")
+                now, _used = await self._context.store.schedule.limits()
+                require_match(etag, _limits_etag(now), "limits")
             await self._context.store.schedule.set_limits(changed)
         self._queue.wake()
         return await self.limits()
@@ -256,6 +251,12 @@ class Scheduling:
                 require_match(request.etag, vm_etag(said), f"placement of {request.vm_id}")
             await table.put_vm_settings(request.vm_id, settings)
         self._queue.wake()
+
+
+def _limits_etag(limits: LimitSet) -> str:
+    """Of all that is set."""
+    kinds = {str(kind): limits.of(kind) for kind in Kind}
+    return etag_of(pb.SetLimitsRequest(values={**kinds, **limits.overrides}))
 
 
 def _read_policy(given: pb.Policy) -> Policy:
